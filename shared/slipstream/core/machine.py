@@ -1,0 +1,332 @@
+"""Machines decide, shells do: the protocol between them.
+
+A machine is told what happened (an `Event`) and answers what to do (`Effect`s). It has no clock, no
+socket and no randomness of its own. An effect that takes time ends as an event. Only what crosses
+a process, device or time boundary is an effect.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from slipstream.errors import Problem
+from slipstream.messages import AnyMessage, Prompt, TextDelta, Tokenize
+from slipstream.types import (
+    BlockHash,
+    BlockId,
+    Epoch,
+    NodeId,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+
+class _Record(msgspec.Struct, frozen=True):
+    pass
+
+
+# --- Events: what happened ------------------------------------------------------------------------
+
+
+class Started(_Record):
+    """The process runs; first event of every machine."""
+
+
+class Received(_Record):
+    source: NodeId
+    message: AnyMessage
+
+
+class PeerUp(_Record):
+    """A session with the peer has begun. Nothing said in an earlier one is on its way any more."""
+
+    peer: NodeId
+    epoch: Epoch
+
+
+class PeerDown(_Record):
+    """The session is over: the peer is silent, restarted or cut off. What was said last may be lost."""
+
+    peer: NodeId
+
+
+class TimerFired(_Record):
+    key: str
+
+
+class Drain(_Record):
+    """SIGTERM: take nothing new, finish what is here."""
+
+
+class RowOutput(_Record):
+    """What one row of a batch plan made: 0..k tokens, in order."""
+
+    request_id: RequestId
+    attempt: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+class BatchDone(_Record):
+    step: int
+    outputs: tuple[RowOutput, ...]
+    digests: dict[BlockId, bytes]
+    """Of the blocks that the plan asked for, after everything in them was written."""
+    elapsed_s: float = 0.0
+
+
+class BatchFailed(_Record):
+    """The device refused the step. Nothing of it may be used."""
+
+    step: int
+    cause: str
+
+
+class PullDone(_Record):
+    """A READ is over, whatever became of it: from now on nobody writes into its local blocks."""
+
+    pull_id: str
+    digests: tuple[bytes, ...] = ()
+    """Of the local blocks as read."""
+    error: str | None = None
+
+
+class Encoded(_Record):
+    """A prompt was encoded (or not); `request_id` is a request's or a codec call's."""
+
+    request_id: RequestId
+    tokens: tuple[int, ...] = ()
+    problem: Problem | None = None
+
+
+class Opened(_Record):
+    """An HTTP request was accepted by the frontend's shell."""
+
+    submission: Tokenize
+
+
+class Closed(_Record):
+    """The client went away, or its answer is written."""
+
+    request_id: RequestId
+
+
+class CodecAsked(_Record):
+    call_id: str
+    prompt: Prompt | None = None
+    tokens: bytes = b""
+
+
+class StoreDone(_Record):
+    """An index store operation ended. `gap`: the batch did not follow the last one stored.
+    `holders`: per hash asked, worker -> epoch."""
+
+    op_id: str
+    ok: bool
+    gap: bool = False
+    holders: tuple[dict[NodeId, Epoch], ...] = ()
+
+
+Event: TypeAlias = (
+    Started
+    | Received
+    | PeerUp
+    | PeerDown
+    | TimerFired
+    | Drain
+    | BatchDone
+    | BatchFailed
+    | PullDone
+    | Encoded
+    | Opened
+    | Closed
+    | CodecAsked
+    | StoreDone
+)
+
+
+# --- Effects: what to do --------------------------------------------------------------------------
+
+
+class Send(_Record):
+    to: NodeId
+    message: AnyMessage
+
+
+class SetTimer(_Record):
+    """Fire `key` at `at_s`; replaces an earlier timer of that key."""
+
+    key: str
+    at_s: float
+
+
+class CancelTimer(_Record):
+    key: str
+
+
+class Admission(_Record):
+    """First appearance of a request on the device: all that sampling needs to know about it."""
+
+    request_id: RequestId
+    attempt: int
+    tokens: tuple[int, ...]
+    """Prompt, then accepted output."""
+    num_prompt: int
+    sampling: SamplingParams
+
+
+class Row(_Record):
+    """One request's share of a step: `tokens` go in at positions `start`…, KV lands in `block_ids`.
+
+    A row carries 1..k input tokens (a chunk, a decode, a speculation). With `after_previous` the
+    first input is the row's latest sample, wherever it lies, and `tokens` holds what follows it.
+    With `sample` a token is drawn after the last input, for output position `position`.
+    """
+
+    request_id: RequestId
+    attempt: int
+    tokens: tuple[int, ...]
+    start: int
+    block_ids: tuple[BlockId, ...]
+    """The block table, from the first token of the request on."""
+    sample: bool
+    position: int = 0
+    after_previous: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + self.after_previous
+
+
+class BatchPlan(_Record):
+    """One step of the model: prefill chunks and decodes together, as data."""
+
+    step: int
+    rows: tuple[Row, ...]
+    admitted: tuple[Admission, ...] = ()
+    dropped: tuple[tuple[RequestId, int], ...] = ()
+    """Requests the device may forget, before it runs the rows."""
+    digest_blocks: tuple[BlockId, ...] = ()
+
+
+class RunBatch(_Record):
+    """Ends as `BatchDone` or `BatchFailed`."""
+
+    plan: BatchPlan
+
+
+class PullBlocks(_Record):
+    """Copy `source_blocks` of the peer's pool into `local_blocks`. Always ends as `PullDone`."""
+
+    pull_id: str
+    peer: NodeId
+    epoch: Epoch
+    source_blocks: tuple[BlockId, ...]
+    local_blocks: tuple[BlockId, ...]
+    timeout_s: float
+
+
+class EncodePrompt(_Record):
+    """Render and encode in a thread; ends as `Encoded`."""
+
+    request_id: RequestId
+    prompt: Prompt
+
+
+class Deliver(_Record):
+    """Frontend machine -> HTTP handler. A `Problem`, or a delta with a finish reason, is the end."""
+
+    request_id: RequestId
+    item: TextDelta | Problem | int
+    """An int is the number of prompt tokens."""
+
+
+class DeliverCodec(_Record):
+    call_id: str
+    tokens: bytes = b""
+    token_texts: tuple[str, ...] = ()
+    text: str = ""
+    problem: Problem | None = None
+
+
+class StoreApply(_Record):
+    """Apply one batch of block events if `seq` follows the last; ends as `StoreDone`."""
+
+    op_id: str
+    worker: NodeId
+    epoch: Epoch
+    kv_layout_id: str
+    seq: int
+    stored: tuple[BlockHash, ...]
+    removed: tuple[BlockHash, ...]
+
+
+class StoreReplace(_Record):
+    """Replace all that is known of this worker by a snapshot; ends as `StoreDone`."""
+
+    op_id: str
+    worker: NodeId
+    epoch: Epoch
+    kv_layout_id: str
+    seq: int
+    stored: tuple[BlockHash, ...]
+
+
+class StoreFind(_Record):
+    """Who holds these hashes? Ends as `StoreDone` with `holders`."""
+
+    op_id: str
+    kv_layout_id: str
+    hashes: tuple[BlockHash, ...]
+
+
+class StoreAlive(_Record):
+    """Renew the liveness key of a worker; nothing comes back."""
+
+    worker: NodeId
+    epoch: Epoch
+
+
+class StoreForget(_Record):
+    """A worker's epoch is over: sweep its entries when convenient."""
+
+    worker: NodeId
+    epoch: Epoch
+
+
+class Exit(_Record):
+    """Drained: the process may end."""
+
+
+Effect: TypeAlias = (
+    Send
+    | SetTimer
+    | CancelTimer
+    | RunBatch
+    | PullBlocks
+    | EncodePrompt
+    | Deliver
+    | DeliverCodec
+    | StoreApply
+    | StoreReplace
+    | StoreFind
+    | StoreAlive
+    | StoreForget
+    | Exit
+)
+
+
+class Machine(Protocol):
+    """The only door of a service. Handlers are idempotent: a repeated message changes nothing."""
+
+    def handle(self, event: Event, now_s: float) -> Sequence[Effect]: ...
+
+    def statistics(self) -> dict[str, float]:
+        """Immutable gauges and counters, for `/metrics`."""
+        ...
+
+    def check(self) -> None:
+        """Assert the invariants. Called after every event in simulation and in tests."""
+        ...

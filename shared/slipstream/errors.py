@@ -1,0 +1,73 @@
+"""The closed table of error codes: HTTP status, OpenAI error type, and whether trying again may help."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import msgspec
+
+
+class ErrorCode(StrEnum):
+    INVALID_JSON = "invalid_json"
+    INVALID_TYPE = "invalid_type"
+    INVALID_VALUE = "invalid_value"
+    MISSING_PARAMETER = "missing_required_parameter"
+    UNSUPPORTED_PARAMETER = "unsupported_parameter"
+    UNSUPPORTED_CONTENT = "unsupported_content_type"
+    CONTEXT_LENGTH = "context_length_exceeded"
+    UNAUTHORIZED = "invalid_api_key"
+    MODEL_NOT_FOUND = "model_not_found"
+    UNKNOWN_URL = "unknown_url"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    TOO_LARGE = "request_too_large"
+    UNSUPPORTED_MEDIA = "unsupported_media_type"
+    QUEUE_FULL = "queue_full"
+    NOT_READY = "not_ready"
+    NO_WORKER = "no_worker"
+    DRAINING = "draining"
+    DEADLINE = "deadline_exceeded"
+    MIGRATIONS = "too_many_migrations"
+    INTERNAL = "internal_error"
+
+
+class ErrorSpec(NamedTuple):
+    status: int
+    type: str
+    retryable: bool
+    meaning: str
+
+
+_BAD = "invalid_request_error"
+_SERVER = "server_error"
+
+ERRORS: dict[ErrorCode, ErrorSpec] = {
+    ErrorCode.INVALID_JSON: ErrorSpec(400, _BAD, False, "The body is not JSON."),
+    ErrorCode.INVALID_TYPE: ErrorSpec(400, _BAD, False, "A field has the wrong JSON type."),
+    ErrorCode.INVALID_VALUE: ErrorSpec(400, _BAD, False, "A field is out of range."),
+    ErrorCode.MISSING_PARAMETER: ErrorSpec(400, _BAD, False, "A required field is missing."),
+    ErrorCode.UNSUPPORTED_PARAMETER: ErrorSpec(400, _BAD, False, "A field has no effect here."),
+    ErrorCode.UNSUPPORTED_CONTENT: ErrorSpec(400, _BAD, False, "Only text content is served."),
+    ErrorCode.CONTEXT_LENGTH: ErrorSpec(400, _BAD, False, "Prompt and answer exceed the context."),
+    ErrorCode.UNAUTHORIZED: ErrorSpec(401, _BAD, False, "The API key is missing or wrong."),
+    ErrorCode.MODEL_NOT_FOUND: ErrorSpec(404, _BAD, False, "The model is not served here."),
+    ErrorCode.UNKNOWN_URL: ErrorSpec(404, _BAD, False, "No such path."),
+    ErrorCode.METHOD_NOT_ALLOWED: ErrorSpec(405, _BAD, False, "The path has other methods."),
+    ErrorCode.TOO_LARGE: ErrorSpec(413, _BAD, False, "The body is larger than the limit."),
+    ErrorCode.UNSUPPORTED_MEDIA: ErrorSpec(415, _BAD, False, "Send application/json, not encoded."),
+    ErrorCode.QUEUE_FULL: ErrorSpec(429, "rate_limit_error", True, "Too many requests wait."),
+    ErrorCode.NOT_READY: ErrorSpec(503, _SERVER, True, "The cluster is starting."),
+    ErrorCode.NO_WORKER: ErrorSpec(503, _SERVER, True, "No worker can take the request."),
+    ErrorCode.DRAINING: ErrorSpec(503, _SERVER, True, "The server is stopping."),
+    ErrorCode.DEADLINE: ErrorSpec(504, _SERVER, True, "The request's time budget is used up."),
+    ErrorCode.MIGRATIONS: ErrorSpec(500, _SERVER, False, "Too many workers failed the request."),
+    ErrorCode.INTERNAL: ErrorSpec(500, _SERVER, True, "Something broke on our side."),
+}
+assert ERRORS.keys() == set(ErrorCode)
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One refusal or failure, as it travels over the bus and ends at the client."""
+
+    code: ErrorCode
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None

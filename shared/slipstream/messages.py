@@ -1,0 +1,495 @@
+"""Every message on the bus, grouped by receiver. A service decodes only what is meant for it.
+
+Rules: new fields get defaults; nothing is renamed or retyped; whatever acts on a request carries
+`(request_id, attempt)`; whatever names a worker's memory carries that worker's `epoch`. Token ids
+are packed little-endian int32, block hashes are concatenated 16-byte strings. Durations are relative.
+"""
+
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from slipstream.errors import Problem
+from slipstream.types import (
+    BlockId,
+    Epoch,
+    FinishReason,
+    NodeId,
+    RequestId,
+    Role,
+    SamplingParams,
+    TokenLogprobs,
+    Usage,
+)
+
+WIRE_VERSION = 1
+
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag."""
+
+
+# --- Vocabulary inside messages -------------------------------------------------------------------
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a prefill or decode worker offers."""
+
+    model: str
+    kv_layout_id: str
+    """Model fingerprint, dtype and block layout. Blocks move only between workers where it is equal."""
+    num_blocks: Count
+    block_bytes: Count
+    max_model_len: Count
+    vocab_size: Count
+    max_num_seqs: Count
+    prefill_budget_tokens: Count
+    """Prompt tokens a step may compute; 0: does not prefill."""
+    accept_decode: bool
+    transports: dict[str, str] = {}
+    """Transport name -> how a peer attaches (a segment, an address)."""
+
+
+class NodeInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One process as it introduces itself."""
+
+    node_id: Name
+    role: Role
+    epoch: Epoch
+    address: str
+    """Where its bus inbox listens."""
+    wire_version: int = WIRE_VERSION
+    host: str = ""
+    draining: bool = False
+    worker: WorkerInfo | None = None
+
+
+class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
+    """One line of a worker's report: this attempt lives here."""
+
+    request_id: RequestId
+    attempt: int
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    template_args: dict[str, str | int | float | bool | None] = {}
+
+
+class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    text: str
+    add_special_tokens: bool = True
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    tokens: bytes
+
+
+Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
+
+
+class TextLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token's log probability with its text; `top` holds the alternatives, best first."""
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float
+    top: tuple["TextLogprob", ...] = ()
+
+
+# --- To everybody ---------------------------------------------------------------------------------
+
+
+class Peers(Message, kw_only=True):
+    """Scheduler -> all: who lives where. Only adds and fences; silence of a peer is judged by each."""
+
+    nodes: list[NodeInfo]
+
+
+# --- To the frontend ------------------------------------------------------------------------------
+
+
+class Tokenized(Message, kw_only=True):
+    """The prompt is encoded and on its way to the scheduler."""
+
+    request_id: RequestId
+    prompt_tokens: Count
+
+
+class TextDelta(Message, kw_only=True):
+    """Text of the tokens from `position` on. The text may lag behind the tokens (an unfinished
+    character, the beginning of a stop string); a delta with `finish_reason` is the last one."""
+
+    request_id: RequestId
+    attempt: int
+    position: Count
+    """Output tokens before this delta."""
+    tokens: bytes = b""
+    text: str = ""
+    logprobs: list[TextLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    usage: Usage | None = None
+    path: str = ""
+    """Workers that made the tokens, as `prefill-0>decode-1`; on the first and the last delta."""
+
+
+class TextOut(Message, kw_only=True):
+    """Tokenizer -> frontend: one message per step, with the deltas of all its streams."""
+
+    deltas: list[TextDelta]
+
+
+class Failed(Message, kw_only=True):
+    """The request has ended without an answer. Also sent by the scheduler to the tokenizer."""
+
+    request_id: RequestId
+    problem: Problem
+
+
+class CodecResult(Message, kw_only=True):
+    call_id: str
+    tokens: bytes = b""
+    token_texts: list[str] = []
+    text: str = ""
+    problem: Problem | None = None
+
+
+FrontendInbox: TypeAlias = Peers | Tokenized | TextOut | Failed | CodecResult
+
+
+# --- To the tokenizer -----------------------------------------------------------------------------
+
+
+class Tokenize(Message, kw_only=True):
+    """Frontend -> tokenizer: run this request. Said again after a lost session or to another
+    tokenizer; `accepted` are then the output tokens that the frontend already has."""
+
+    request_id: RequestId
+    prompt: Prompt
+    sampling: SamplingParams
+    timeout_s: Seconds
+    attempt: int = 1
+    accepted: bytes = b""
+    salt: str = ""
+    """Cache namespace of the client; prefixes are shared only within one."""
+    clamp_max_tokens: bool = False
+    """Shorten `max_tokens` to what the context leaves, where the client named no number."""
+
+
+class Cancel(Message, kw_only=True):
+    """Frontend -> tokenizer: the client is gone."""
+
+    request_id: RequestId
+
+
+class Codec(Message, kw_only=True):
+    """Encode a prompt or decode tokens, and nothing else (`/tokenize`, `/detokenize`)."""
+
+    call_id: str
+    prompt: Prompt | None = None
+    tokens: bytes = b""
+
+
+class TokenSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Output tokens of one stream, from `position` on. Repeats are harmless, gaps are waited for."""
+
+    request_id: RequestId
+    attempt: int
+    position: Count
+    tokens: bytes
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+    path: str = ""
+
+
+class TokensOut(Message, kw_only=True):
+    """Worker -> tokenizer: one message per step."""
+
+    spans: list[TokenSpan]
+
+
+class Resume(Message, kw_only=True):
+    """Scheduler -> tokenizer: a worker was lost. Accept only `attempt` from now on, and submit the
+    stream again with it and the tokens accepted so far."""
+
+    request_id: RequestId
+    attempt: int
+
+
+TokenizerInbox: TypeAlias = Peers | Tokenize | Cancel | Codec | TokensOut | Failed | Resume
+
+
+# --- To the scheduler -----------------------------------------------------------------------------
+
+
+class Hello(Message, kw_only=True):
+    """First word of a session. A worker lists the attempts that live in it; anything else the
+    scheduler believes to be there is lost."""
+
+    node: NodeInfo
+    live: list[LiveRequest] = []
+
+
+class Submit(Message, kw_only=True):
+    """Tokenizer -> scheduler: a stream that wants to run as `attempt` after its `accepted` tokens."""
+
+    request_id: RequestId
+    attempt: int
+    prompt: bytes
+    accepted: bytes = b""
+    sampling: SamplingParams
+    timeout_s: Seconds
+    salt: str = ""
+    block_hashes: bytes = b""
+
+
+class StreamEnded(Message, kw_only=True):
+    """Tokenizer -> scheduler: a stop string, a cancel, or an answer to `Resume` of a dead stream."""
+
+    request_id: RequestId
+
+
+class WorkerLoad(Message, kw_only=True):
+    """Worker -> scheduler, on every change of note and once a second."""
+
+    epoch: Epoch
+    steps: Count
+    """Progress: steps finished since the start."""
+    running: Count
+    waiting: Count
+    waiting_tokens: Count
+    """Prompt tokens that are queued and not computed."""
+    blocks_free: Count
+    blocks_used: Count
+    blocks_cached: Count
+    blocks_leased: Count
+
+
+class Started(Message, kw_only=True):
+    """Decode -> scheduler: KV verified, the stream runs here; the prefill worker is out of it."""
+
+    request_id: RequestId
+    attempt: int
+
+
+class Finished(Message, kw_only=True):
+    """Worker -> scheduler: the stream's last token is made (and goes to the tokenizer)."""
+
+    request_id: RequestId
+    attempt: int
+
+
+class AttemptFailed(Message, kw_only=True):
+    """Worker -> scheduler: this attempt cannot go on here. With `problem` it can go on nowhere."""
+
+    request_id: RequestId
+    attempt: int
+    cause: str
+    problem: Problem | None = None
+
+
+class Located(Message, kw_only=True):
+    """kvindex -> scheduler: how many leading blocks each worker is said to hold. A hint."""
+
+    request_id: RequestId
+    attempt: int
+    blocks: dict[NodeId, int]
+
+
+SchedulerInbox: TypeAlias = (
+    Hello
+    | Submit
+    | StreamEnded
+    | WorkerLoad
+    | Started
+    | Finished
+    | AttemptFailed
+    | Located
+)
+
+
+# --- To a worker ----------------------------------------------------------------------------------
+
+
+class Prefill(Message, kw_only=True):
+    """Compute the KV of prompt and accepted tokens, sample one token, hand over to `decode`."""
+
+    request_id: RequestId
+    attempt: int
+    prompt: bytes
+    accepted: bytes = b""
+    sampling: SamplingParams
+    tokenizer: NodeId
+    decode: NodeId
+    timeout_s: Seconds
+    salt: str = ""
+    claimed_blocks: Count = 0
+    """What the index said is cached here; the worker counts how often that was wrong."""
+
+
+class Decode(Message, kw_only=True):
+    """Run the stream: with `prefill` after its KV has come from there, else from the prompt on."""
+
+    request_id: RequestId
+    attempt: int
+    prompt: bytes
+    accepted: bytes = b""
+    sampling: SamplingParams
+    tokenizer: NodeId
+    prefill: NodeId | None = None
+    prefill_epoch: Epoch = 0
+    timeout_s: Seconds
+    salt: str = ""
+    claimed_blocks: Count = 0
+
+
+class Drop(Message, kw_only=True):
+    """Scheduler -> worker: forget every attempt of the request up to this one, free what it holds."""
+
+    request_id: RequestId
+    attempt: int
+
+
+class KvReady(Message, kw_only=True):
+    """Prefill -> decode: these blocks are in memory and stay put while the lease lives."""
+
+    request_id: RequestId
+    attempt: int
+    lease_id: str
+    epoch: Epoch
+    first_block: Count
+    block_ids: list[BlockId]
+    digests: bytes
+    """16 bytes a block, over all its bytes."""
+    num_tokens: Count
+    """Tokens whose KV is valid from the start of the prompt to the end of these blocks."""
+    first_token: int | None = None
+    """The sampled token; set on the last chunk alone."""
+    cached_tokens: int = 0
+
+
+class Renew(Message, kw_only=True):
+    """Decode -> prefill: keep these leases for another term."""
+
+    lease_ids: list[str]
+
+
+class Release(Message, kw_only=True):
+    """Decode -> prefill: the READ is over. Was the lease alive all the time?"""
+
+    lease_id: str
+    epoch: Epoch
+
+
+class Released(Message, kw_only=True):
+    """Prefill -> decode. Only `ok` makes the blocks that were read usable."""
+
+    lease_id: str
+    ok: bool
+
+
+class StreamAck(Message, kw_only=True):
+    """Tokenizer -> worker: the stream's end has arrived; its token log may go."""
+
+    request_id: RequestId
+    attempt: int
+
+
+class Resend(Message, kw_only=True):
+    """Tokenizer -> worker: tokens from `position` on, please; earlier ones got lost."""
+
+    request_id: RequestId
+    attempt: int
+    position: Count
+
+
+class SnapshotRequest(Message, kw_only=True):
+    """kvindex -> worker: your events have a gap; say all that you hold."""
+
+    epoch: Epoch
+
+
+WorkerInbox: TypeAlias = (
+    Peers
+    | Prefill
+    | Decode
+    | Drop
+    | KvReady
+    | Renew
+    | Release
+    | Released
+    | StreamAck
+    | Resend
+    | SnapshotRequest
+)
+
+
+# --- To kvindex -----------------------------------------------------------------------------------
+
+
+class BlockEvents(Message, kw_only=True):
+    """Worker -> kvindex: blocks that entered or left its prefix cache, in order of `seq`."""
+
+    epoch: Epoch
+    seq: Count
+    stored: bytes = b""
+    removed: bytes = b""
+
+
+class Snapshot(Message, kw_only=True):
+    """Worker -> kvindex: everything in its prefix cache as of `seq`."""
+
+    epoch: Epoch
+    seq: Count
+    stored: bytes
+
+
+class Locate(Message, kw_only=True):
+    """Scheduler -> kvindex: who holds the longest run of these blocks?"""
+
+    request_id: RequestId
+    attempt: int
+    kv_layout_id: str
+    block_hashes: bytes
+
+
+KvIndexInbox: TypeAlias = Peers | BlockEvents | Snapshot | Locate
+
+
+AnyMessage: TypeAlias = (
+    FrontendInbox | TokenizerInbox | SchedulerInbox | WorkerInbox | KvIndexInbox
+)
+
+INBOXES: dict[Role, Any] = {
+    Role.FRONTEND: FrontendInbox,
+    Role.TOKENIZER: TokenizerInbox,
+    Role.SCHEDULER: SchedulerInbox,
+    Role.PREFILL: WorkerInbox,
+    Role.DECODE: WorkerInbox,
+    Role.KVINDEX: KvIndexInbox,
+}
+
+
+class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
+    """First part of every frame; the payload, if any, is the second (see `core.link`)."""
+
+    version: int
+    source: NodeId
+    epoch: Epoch
+    address: str
+    session: int
+    peer_session: int
+    seq: int
+    ack: int
+    trace_id: str = ""

@@ -1,0 +1,103 @@
+"""Words that every layer shares. Nothing here imports anything of ours."""
+
+import array
+import sys
+from enum import StrEnum
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+BLOCK_TOKENS = 16
+"""Tokens in one KV block; part of every block's identity, so it is a constant and not a setting."""
+
+RequestId: TypeAlias = str
+NodeId: TypeAlias = str
+"""Name of one process: `prefill-0`. Stays the same over its restarts; the epoch tells them apart."""
+
+Epoch: TypeAlias = int
+"""Start time of a process in ns. Of two epochs for one node the larger is alive, the other fenced off."""
+
+BlockId: TypeAlias = int
+"""Index of a KV block in one worker's pool."""
+
+BlockHash: TypeAlias = bytes
+"""16 bytes: identity of a full block's contents (see `core.prefix`)."""
+
+
+class Role(StrEnum):
+    FRONTEND = "frontend"
+    TOKENIZER = "tokenizer"
+    SCHEDULER = "scheduler"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    KVINDEX = "kvindex"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one choice of one request is sampled. Bounds are checked again at every decode."""
+
+    max_tokens: Annotated[int, Meta(ge=1)]
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+    """Always set: the frontend draws one where the client gave none. Together with `choice` and the
+    token's position it keys every random draw, so that any worker draws the same at position n."""
+    choice: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """0: off."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=64)] = ()
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """How many alternatives to report beside the sampled token; None: no logprobs at all."""
+    stop: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_p == 0.0
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability of one sampled token, and the likeliest alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was found instead of computed."""
+
+
+def pack_tokens(tokens: list[int] | tuple[int, ...]) -> bytes:
+    """Token ids as little-endian int32, the form in which they cross the wire."""
+    packed = array.array("i", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_tokens(packed: bytes) -> list[int]:
+    """Inverse of `pack_tokens`. ValueError if the length is not a multiple of 4."""
+    tokens = array.array("i")
+    tokens.frombytes(packed)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tolist()
