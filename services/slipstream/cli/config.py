@@ -1,0 +1,92 @@
+"""Settings of `slipstream serve`."""
+
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+from slipstream.config import (
+    Dtype,
+    KvCacheBytes,
+    LogLevel,
+    MaxModelLen,
+    MaxNumSeqs,
+    MaxRequests,
+    PortNumber,
+    PrefillBudget,
+    Record,
+    RedisUrl,
+    ServedModelName,
+    Transports,
+)
+from slipstream.scheduler.config import Disaggregation
+
+Count = Annotated[int, Meta(ge=1, le=64)]
+WorkerCount = Annotated[int, Meta(ge=0, le=64)]
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every service on this machine, from one command, and a private Redis for the index."""
+
+    headings: ClassVar[dict[str, str]] = {
+        "model": "Model",
+        "prefill": "Processes",
+        "host": "HTTP",
+        "log_level": "Looking inside",
+    }
+
+    model: Annotated[
+        str,
+        Meta(
+            description="Model folder, .gguf file, hub id (org/name), or demo.",
+            extra={"positional": "MODEL"},
+        ),
+    ] = "demo"
+    served_model_name: ServedModelName = ""
+    dtype: Dtype = "auto"
+    max_model_len: MaxModelLen = 0
+    kv_cache_bytes: KvCacheBytes = 0
+    max_num_seqs: MaxNumSeqs = 64
+    prefill_budget_tokens: PrefillBudget = 512
+
+    prefill: Annotated[WorkerCount, Meta(description="Prefill workers.")] = 1
+    decode: Annotated[Count, Meta(description="Decode workers.")] = 1
+    tokenizer: Annotated[Count, Meta(description="Tokenizers.")] = 1
+    frontend: Annotated[Count, Meta(description="Frontends, on port, port + 1, …")] = 1
+    kvindex: Annotated[WorkerCount, Meta(description="Index services; 0: place by load.")] = 1
+    disaggregation: Disaggregation = "always"
+    transports: Transports = "shm,bus"
+    threads: Annotated[
+        int, Meta(ge=0, le=4096, description="CPU threads of each worker; 0: one for each core.")
+    ] = 0
+    redis_url: RedisUrl = ""
+    run_dir: Annotated[
+        str,
+        Meta(description="Folder under which the private run directory is made; empty: temporary."),
+    ] = ""
+    ready_timeout_s: Annotated[
+        float, Meta(gt=0, le=86_400, description="Longest wait for READY before giving up.")
+    ] = 600.0
+
+    host: Annotated[str, Meta(min_length=1, description="Address for HTTP.")] = "127.0.0.1"
+    port: Annotated[
+        int, Meta(ge=1, le=65535, description="Port for HTTP (of the first frontend).")
+    ] = 8000
+    max_requests: MaxRequests = 1024
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, le=3600, description="Wait for running requests at Ctrl-C or SIGTERM.")
+    ] = 30.0
+
+    log_level: LogLevel = "info"
+    log_json: Annotated[bool, Meta(description="Log lines of services as JSON objects.")] = False
+    metrics_port: Annotated[
+        PortNumber,
+        Meta(description="First port for the services' own /metrics, one each; 0: none."),
+    ] = 0
+    record: Record = ""
+
+    def __post_init__(self) -> None:
+        if self.prefill == 0 and self.disaggregation == "always":
+            raise ValueError("--prefill 0 needs --disaggregation never")
+        if self.port + self.frontend - 1 > 65535:
+            raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")

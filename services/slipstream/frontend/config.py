@@ -1,0 +1,38 @@
+"""Settings of `slipstream frontend`."""
+
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from slipstream.config import ByteSize, MaxRequests, PortNumber, ServedModelName, ServiceConfig
+from slipstream.types import Role
+
+
+class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP front door: OpenAI's API, limits, server-sent events."""
+
+    role: ClassVar[Role] = Role.FRONTEND
+
+    host: Annotated[str, Meta(min_length=1, description="Address for HTTP.")] = "127.0.0.1"
+    port: Annotated[PortNumber, Meta(description="Port for HTTP; 0: any free one.")] = 8000
+    model: Annotated[
+        str,
+        Meta(description="Model folder; only generation_config.json is read. Empty: no defaults."),
+    ] = ""
+    served_model_name: ServedModelName = ""
+    max_requests: MaxRequests = 1024
+    max_body_bytes: Annotated[
+        ByteSize, Meta(ge=1024, description="Longest request body; a longer one is answered 413.")
+    ] = 8 * 2**20
+    request_timeout_s: Annotated[
+        float, Meta(gt=0, le=86_400, description="Time budget of a request, queueing included.")
+    ] = 600.0
+    max_choices: Annotated[
+        int, Meta(ge=1, le=128, description="Highest n (choices of one request).")
+    ] = 16
+    keep_alive_s: Annotated[
+        float, Meta(gt=0, le=3600, description="Silence in a stream before an SSE comment is sent.")
+    ] = 10.0
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, le=3600, description="Wait for running requests at SIGTERM.")
+    ] = 30.0

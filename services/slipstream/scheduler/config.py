@@ -1,0 +1,43 @@
+"""Settings of `slipstream scheduler`."""
+
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from msgspec import Meta
+
+from slipstream.config import MaxRequests, ServiceConfig
+from slipstream.types import Role
+
+Disaggregation: TypeAlias = Annotated[
+    Literal["always", "never"],
+    Meta(
+        description="always: every prompt goes through a prefill worker and a transfer; "
+        "never: each worker does both."
+    ),
+]
+
+
+class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The owner of every request: admits, places, times out, retries, reports."""
+
+    role: ClassVar[Role] = Role.SCHEDULER
+
+    disaggregation: Disaggregation = "always"
+    max_requests: MaxRequests = 1024
+    max_request_timeout_s: Annotated[
+        float, Meta(gt=0, le=86_400, description="Longest time budget a request may ask for.")
+    ] = 3600.0
+    locate_timeout_s: Annotated[
+        float, Meta(ge=0, le=60, description="Wait for the index before placing by load alone.")
+    ] = 0.05
+    worker_timeout_s: Annotated[
+        float, Meta(gt=0, le=3600, description="Silence after which a worker's requests move.")
+    ] = 3.0
+    recovery_grace_s: Annotated[
+        float, Meta(ge=0, le=600, description="After a start: wait for the workers' reports.")
+    ] = 2.0
+    max_migrations: Annotated[
+        int, Meta(ge=0, le=100, description="Workers that may fail a request before it ends.")
+    ] = 3
+    index_stride: Annotated[
+        int, Meta(ge=1, le=1024, description="Every n-th block of a prompt is looked up.")
+    ] = 1

@@ -1,0 +1,202 @@
+"""Settings that every service has, those that both kinds of worker have, and words they share."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from slipstream.config.values import ByteSize, ConfigError
+from slipstream.types import Role
+
+IPC_PATH_BYTES = 107
+"""Longest path of a Unix socket on Linux (`sun_path` less its final zero)."""
+
+PortNumber = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+LogLevel: TypeAlias = Annotated[
+    Literal["debug", "info", "warning", "error"], Meta(description="Least level that is logged.")
+]
+ServedModelName: TypeAlias = Annotated[
+    str,
+    Meta(
+        max_length=128, description="Name of the model in the API; empty: the model folder's name."
+    ),
+]
+Dtype: TypeAlias = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    Meta(description="Type of weights and KV blocks; auto: the checkpoint's."),
+]
+MaxModelLen: TypeAlias = Annotated[
+    int,
+    Meta(ge=0, le=2**24, description="Longest prompt plus answer, in tokens; 0: the model's."),
+]
+KvCacheBytes: TypeAlias = Annotated[
+    ByteSize, Meta(description="Memory for KV blocks of one worker; 0: sized by what is free.")
+]
+MaxNumSeqs: TypeAlias = Annotated[
+    int, Meta(ge=1, le=4096, description="Choices that one worker computes at a time.")
+]
+MaxRequests: TypeAlias = Annotated[
+    int, Meta(ge=1, le=1_000_000, description="Live requests; one more is answered with 429.")
+]
+PrefillBudget: TypeAlias = Annotated[
+    int,
+    Meta(ge=0, le=2**20, description="Prompt tokens one step may compute; 0: no prefill."),
+]
+Transports: TypeAlias = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z_]+(,[a-z_]+)*$",
+        description="Ways to move KV blocks, best first: shm (one host), bus (anywhere).",
+    ),
+]
+Record: TypeAlias = Annotated[
+    str, Meta(description="Folder for recordings of events and effects; empty: none.")
+]
+RedisUrl: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="Redis of the index: redis://host:port/0 or unix:///path.",
+        extra={"secret": True},
+    ),
+]
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings that every service has."""
+
+    role: ClassVar[Role]
+
+    node_id: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9._-]{0,64}$",
+            description="Name of this process in the cluster; empty: <role>-<host>-<pid>.",
+        ),
+    ] = ""
+    scheduler: Annotated[
+        str,
+        Meta(
+            description="Bus address of the scheduler; empty: scheduler.sock in the run directory."
+        ),
+    ] = ""
+    listen: Annotated[
+        str,
+        Meta(
+            description="Bus address to bind: ipc:///path or tcp://host:port; "
+            "empty: <node id>.sock in the run directory."
+        ),
+    ] = ""
+    advertise: Annotated[
+        str, Meta(description="Bus address that peers use; empty: as --listen.")
+    ] = ""
+    run_dir: Annotated[
+        str, Meta(description="Private folder for sockets; empty: in XDG_RUNTIME_DIR or /tmp.")
+    ] = ""
+    log_level: LogLevel = "info"
+    log_json: Annotated[bool, Meta(description="Log lines as JSON objects.")] = False
+    metrics_port: Annotated[
+        PortNumber, Meta(description="Port for /livez, /readyz and /metrics; 0: none.")
+    ] = 0
+    metrics_host: Annotated[str, Meta(description="Address for the metrics port.")] = "127.0.0.1"
+    record: Record = ""
+    peer_timeout_s: Annotated[
+        Seconds, Meta(description="Silence after which a peer counts as dead.")
+    ] = 3.0
+
+
+class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings that prefill and decode workers share: one program, two sets of weights."""
+
+    model: Annotated[str, Meta(min_length=1, description="Model folder (Hugging Face layout).")]
+    served_model_name: ServedModelName = ""
+    dtype: Dtype = "auto"
+    max_model_len: MaxModelLen = 0
+    kv_cache_bytes: KvCacheBytes = 0
+    max_num_seqs: MaxNumSeqs = 64
+    prefill_budget_tokens: PrefillBudget = 512
+    accept_decode: Annotated[bool, Meta(description="Take requests for decoding.")] = True
+    lease_s: Annotated[
+        Seconds, Meta(description="How long computed blocks are kept for a peer without renewal.")
+    ] = 10.0
+    renew_s: Annotated[Seconds, Meta(description="How often a lease is renewed.")] = 2.0
+    pull_timeout_s: Annotated[
+        Seconds, Meta(description="Longest wait for blocks of a peer before recomputing.")
+    ] = 10.0
+    transports: Transports = "shm,bus"
+    shm_dir: Annotated[str, Meta(description="Folder of shared-memory segments.")] = "/dev/shm"
+    threads: Annotated[
+        int, Meta(ge=0, le=4096, description="CPU threads for computing; 0: one for each core.")
+    ] = 0
+    enable_prefix_caching: Annotated[
+        bool, Meta(description="Reuse KV blocks of equal prompt beginnings.")
+    ] = True
+
+    def __post_init__(self) -> None:
+        if self.renew_s >= self.lease_s:
+            raise ValueError(
+                f"--renew-s {self.renew_s:g} must be less than --lease-s {self.lease_s:g}"
+            )
+
+
+S = TypeVar("S", bound=ServiceConfig)
+
+
+def default_run_dir(environ: Mapping[str, str]) -> str:
+    """Where services that are started one by one meet: one folder for each user of the host."""
+    return str(
+        Path(environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"slipstream-{os.getuid()}"
+    )
+
+
+def resolve(config: S, environ: Mapping[str, str]) -> S:
+    """Fills in what depends on host and process: node id, run directory, addresses."""
+    host = socket.gethostname()
+    run_dir = config.run_dir or default_run_dir(environ)
+    node_id = config.node_id or f"{config.role}-{host}-{os.getpid()}"[:64]
+    home = f"ipc://{run_dir}/scheduler.sock"
+    is_scheduler = config.role is Role.SCHEDULER
+    listen = config.listen or (home if is_scheduler else f"ipc://{run_dir}/{node_id}.sock")
+    advertise = config.advertise or _reachable(listen, host)
+    resolved = msgspec.structs.replace(
+        config,
+        node_id=node_id,
+        run_dir=run_dir,
+        listen=listen,
+        advertise=advertise,
+        scheduler=(advertise if is_scheduler else config.scheduler or home),
+    )
+    for flag, address in (("--listen", listen), ("--scheduler", resolved.scheduler)):
+        _check_address(config.role, flag, address)
+    return resolved
+
+
+def _reachable(listen: str, host: str) -> str:
+    """A wildcard address says where to bind, not how to come here."""
+    for wildcard in ("tcp://*:", "tcp://0.0.0.0:", "tcp://[::]:"):
+        if listen.startswith(wildcard):
+            return f"tcp://{host}:{listen.removeprefix(wildcard)}"
+    return listen
+
+
+def _check_address(role: Role, flag: str, address: str) -> None:
+    scheme, _, rest = address.partition("://")
+    prog = f"slipstream {role}"
+    if scheme == "ipc" and rest:
+        if len(os.fsencode(rest)) > IPC_PATH_BYTES:
+            raise ConfigError(
+                f"{prog}: {flag}: a socket path has at most {IPC_PATH_BYTES} bytes, "
+                f"{rest} has {len(os.fsencode(rest))}; use a shorter --run-dir"
+            )
+        return
+    port = rest.rpartition(":")[2]
+    if scheme == "tcp" and port.isdigit() and 0 < int(port) <= 65535:
+        return
+    raise ConfigError(
+        f"{prog}: {flag}: expected ipc:///path or tcp://host:port, got {address or repr('')}"
+    )
