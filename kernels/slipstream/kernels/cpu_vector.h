@@ -1,0 +1,105 @@
+// Vectors of 16 floats as GCC/Clang vector extensions, so that one source serves AVX-512, AVX2 and
+// NEON. bfloat16 is widened on load and rounded to nearest even on store, as in torch.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kLanes = 16;
+
+typedef float vec __attribute__((vector_size(64)));
+typedef float vec_u __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef uint16_t hvec __attribute__((vector_size(32)));
+typedef uint16_t hvec_u __attribute__((vector_size(32), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline vec splat(float x) { return x - vec{}; }
+inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
+inline vec load(const bf16* p) {
+  const hvec half = *reinterpret_cast<const hvec_u*>(p);
+  return (vec)(__builtin_convertvector(half, uvec) << 16);
+}
+inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
+
+// Round to nearest even, as torch does; a NaN stays a NaN.
+inline hvec narrow(vec x) {
+  const uvec bits = (uvec)x;
+  const uvec rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const uvec quiet = uvec{} + 0x7FC0u;
+  return __builtin_convertvector((x == x) ? rounded : quiet, hvec);
+}
+inline void store(bf16* p, vec x) { *reinterpret_cast<hvec_u*>(p) = narrow(x); }
+inline vec round_to(vec x, const float*) { return x; }
+inline vec round_to(vec x, const bf16*) {
+  return (vec)(__builtin_convertvector(narrow(x), uvec) << 16);
+}
+
+inline float load_one(const float* p) { return *p; }
+inline float load_one(const bf16* p) {
+  const uint32_t bits = uint32_t(p->bits) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(bf16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p->bits = x == x ? uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7FC0);
+}
+
+inline float sum(vec x) {
+  float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (int i = 0; i < kLanes; i++) total += x[i];
+  return total;
+}
+inline float maximum(vec x) {
+  float top = x[0];
+  for (int i = 1; i < kLanes; i++) top = std::max(top, x[i]);
+  return top;
+}
+
+// exp to about 1 ulp (Cephes' expf): 2^n by the exponent bits, the rest by a polynomial.
+inline vec exp(vec x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const vec magic = splat(12582912.0f);  // adding it rounds to an integer
+  const vec n = (x * 1.44269504088896341f + magic) - magic;
+  const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const ivec exponent = (__builtin_convertvector(n, ivec) + 127) << 23;
+  return y * (vec)exponent;
+}
+
+// 16 x 16 transpose: four rounds, each zips row i with row i + 8.
+inline void transpose(vec* rows) {
+  for (int round = 0; round < 4; round++) {
+    vec next[kLanes];
+    for (int i = 0; i < kLanes / 2; i++) {
+      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20,
+                                            5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27,
+                                                12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < kLanes; i++) rows[i] = next[i];
+  }
+}
+
+}  // namespace
