@@ -17,6 +17,7 @@ from slipstream.config import (
     Record,
     RedisUrl,
     ServedModelName,
+    ShmDir,
     Transports,
 )
 from slipstream.scheduler.config import Disaggregation
@@ -56,6 +57,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kvindex: Annotated[WorkerCount, Meta(description="Index services; 0: place by load.")] = 1
     disaggregation: Disaggregation = "always"
     transports: Transports = "shm,bus"
+    shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads of each worker; 0: one for each core.")
     ] = 0

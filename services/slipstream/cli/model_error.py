@@ -1,7 +1,10 @@
 """The one kind of failure that everything about model files raises."""
 
+from slipstream.config import StartError
 
-class ModelError(Exception):
+
+class ModelError(StartError):
     """A model that cannot be served: one line that names the file."""
 
-    exit_code = 4
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 4)

@@ -23,12 +23,13 @@ from slipstream.config.service import (
     RedisUrl,
     ServedModelName,
     ServiceConfig,
+    ShmDir,
     Transports,
     WorkerConfig,
     default_run_dir,
     resolve,
 )
-from slipstream.config.values import ByteSize, ConfigError, format_bytes, parse_bytes
+from slipstream.config.values import ByteSize, ConfigError, StartError, format_bytes, parse_bytes
 
 __all__ = [
     "ENV_PREFIX",
@@ -48,6 +49,8 @@ __all__ = [
     "RedisUrl",
     "ServedModelName",
     "ServiceConfig",
+    "ShmDir",
+    "StartError",
     "Transports",
     "WorkerConfig",
     "default_run_dir",

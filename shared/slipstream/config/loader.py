@@ -33,6 +33,8 @@ class Loaded(msgspec.Struct, frozen=True):
     config: Any
     origin: dict[str, str]
     """Field -> `default`, `file.toml`, `SLIPSTREAM_PORT` or `--port`."""
+    file: str
+    """What `--config` named; empty: no file."""
 
 
 def flag_of(name: str) -> str:
@@ -84,7 +86,7 @@ def load_with_origin(
         label = kind_of(fields[name].type).positional or flag_of(name)
         values[name] = _convert(prog, label, raw, fields[name], USAGE_ERROR)
         origin[name] = label
-    return Loaded(_build(prog, cls, fields, values), origin)
+    return Loaded(_build(prog, cls, fields, values), origin, path)
 
 
 def _build(

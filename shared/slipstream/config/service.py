@@ -55,6 +55,9 @@ Transports: TypeAlias = Annotated[
         description="Ways to move KV blocks, best first: shm (one host), bus (anywhere).",
     ),
 ]
+ShmDir: TypeAlias = Annotated[
+    str, Meta(min_length=1, description="Folder of shared-memory segments.")
+]
 Record: TypeAlias = Annotated[
     str, Meta(description="Folder for recordings of events and effects; empty: none.")
 ]
@@ -129,7 +132,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Seconds, Meta(description="Longest wait for blocks of a peer before recomputing.")
     ] = 10.0
     transports: Transports = "shm,bus"
-    shm_dir: Annotated[str, Meta(description="Folder of shared-memory segments.")] = "/dev/shm"
+    shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads for computing; 0: one for each core.")
     ] = 0

@@ -30,12 +30,22 @@ ByteSize = Annotated[int, Meta(ge=0, le=2**50, extra={"kind": "bytes"})]
 """A number of bytes; written as a number or as `512MiB`, `4GiB`, `1.5GB`."""
 
 
-class ConfigError(Exception):
-    """A setting that cannot be used, in one line. `exit_code`: 2 for a flag, 3 for the rest."""
+class StartError(Exception):
+    """Why a process cannot start, in one line; the command prints it and exits with `exit_code`.
 
-    def __init__(self, message: str, exit_code: int = 3) -> None:
+    2: usage, 3: configuration, 4: model, 5: port in use, 6: memory.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class ConfigError(StartError):
+    """A setting that cannot be used. `exit_code`: 2 for a flag, 3 for the rest."""
+
+    def __init__(self, message: str, exit_code: int = 3) -> None:
+        super().__init__(message, exit_code)
 
 
 def parse_bytes(text: str) -> int:

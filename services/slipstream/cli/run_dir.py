@@ -1,0 +1,78 @@
+"""The private folder of one run, and the removal of everything that a run leaves behind.
+
+A lock on the folder tells a living run from one whose supervisor was killed; the lock goes with the
+process, whatever ends it, and is right in another pid namespace too.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from slipstream.config import ConfigError
+
+_PREFIX = "slipstream-"
+_LOCK = "lock"
+_PATH_BYTES = 107
+_LONGEST_NAME = "/tokenizer-63.sock"
+
+
+@contextmanager
+def private_run_dir(wanted: str, shm_dir: str, environ: Mapping[str, str]) -> Iterator[Path]:
+    """A fresh folder of mode 0700 that goes away at the end, with this run's segments.
+
+    Also removes what earlier runs of ours that were killed have left in the same places.
+    """
+    base = _base(wanted, environ)
+    sweep(base, shm_dir)
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    lock = (path / _LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield path
+    finally:
+        remove(path, shm_dir)
+        lock.close()
+
+
+def _base(wanted: str, environ: Mapping[str, str]) -> Path:
+    if wanted:
+        base = Path(wanted).expanduser().absolute()
+        try:
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"slipstream serve: --run-dir: {error}") from None
+        room = _PATH_BYTES - len(f"/{_PREFIX}12345678{_LONGEST_NAME}")
+        if len(os.fsencode(base)) > room:
+            raise ConfigError(
+                f"slipstream serve: --run-dir: at most {room} bytes, so that socket paths fit, "
+                f"got {len(os.fsencode(base))}"
+            )
+        return base
+    for candidate in (environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
+        if 0 < len(os.fsencode(candidate)) <= 64 and os.access(candidate, os.W_OK | os.X_OK):
+            return Path(candidate)
+    return Path("/tmp")
+
+
+def sweep(base: Path, shm_dir: str) -> None:
+    """Removes folders and segments of runs that no supervisor holds any more."""
+    for path in base.glob(f"{_PREFIX}*"):
+        try:
+            if path.is_symlink() or path.stat().st_uid != os.getuid():
+                continue
+            with (path / _LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(path, shm_dir)
+        except OSError:
+            continue  # alive, or not one of ours, or gone meanwhile
+
+
+def remove(path: Path, shm_dir: str) -> None:
+    """The folder, its sockets, and the shared-memory segments that carry its name."""
+    for segment in Path(shm_dir).glob(f"slipstream-{path.name}-*"):
+        segment.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""`slipstream serve`: every process on this machine, from model file to READY to a clean end."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slipstream.cli.config import ServeConfig
+from slipstream.cli.models import Model, models_dir, prepare
+from slipstream.cli.plan import REDIS, Layout, metrics_ports, plan, redis_binary
+from slipstream.cli.ports import require_free
+from slipstream.cli.ready import Readyz, reachable, ready_block, until_ready
+from slipstream.cli.run_dir import private_run_dir
+from slipstream.cli.screen import Screen
+from slipstream.cli.supervisor import Failure, Supervisor
+from slipstream.config import Loaded, StartError
+
+_SERVICES = ("scheduler", "kvindex", "tokenizer", "prefill", "decode")
+STOP_ORDER: Sequence[Sequence[str]] = (("frontend",), _SERVICES, (REDIS,))
+"""Frontends first: they finish their streams while everybody else still works."""
+NOT_READY = 1
+
+
+def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
+    """Runs until a signal or a failure; the exit code."""
+    config = loaded.config
+    assert isinstance(config, ServeConfig)
+    started = time.monotonic()
+    screen = Screen()
+    for port in [*_http_ports(config), *metrics_ports(config)]:
+        require_free(config.host if port in _http_ports(config) else "127.0.0.1", port)
+    try:
+        model = prepare(config.model, models_dir(environ), screen.console)
+    except StartError as error:
+        raise StartError(f"slipstream serve: {error}", error.exit_code) from None
+    with private_run_dir(config.run_dir, config.shm_dir, environ) as run_dir:
+        layout = Layout(
+            config=config,
+            given=[name for name, origin in loaded.origin.items() if origin != "default"],
+            config_file=str(Path(loaded.file).absolute()) if loaded.file else "",
+            model=model.folder,
+            model_name=config.served_model_name or model.name,
+            run_dir=run_dir,
+            environ=environ,
+        )
+        return asyncio.run(_supervise(layout, model, screen, started))
+
+
+def _http_ports(config: ServeConfig) -> list[int]:
+    return [config.port + index for index in range(config.frontend)]
+
+
+async def _supervise(layout: Layout, model: Model, screen: Screen, started: float) -> int:
+    supervisor = Supervisor(plan(layout), screen.child)
+    signalled = asyncio.Event()
+    _on_signals(supervisor, signalled, screen)
+    supervisor.start()
+    failure: Failure | None = None
+    try:
+        failure = await _until_ready(layout, supervisor, signalled, screen, started)
+        if failure is None and not signalled.is_set():
+            await signalled.wait()
+    finally:
+        drain_s = layout.config.drain_timeout_s if supervisor.ready else 0.5
+        if supervisor.ready:
+            screen.phase("stopping: running requests may finish; Ctrl-C again ends them")
+        await supervisor.stop(STOP_ORDER, drain_s)
+        screen.settle()
+    if failure is not None:
+        print(failure, file=sys.stderr, flush=True)  # the last line on the screen
+        return failure.exit_code
+    return 0
+
+
+def _on_signals(supervisor: Supervisor, signalled: asyncio.Event, screen: Screen) -> None:
+    def stop() -> None:
+        if signalled.is_set():
+            supervisor.kill_now()
+        signalled.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop)
+
+
+async def _until_ready(
+    layout: Layout,
+    supervisor: Supervisor,
+    signalled: asyncio.Event,
+    screen: Screen,
+    started: float,
+) -> Failure | None:
+    """None once READY is on the screen, or if a signal came first."""
+    config = layout.config
+    services = [child.spec for child in supervisor.children if child.spec.role != REDIS]
+    expected = [spec.node_id for spec in services if spec.role != "scheduler"]
+    last_phase = ""
+
+    def phase(text: str) -> None:
+        nonlocal last_phase
+        last_phase = text
+        screen.phase(text)
+
+    polling = asyncio.create_task(until_ready(config.host, _http_ports(config), expected, phase))
+    signal_task = asyncio.create_task(signalled.wait())
+    first: set[asyncio.Future[Any]] = {polling, signal_task, supervisor.failed}
+    await asyncio.wait(first, timeout=config.ready_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    signal_task.cancel()
+    if polling.done():
+        supervisor.ready = True
+        screen.block(_block(layout, supervisor, polling.result(), time.monotonic() - started))
+        return None
+    polling.cancel()
+    if supervisor.failed.done():
+        return supervisor.failed.result()
+    if signalled.is_set():
+        return None
+    return Failure(
+        f"slipstream serve: not ready after {config.ready_timeout_s:g} s: {last_phase}", NOT_READY
+    )
+
+
+def _block(layout: Layout, supervisor: Supervisor, readyz: Readyz, seconds: float) -> list[str]:
+    config = layout.config
+    redis = "none"
+    if layout.private_redis:
+        redis = (
+            f"{redis_binary('redis-cli', layout.environ) or 'redis-cli'} -s {layout.redis_socket}"
+        )
+    elif config.kvindex:
+        redis = "as given by --redis-url"
+    return ready_block(
+        readyz,
+        url=f"http://{reachable(config.host)}:{config.port}",
+        model=layout.model_name,
+        folder=str(layout.model),
+        pids={"serve": os.getpid(), **supervisor.pids()},
+        transports=config.transports,
+        redis=redis,
+        seconds=seconds,
+    )
