@@ -1,7 +1,7 @@
 """The compiled CPU kernels: built once by the system's C++ compiler, loaded through ctypes.
 
-A plain C interface keeps torch's headers out of it, so that building takes two seconds and one build
-serves every torch version. Without a compiler the reference serves, and says so loudly.
+A plain C interface keeps torch's headers out of it, so that building takes two seconds and one
+build serves every torch version. Without a compiler the reference serves, and says so loudly.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rms_norm": (_P, _P, _P, _P, _I, _I, _I, _I, _F, _N),
     "silu_and_mul": (_P, _P, _I, _I, _N),
     "rotary": (_P, _P, _P, _I, _I, _I, _I, _N),
-    "write_kv": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
+    "write_kv": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I),
     "paged_attention": (_P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I, _I, _F, _N),
 }
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -45,7 +45,7 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def kernels() -> "CpuKernels | None":
-    """The compiled kernels, or None: switched off by `SLIPSTREAM_CPU_KERNELS=0`, or not buildable."""
+    """The compiled kernels; None if `SLIPSTREAM_CPU_KERNELS=0`, or if they cannot be built."""
     if os.environ.get("SLIPSTREAM_CPU_KERNELS") == "0":
         return None
     try:
@@ -61,7 +61,10 @@ def default_cache_dir() -> Path:
 
 
 def load(cache_dir: Path) -> ctypes.CDLL:
-    """Builds the kernels, unless this build is in `cache_dir` already, and loads them. BuildError."""
+    """Builds the kernels, unless `cache_dir` has this build already, and loads them.
+
+    BuildError: no compiler, or it failed, or the folder cannot be written.
+    """
     openmp = _torch_openmp()
     try:
         path = _build(cache_dir, link_openmp=openmp is None)
@@ -133,8 +136,11 @@ def _one_line(message: object) -> str:
 
 
 class CpuKernels:
-    """The operations of `ops` on the compiled library. What it does not cover goes to the reference:
-    rows that are no multiple of 16 elements, blocks that do not have 16 tokens."""
+    """The operations of `ops` on the compiled library.
+
+    What it does not cover goes to the reference: rows that are no multiple of 16 elements, blocks
+    that do not have 16 tokens.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {
@@ -195,12 +201,10 @@ class CpuKernels:
             torch.get_num_threads(),
         )
 
-    def write_kv(
-        self, key: Tensor, value: Tensor, pool: Tensor, layer: int, slots: Tensor
-    ) -> None:
+    def write_kv(self, key: Tensor, value: Tensor, pool: Tensor, layer: int, slots: Tensor) -> None:
         function = self._functions.get(("write_kv", key.dtype))
-        equal = key.stride() == value.stride() and _packed(key) and _packed(value)
-        if function is None or not equal or not _readable(pool, key):
+        packed = _packed(key) and _packed(value) and key.dtype == value.dtype
+        if function is None or not packed or not _readable(pool, key):
             return reference.write_kv(key, value, pool, layer, slots)
         tokens, heads, dim = key.shape
         assert heads == pool.shape[3] and slots.dtype == torch.int64 and slots.is_contiguous()
@@ -211,6 +215,7 @@ class CpuKernels:
             slots.data_ptr(),
             tokens,
             key.stride(0),
+            value.stride(0),
             heads,
             dim,
             pool.stride(0),

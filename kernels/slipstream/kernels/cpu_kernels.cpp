@@ -77,16 +77,17 @@ void rotary(T* x, const float* cosine, const float* sine, int64_t tokens, int64_
 
 template <typename T>
 void write_kv(const T* key, const T* value, T* pool, const int64_t* slots, int64_t tokens,
-              int64_t stride, int64_t heads, int64_t dim, int64_t block_stride,
-              int64_t layer_offset) {
+              int64_t key_stride, int64_t value_stride, int64_t heads, int64_t dim,
+              int64_t block_stride, int64_t layer_offset) {
   const int64_t head_stride = kBlockTokens * dim;
   for (int64_t token = 0; token < tokens; token++) {
     const int64_t slot = slots[token];
     T* target = pool + (slot / kBlockTokens) * block_stride + layer_offset +
                 (slot % kBlockTokens) * dim;
     for (int64_t head = 0; head < heads; head++) {
-      std::memcpy(target + head * head_stride, key + token * stride + head * dim, dim * sizeof(T));
-      std::memcpy(target + (heads + head) * head_stride, value + token * stride + head * dim,
+      std::memcpy(target + head * head_stride, key + token * key_stride + head * dim,
+                  dim * sizeof(T));
+      std::memcpy(target + (heads + head) * head_stride, value + token * value_stride + head * dim,
                   dim * sizeof(T));
     }
   }
@@ -294,9 +295,11 @@ void paged_attention(const Attention<T>& a, int threads) {
     rotary(x, cosine, sine, tokens, heads, dim, stride, threads);                                  \
   }                                                                                                \
   extern "C" void write_kv_##NAME(const T* key, const T* value, T* pool, const int64_t* slots,     \
-                                  int64_t tokens, int64_t stride, int64_t heads, int64_t dim,      \
-                                  int64_t block_stride, int64_t layer_offset) {                    \
-    write_kv(key, value, pool, slots, tokens, stride, heads, dim, block_stride, layer_offset);     \
+                                  int64_t tokens, int64_t key_stride, int64_t value_stride,        \
+                                  int64_t heads, int64_t dim, int64_t block_stride,                \
+                                  int64_t layer_offset) {                                          \
+    write_kv(key, value, pool, slots, tokens, key_stride, value_stride, heads, dim, block_stride,  \
+             layer_offset);                                                                        \
   }                                                                                                \
   extern "C" void paged_attention_##NAME(                                                          \
       const T* query, T* out, const T* pool, const int32_t* block_tables,                          \

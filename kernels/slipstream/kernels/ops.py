@@ -1,9 +1,9 @@
 """The operations that model code is made of, apart from matrix products.
 
-`OPS` names them all. Each has a reference in plain torch, which specifies it; on a CPU a compiled kernel
-takes over where there is one (see `cpu`). Tensors are float32 or bfloat16 throughout; sums are float32.
-The token dimension may be strided, everything behind it is contiguous: the packed output of the
-query-key-value projection is used in place.
+`OPS` names them all. Each has a reference in plain torch, which specifies it; on a CPU a compiled
+kernel takes over where there is one (see `cpu`). Tensors are float32 or bfloat16 throughout; sums
+are float32. The token dimension may be strided, everything behind it is contiguous: the packed
+output of the query-key-value projection is used in place.
 """
 
 from collections.abc import Callable
@@ -75,8 +75,8 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> None:
 def write_kv(key: Tensor, value: Tensor, pool: Tensor, layer: int, slots: Tensor) -> None:
     """Puts keys and values of new tokens into their slots of the pool.
 
-    key, value: `[tokens, kv_heads, head_dim]` with equal strides; pool: `[blocks, layers, 2, kv_heads,
-    block_tokens, head_dim]`, same dtype; slots: int64 `[tokens]`, block id * block_tokens + offset.
+    key, value: `[tokens, kv_heads, head_dim]`; pool: `[blocks, layers, 2, kv_heads, block_tokens,
+    head_dim]`, same dtype; slots: int64 `[tokens]`, block id * block_tokens + offset.
     """
     _kernels(key).write_kv(key, value, pool, layer, slots)
 
@@ -92,14 +92,14 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of a mixed batch over KV blocks, read where they lie.
 
-    query: `[tokens, heads, head_dim]`, the rows of the batch one after another; pool: as in `write_kv`,
-    already holding the keys and values of these tokens; block_tables: int32 `[rows, blocks]`;
-    query_starts: int32 `[rows + 1]`; context_lengths: int32 `[rows]`, with the new tokens. A row's
+    query: `[tokens, heads, head_dim]`, the rows of the batch one after another; pool: as in
+    `write_kv`, with the keys and values of these tokens in it; block_tables: int32
+    `[rows, blocks]`; query_starts: int32 `[rows + 1]`; context_lengths: int32 `[rows]`, with the new tokens. A row's
     queries are the last ones of its context. Query head h reads KV head h // (heads / kv_heads).
-    Returns `[tokens, heads, head_dim]`. A query's result depends on nothing but itself and the keys and
-    values before it: not on chunking, nor on other rows (the compiled kernel; the reference up to
-    rounding). Slots beyond a context may hold anything, NaN too.
-    Source: Kwon et al., "PagedAttention", 2023; online softmax as in FlashAttention (Dao et al., 2022).
+    Returns `[tokens, heads, head_dim]`. A query's result depends on nothing but itself and the keys
+    and values before it, not on chunking, nor on other rows (the compiled kernel bit by bit, the
+    reference up to rounding). Slots beyond a context may hold anything, NaN too.
+    Source: Kwon et al., "PagedAttention", 2023; online softmax: Dao et al., "FlashAttention", 2022.
     """
     return _kernels(query).paged_attention(
         query, pool, layer, block_tables, query_starts, context_lengths, scale

@@ -1,7 +1,7 @@
 """Every operation in plain torch, written to be read.
 
-The specification, the oracle of the tests, and the fall-back where no faster kernel exists. Shapes and
-layouts are described in `ops`.
+The specification, the oracle of the tests, and the fall-back where no faster kernel exists. Shapes
+and layouts are described in `ops`.
 """
 
 import torch

@@ -1,0 +1,71 @@
+"""A batch plan as tensors: everything that a forward pass is told about its step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.core.machine import Row
+from slipstream.types import BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Rows one after another; T tokens, R rows, S of them sample."""
+
+    tokens: Tensor
+    """int64 [T]"""
+    positions: Tensor
+    """int64 [T], from 0 at the beginning of each request"""
+    slots: Tensor
+    """int64 [T]: where each token's key and value go, block id * BLOCK_TOKENS + offset"""
+    block_tables: Tensor
+    """int32 [R, longest table], padded with 0"""
+    query_starts: Tensor
+    """int32 [R + 1]: a row's tokens are query_starts[r] .. query_starts[r + 1]"""
+    context_lengths: Tensor
+    """int32 [R]: tokens of the request after this step"""
+    sample_indices: Tensor
+    """int64 [S]: last token of each row that samples"""
+
+
+def build_batch(
+    rows: Sequence[Row], inputs: Sequence[Sequence[int]], device: torch.device
+) -> ForwardBatch:
+    """`inputs[r]` are the row's input tokens, the latest sample included.
+
+    Raises ValueError if a block table does not reach to the row's last token.
+    """
+    counts = np.fromiter(map(len, inputs), np.int64, len(rows))
+    starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
+    query_starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(counts, out=query_starts[1:])
+    lengths = starts + counts
+    blocks_needed = -(-lengths // BLOCK_TOKENS)
+    tables = np.zeros((len(rows), int(blocks_needed.max())), np.int64)
+    for index, row in enumerate(rows):
+        needed = int(blocks_needed[index])
+        if len(row.block_ids) < needed:
+            raise ValueError(
+                f"{row.request_id}: {len(row.block_ids)} blocks do not hold {lengths[index]} tokens"
+            )
+        tables[index, :needed] = row.block_ids[:needed]
+    row_of_token = np.repeat(np.arange(len(rows)), counts)
+    positions = np.arange(query_starts[-1]) + (starts - query_starts[:-1])[row_of_token]
+    block_ids = tables[row_of_token, positions // BLOCK_TOKENS]
+    sampling = np.fromiter((row.sample for row in rows), np.bool_, len(rows))
+
+    def tensor(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device)
+
+    return ForwardBatch(
+        tokens=tensor(np.concatenate([np.asarray(x, np.int64) for x in inputs]), np.int64),
+        positions=tensor(positions, np.int64),
+        slots=tensor(block_ids * BLOCK_TOKENS + positions % BLOCK_TOKENS, np.int64),
+        block_tables=tensor(tables, np.int32),
+        query_starts=tensor(query_starts, np.int32),
+        context_lengths=tensor(lengths, np.int32),
+        sample_indices=tensor(query_starts[1:][sampling] - 1, np.int64),
+    )

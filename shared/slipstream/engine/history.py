@@ -1,0 +1,50 @@
+"""What the device remembers of a request: its tokens, and what sampling asks about them."""
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+from slipstream.core.machine import Admission
+from slipstream.types import SamplingParams
+
+Ids = npt.NDArray[np.int64]
+
+
+class History:
+    """Prompt and output tokens of one attempt, grown by one at every sample."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.request_id = admission.request_id
+        self.sampling: SamplingParams = admission.sampling
+        self.num_prompt = admission.num_prompt
+        self.tokens: list[int] = list(admission.tokens)
+        self._prompt_ids: Ids | None = None
+        self._output_counts = Counter(self.tokens[self.num_prompt :])
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self._output_counts[token] += 1
+
+    def truncate(self, num_output: int) -> None:
+        """Forgets outputs from position `num_output` on: they are to be sampled again."""
+        for token in self.tokens[self.num_prompt + num_output :]:
+            self._output_counts[token] -= 1
+        self._output_counts += Counter()  # drops the zeros
+        del self.tokens[self.num_prompt + num_output :]
+
+    def output_counts(self) -> tuple[Ids, Ids]:
+        """Distinct output tokens, and how often each occurred."""
+        size = len(self._output_counts)
+        ids = np.fromiter(self._output_counts.keys(), np.int64, size)
+        return ids, np.fromiter(self._output_counts.values(), np.int64, size)
+
+    def seen_ids(self) -> Ids:
+        """Distinct tokens of prompt and output."""
+        if self._prompt_ids is None:
+            self._prompt_ids = np.unique(np.asarray(self.tokens[: self.num_prompt], np.int64))
+        return np.union1d(self._prompt_ids, self.output_counts()[0])

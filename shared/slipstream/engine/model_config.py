@@ -1,0 +1,262 @@
+"""What a model folder says about its model. Needs no torch: supervisors read it too.
+
+Every reason why a model cannot be served is a `ModelError` of one line.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from slipstream.engine.families import FAMILIES, RawConfig
+from slipstream.kv.layout import KvDtype, KvLayout
+
+_EDGE_BYTES = 65_536
+_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
+# Keys that only architectures have which the decoder does not implement.
+_FOREIGN_FEATURES = {
+    "kv_lora_rank": "multi-head latent attention",
+    "num_experts": "mixture of experts",
+    "num_local_experts": "mixture of experts",
+    "n_routed_experts": "mixture of experts",
+    "attn_logit_softcapping": "attention soft-capping",
+    "no_rope_layers": "layers without rotary embedding",
+}
+
+
+class ModelError(Exception):
+    """This model cannot be served. One line: which file, what is wrong."""
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding; the fields mean what they mean in Transformers' `rope_parameters`."""
+
+    rope_type: str
+    theta: float
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_epsilon: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: RopeConfig
+    eos_token_ids: frozenset[int]
+    fingerprint: str
+    """SHA-256 over config.json and name, size and both ends of every weight file."""
+
+    def kv_layout(self, dtype: KvDtype) -> KvLayout:
+        return KvLayout(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
+
+    @classmethod
+    def read(cls, model_path: str | Path) -> "ModelConfig":
+        """Reads a Hugging Face folder: config.json, generation_config.json, ends of weight files.
+
+        ModelError: no such folder or file, malformed config, an architecture or feature that the
+        decoder does not have, no safetensors weights.
+        """
+        folder = Path(model_path)
+        file = folder / "config.json"
+        settings = _read_json(file)
+        architecture = _architecture(settings, file)
+        family = FAMILIES[architecture]
+        try:
+            raw = msgspec.convert({**family.defaults, **settings}, RawConfig)
+        except msgspec.ValidationError as error:
+            raise ModelError(f"{file}: {error}") from error
+        _refuse_features(raw, settings, file)
+        if family.window(raw):
+            raise ModelError(f"{file}: sliding window attention is not supported")
+        heads = raw.num_attention_heads
+        kv_heads = raw.num_key_value_heads if raw.num_key_value_heads is not None else heads
+        _check_sizes(raw, kv_heads, file)
+        parts = family.parts(raw)
+        return cls(
+            architecture=architecture,
+            vocab_size=raw.vocab_size,
+            hidden_size=raw.hidden_size,
+            intermediate_size=raw.intermediate_size,
+            num_layers=raw.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=raw.head_dim or raw.hidden_size // heads,
+            max_position_embeddings=raw.max_position_embeddings,
+            rms_norm_epsilon=raw.rms_norm_eps,
+            tied_embeddings=raw.tie_word_embeddings,
+            rope=_rope(raw, file),
+            eos_token_ids=_eos_token_ids(raw, folder),
+            fingerprint=_fingerprint(file, weight_files(folder)),
+            **parts._asdict(),
+        )
+
+
+class _WeightIndex(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class _GenerationConfig(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, sorted by name. ModelError if there are none or a shard is missing."""
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.is_file():
+        try:
+            weight_map = msgspec.json.decode(index_file.read_bytes(), type=_WeightIndex).weight_map
+        except msgspec.MsgspecError as error:
+            raise ModelError(f"{index_file}: {error}") from error
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index_file}: shard {name!r} lies outside of the folder")
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder / name}: shard is missing")
+        return tuple(folder / name for name in names)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return (single,)
+    raise ModelError(f"{folder}: no weights, neither {single.name} nor {index_file.name}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        raise ModelError(f"{file}: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: {error}") from error
+
+
+def _architecture(settings: dict[str, Any], file: Path) -> str:
+    named = settings.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        raise ModelError(f"{file}: `architectures` must name one architecture")
+    if named[0] not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ModelError(f"{file}: architecture {named[0]} is not supported (only {known})")
+    return named[0]
+
+
+def _refuse_features(raw: RawConfig, settings: dict[str, Any], file: Path) -> None:
+    for key, feature in _FOREIGN_FEATURES.items():
+        if settings.get(key):
+            raise ModelError(f"{file}: {feature} ({key}) is not supported")
+    if raw.hidden_act not in ("silu", "swish"):
+        raise ModelError(f"{file}: activation {raw.hidden_act} is not supported (only silu)")
+    if raw.quantization_config is not None:
+        method = raw.quantization_config.get("quant_method", "unknown method")
+        raise ModelError(f"{file}: quantized weights ({method}) are not supported")
+
+
+def _check_sizes(raw: RawConfig, kv_heads: int, file: Path) -> None:
+    sizes = {
+        "vocab_size": raw.vocab_size,
+        "hidden_size": raw.hidden_size,
+        "intermediate_size": raw.intermediate_size,
+        "num_hidden_layers": raw.num_hidden_layers,
+        "num_attention_heads": raw.num_attention_heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": raw.max_position_embeddings,
+        "head_dim": raw.head_dim if raw.head_dim is not None else 1,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ModelError(f"{file}: {name} is {size}")
+    if raw.num_attention_heads % kv_heads:
+        raise ModelError(
+            f"{file}: {raw.num_attention_heads} heads are no multiple of {kv_heads} KV heads"
+        )
+    if raw.head_dim is None and raw.hidden_size % raw.num_attention_heads:
+        raise ModelError(f"{file}: hidden_size is no multiple of num_attention_heads")
+    if (raw.head_dim or raw.hidden_size // raw.num_attention_heads) % 2:
+        raise ModelError(f"{file}: rotary embedding needs an even head_dim")
+
+
+def _rope(raw: RawConfig, file: Path) -> RopeConfig:
+    """`rope_parameters` (Transformers 5), else `rope_scaling` with `rope_theta` (before)."""
+    given = raw.rope_scaling or raw.rope_parameters or {}
+    settings = {key: value for key, value in given.items() if value is not None}
+    if any(isinstance(value, dict) for value in settings.values()):
+        raise ModelError(f"{file}: rotary embedding by layer type is not supported")
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    needed = _ROPE_NEEDS.get(rope_type) if isinstance(rope_type, str) else None
+    if needed is None:
+        raise ModelError(f"{file}: rotary embedding {rope_type!r} is not supported")
+    if missing := [key for key in needed if key not in settings]:
+        raise ModelError(f"{file}: rotary embedding {rope_type} lacks {', '.join(missing)}")
+    if settings.get("partial_rotary_factor", raw.partial_rotary_factor) != 1.0:
+        raise ModelError(f"{file}: partial rotary embedding is not supported")
+    theta = settings.get("rope_theta", raw.rope_theta)
+    original = raw.original_max_position_embeddings or settings.get(
+        "original_max_position_embeddings", raw.max_position_embeddings
+    )
+    try:
+        if rope_type == "yarn":
+            settings.setdefault("factor", raw.max_position_embeddings / original)
+        return msgspec.convert(
+            {
+                **settings,
+                "rope_type": rope_type,
+                "theta": 10_000.0 if theta is None else theta,
+                "original_max_position_embeddings": original,
+            },
+            RopeConfig,
+        )
+    except (msgspec.ValidationError, TypeError, ZeroDivisionError) as error:
+        raise ModelError(f"{file}: rotary embedding: {error}") from error
+
+
+def _eos_token_ids(raw: RawConfig, folder: Path) -> frozenset[int]:
+    """Those of generation_config.json where it has any, as `generate` does; else config.json's."""
+    ids = raw.eos_token_id
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            generation = msgspec.json.decode(file.read_bytes(), type=_GenerationConfig)
+        except msgspec.MsgspecError as error:
+            raise ModelError(f"{file}: {error}") from error
+        ids = generation.eos_token_id if generation.eos_token_id is not None else ids
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _fingerprint(config_file: Path, paths: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256(config_file.read_bytes())
+    for path in paths:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            digest.update(f"\0{path.name}\0{size}\0".encode())
+            file.seek(0)
+            digest.update(file.read(_EDGE_BYTES))
+            file.seek(max(0, size - _EDGE_BYTES))
+            digest.update(file.read(_EDGE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""Logits to tokens: a pure function of a row's logits, its history, and (seed, choice, position).
+
+Nothing depends on the batch that a row happens to be in, and no random state is kept, so that any
+worker draws the same token at position n. The order of steps and the meaning of the penalties
+follow vLLM: logprobs of the raw logits; then min_tokens and penalties; then temperature, min-p,
+top-k, top-p.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.engine.history import History
+from slipstream.types import SamplingParams, TokenLogprobs
+
+_FIRST_HEAD = 64
+_HEAD_GROWTH = 16
+
+
+class RowError(Exception):
+    """One row cannot be sampled; the others of its batch can."""
+
+
+class Sample(NamedTuple):
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """The random number in [0, 1) of one draw, the same on every machine: 53 bits of BLAKE2b."""
+    key = struct.pack("<qqq", seed, choice, position)
+    digest = hashlib.blake2b(key, digest_size=8, person=b"slipstream-draw").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample(
+    logits: Tensor, histories: Sequence[History], eos_token_ids: frozenset[int]
+) -> list[Sample | RowError]:
+    """One token for each row of `logits`, float32 `[rows, vocab]`, which is overwritten.
+
+    `histories[r]` is the request of row r; its next output position keys the draw. A row whose
+    largest logit is not a finite number gets a `RowError` that names the request.
+    """
+    raw = _raw_logprobs(logits, histories)
+    for row, history in enumerate(histories):
+        _penalize(logits[row], history, eos_token_ids)
+    tokens = logits.argmax(-1)
+    # A NaN or an infinity anywhere in a row is its maximum: argmax finds them.
+    tops = logits.gather(1, tokens[:, None])[:, 0].tolist()
+    chosen: list[int] = tokens.tolist()
+    finite = [math.isfinite(top) for top in tops]
+    random = [r for r, h in enumerate(histories) if finite[r] and not h.sampling.greedy]
+    if random:
+        drawn = _draw(logits[random], [histories[r] for r in random])
+        for row, token in zip(random, drawn, strict=True):
+            chosen[row] = token
+    results: list[Sample | RowError] = []
+    for row, history in enumerate(histories):
+        if not finite[row]:
+            results.append(RowError(f"{history.request_id}: largest logit is {tops[row]}"))
+            continue
+        logprobs = None
+        if row in raw:
+            logprobs = _report(raw[row], chosen[row], history.sampling.logprobs or 0)
+        results.append(Sample(chosen[row], logprobs))
+    return results
+
+
+# --- Before the draw: log probabilities, min_tokens, penalties ------------------------------------
+
+
+def _raw_logprobs(logits: Tensor, histories: Sequence[History]) -> dict[int, Tensor]:
+    wanted = [r for r, history in enumerate(histories) if history.sampling.logprobs is not None]
+    return {row: torch.log_softmax(logits[row], -1) for row in wanted}
+
+
+def _report(logprobs: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    top = logprobs.topk(min(num_top, logprobs.shape[0]))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return TokenLogprobs(token, float(logprobs[token]), tuple(pairs))
+
+
+def _penalize(logits: Tensor, history: History, eos_token_ids: frozenset[int]) -> None:
+    """Changes one row in place. Repetition counts prompt and output, the other two output alone."""
+    sampling = history.sampling
+    if history.num_output < sampling.min_tokens:
+        stops = set(sampling.stop_token_ids)
+        stops |= frozenset() if sampling.ignore_eos else eos_token_ids
+        if known := [token for token in stops if 0 <= token < logits.shape[0]]:
+            logits[known] = -math.inf
+    if sampling.repetition_penalty != 1.0:
+        seen = _on_device(history.seen_ids(), logits)
+        values, penalty = logits[seen], sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
+        ids, counts = (_on_device(array, logits) for array in history.output_counts())
+        logits[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+
+
+def _on_device(ids: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(ids).to(like.device)
+
+
+# --- The draw -------------------------------------------------------------------------------------
+
+
+def _draw(logits: Tensor, histories: Sequence[History]) -> list[int]:
+    """Inverse of the cumulative distribution over the vocabulary in order of token id.
+
+    Not in order of probability: two workers whose logits differ by rounding would order near-equal
+    tokens differently and draw different ones, while sums in order of id move by rounding only.
+    """
+    params = [history.sampling for history in histories]
+    temperature = _column([p.temperature for p in params], logits)
+    # The maximum goes first, so that no temperature, however small, overflows.
+    shifted = logits - logits.amax(-1, keepdim=True)
+    probabilities = torch.softmax(shifted / temperature, -1)
+    cutoffs = [_cutoff(probabilities[row], p) for row, p in enumerate(params)]
+    if any(cutoff > 0.0 for cutoff in cutoffs):
+        probabilities[probabilities < _column(cutoffs, logits)] = 0.0
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    uniforms = [uniform(h.sampling.seed, h.sampling.choice, h.num_output) for h in histories]
+    total = cumulative[:, -1:]
+    targets = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    found = torch.searchsorted(cumulative, torch.minimum(targets, below_total), right=True)
+    tokens: list[int] = found[:, 0].tolist()
+    return tokens
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _cutoff(probabilities: Tensor, params: SamplingParams) -> float:
+    """The least probability that passes min-p, top-k and top-p, in this order; ties pass together.
+
+    top-p is a share of what min-p and top-k have left. Looks at the head of the sorted distribution
+    only, as far as it must: a full sort of a vocabulary takes milliseconds.
+    """
+    vocab_size = probabilities.shape[0]
+    top_k = min(params.top_k, vocab_size)
+    if not top_k and params.top_p >= 1.0 and params.min_p == 0.0:
+        return 0.0
+    size = max(top_k, _FIRST_HEAD)
+    while True:
+        size = min(size, vocab_size)
+        head = probabilities.topk(size).values.cpu().numpy()
+        cutoff = np.float32(params.min_p) * head[0]
+        if top_k:
+            cutoff = max(cutoff, head[top_k - 1])
+        if params.top_p >= 1.0:
+            return float(cutoff)
+        kept = head[head >= cutoff].astype(np.float64)
+        complete = size == vocab_size or head[-1] < cutoff
+        total = kept.sum() if complete else _sum_from(probabilities, float(cutoff))
+        last = int(np.searchsorted(kept.cumsum(), params.top_p * total))
+        if last < kept.shape[0]:
+            return float(kept[last])
+        if complete:
+            return float(cutoff)
+        size *= _HEAD_GROWTH
+
+
+def _sum_from(probabilities: Tensor, cutoff: float) -> float:
+    kept = torch.where(probabilities >= cutoff, probabilities, 0.0)
+    return float(kept.sum(dtype=torch.float64))
