@@ -94,8 +94,9 @@ def paged_attention(
 
     query: `[tokens, heads, head_dim]`, the rows of the batch one after another; pool: as in
     `write_kv`, with the keys and values of these tokens in it; block_tables: int32
-    `[rows, blocks]`; query_starts: int32 `[rows + 1]`; context_lengths: int32 `[rows]`, with the new tokens. A row's
-    queries are the last ones of its context. Query head h reads KV head h // (heads / kv_heads).
+    `[rows, blocks]`; query_starts: int32 `[rows + 1]`; context_lengths: int32 `[rows]`, with the
+    new tokens. A row's queries are the last ones of its context. Query head h reads KV head
+    h // (heads / kv_heads).
     Returns `[tokens, heads, head_dim]`. A query's result depends on nothing but itself and the keys
     and values before it, not on chunking, nor on other rows (the compiled kernel bit by bit, the
     reference up to rounding). Slots beyond a context may hold anything, NaN too.

@@ -23,11 +23,10 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].float(), x[..., half:].float()
+    first, second = x.float().chunk(2, dim=-1)
     cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
-    x[..., :half] = first * cosine - second * sine
-    x[..., half:] = second * cosine + first * sine
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    x.copy_(torch.cat(rotated, dim=-1))
 
 
 def write_kv(key: Tensor, value: Tensor, pool: Tensor, layer: int, slots: Tensor) -> None:
