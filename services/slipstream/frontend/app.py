@@ -1,0 +1,206 @@
+"""The HTTP application: routes, one error shape on every path, and how it is run."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as distribution_version
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from slipstream.errors import ErrorCode
+from slipstream.frontend import chat_api, completion_api, info_api
+from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
+from slipstream.frontend.gateway import Gateway
+from slipstream.frontend.problems import ApiError, api_error, error_response
+from slipstream.frontend.sse import StreamKeeper
+from slipstream.frontend.validate import Limits, shown, too_large
+
+_log = logging.getLogger("slipstream.frontend")
+
+
+class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
+    limits: Limits = Limits()
+    default_sampling: dict[str, float] = {}
+    """From the model's generation_config.json; used where the client says nothing."""
+    keep_alive_s: float = 10.0
+    """Silence in a stream before an SSE comment is sent."""
+    write_stall_s: float = 30.0
+    """How long a reader may stand still before it is cut off."""
+    system_fingerprint: str = "slipstream"
+
+
+def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
+    app = web.Application(
+        middlewares=[_in_our_shape], client_max_size=settings.limits.max_body_bytes
+    )
+    app[CONTEXT] = Context(
+        gateway=gateway,
+        limits=settings.limits,
+        default_sampling=settings.default_sampling,
+        keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s),
+        system_fingerprint=settings.system_fingerprint,
+        started_unix_s=int(time.time()),
+        version=_version(),
+    )
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat_api.chat_completions),
+            web.post("/v1/completions", completion_api.completions),
+            web.get("/v1/models", info_api.models),
+            web.get("/v1/models/{model:.+}", info_api.model),
+            web.post("/tokenize", info_api.tokenize),
+            web.post("/detokenize", info_api.detokenize),
+            web.get("/health", info_api.ready),
+            web.get("/livez", info_api.live),
+            web.get("/readyz", info_api.ready),
+            web.get("/metrics", info_api.metrics),
+            web.get("/version", info_api.version),
+            web.get("/", info_api.index),
+        ]
+    )
+    app.cleanup_ctx.append(_keeping_streams)
+    app.on_response_prepare.append(_sign)
+    return app
+
+
+def _version() -> str:
+    try:
+        return distribution_version("slipstream")
+    except PackageNotFoundError:  # run from the sources
+        return "0"
+
+
+async def _keeping_streams(app: web.Application) -> AsyncIterator[None]:
+    keeping = asyncio.create_task(app[CONTEXT].keeper.run())
+    yield
+    keeping.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await keeping
+
+
+# --- Every request --------------------------------------------------------------------------------
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@web.middleware
+async def _in_our_shape(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    given = request.headers.get("X-Request-Id", "")
+    named = _ID.fullmatch(given) is not None
+    request[REQUEST_ID] = given if named else uuid.uuid4().hex
+    request[NAMED_BY_CLIENT] = named
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return error_response(error)
+    except web.HTTPException as error:
+        return error_response(_known(request, error))
+    except ConnectionError:
+        raise  # the client is gone; aiohttp ends the connection quietly
+    except Exception:  # noqa: BLE001 (a bug must neither end the connection nor show its insides)
+        _log.exception(
+            "%s %s failed, request %s", request.method, request.path, request[REQUEST_ID]
+        )
+        return error_response(_internal(request[REQUEST_ID]))
+
+
+def _known(request: web.Request, error: web.HTTPException) -> ApiError:
+    match error:
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            problem = api_error(
+                ErrorCode.METHOD_NOT_ALLOWED,
+                f"{shown(request.path)} does not take {shown(request.method)}; use {allowed}.",
+            )
+            return ApiError(problem.problem, {"Allow": allowed})
+        case web.HTTPNotFound():
+            return api_error(
+                ErrorCode.UNKNOWN_URL, f"Invalid URL ({request.method} {shown(request.path)})."
+            )
+        case web.HTTPRequestEntityTooLarge():
+            return too_large(request.app[CONTEXT].limits.max_body_bytes)
+    return api_error(ErrorCode.INVALID_VALUE, f"The HTTP request is not valid: {error.reason}.")
+
+
+def _internal(request_id: str) -> ApiError:
+    message = f"Something broke on our side. The server's log has it under request {request_id}."
+    return api_error(ErrorCode.INTERNAL, message)
+
+
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = request[REQUEST_ID]
+    response.headers["Server"] = "slipstream"
+
+
+# --- How it is run --------------------------------------------------------------------------------
+
+
+class _Protocol(RequestHandler):
+    """One connection. What is not even HTTP gets our error shape too."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun; nothing else can be said in it")
+        request_id = uuid.uuid4().hex
+        if status >= 500:
+            _log.error("request %s failed", request_id, exc_info=exc)
+            response = error_response(_internal(request_id))
+        else:
+            reason = (str(message or exc or "").splitlines() or [""])[0]
+            error = api_error(
+                ErrorCode.INVALID_VALUE, f"The HTTP request is not valid: {shown(reason)}."
+            )
+            response = error_response(error)
+        response.headers["x-request-id"] = request_id
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+
+class _Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=True,
+            **_CONNECTION,
+        )
+
+
+_CONNECTION: dict[str, Any] = {
+    "access_log": None,
+    # A compressed body is refused by its header; the default would unpack it first.
+    "auto_decompress": False,
+    "keepalive_timeout": 75.0,
+    "lingering_time": 2.0,
+}
+
+
+def make_runner(app: web.Application, shutdown_timeout_s: float = 5.0) -> web.AppRunner:
+    """Runs `app` so that a client's leaving cancels its handler, which closes its streams."""
+    return _Runner(
+        app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s, **_CONNECTION
+    )

@@ -1,0 +1,28 @@
+"""What every handler is given: the gateway, the limits, and what is made once at the start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from slipstream.frontend.gateway import Gateway
+from slipstream.frontend.sse import StreamKeeper
+from slipstream.frontend.validate import Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    gateway: Gateway
+    limits: Limits
+    default_sampling: Mapping[str, float]
+    keeper: StreamKeeper
+    system_fingerprint: str
+    started_unix_s: int
+    version: str
+
+
+CONTEXT = web.AppKey("context", Context)
+
+REQUEST_ID = "slipstream.request_id"
+NAMED_BY_CLIENT = "slipstream.named_by_client"
+"""Keys of a request: its id, and whether the client chose it."""

@@ -1,0 +1,56 @@
+"""What the HTTP handlers need from the process around them."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from slipstream.core.machine import DeliverCodec
+from slipstream.errors import Problem
+from slipstream.messages import NodeInfo, Prompt, TextDelta, Tokenize
+
+
+class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the frontend knows about the cluster at this moment."""
+
+    ready: bool
+    draining: bool = False
+    reason: str = ""
+    """What is missing, in words, while not ready."""
+    model: str = ""
+    """Name of the served model; empty while unknown."""
+    max_model_len: int = 0
+    vocab_size: int = 0
+    nodes: list[NodeInfo] = []
+    retry_after_s: float = 1.0
+    running: int = 0
+    waiting: int = 0
+
+
+StreamItem: TypeAlias = int | TextDelta | Problem
+"""The number of prompt tokens; a piece of the answer; the end without one."""
+
+
+class Stream(AsyncIterator[StreamItem], Protocol):
+    """One submission's answer. A `Problem`, or a delta with a finish reason, is its last item.
+
+    Waiting for the next item may be cancelled without losing it.
+    """
+
+    def close(self) -> None:
+        """The handler is done with it, finished or not. May be said twice."""
+        ...
+
+
+class Gateway(Protocol):
+    def status(self) -> ClusterStatus: ...
+
+    def open(self, submission: Tokenize) -> Stream:
+        """Never refuses: a refusal is the stream's first item."""
+        ...
+
+    async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec: ...
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+        ...

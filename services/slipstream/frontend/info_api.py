@@ -1,0 +1,166 @@
+"""Everything that generates nothing: models, tokens, health, metrics."""
+
+import math
+
+import msgspec
+from aiohttp import web
+
+from slipstream.core.machine import DeliverCodec
+from slipstream.errors import ErrorCode
+from slipstream.frontend import validate
+from slipstream.frontend.calls import json_response
+from slipstream.frontend.context import CONTEXT, Context
+from slipstream.frontend.gateway import ClusterStatus
+from slipstream.frontend.messages_in import chat_messages, template_args, token_ids
+from slipstream.frontend.openai import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    TokenizeReply,
+    TokenizeRequest,
+)
+from slipstream.frontend.problems import RETRY_AFTER_MAX_S, ApiError, api_error
+from slipstream.messages import ChatPrompt, NodeInfo, Prompt, TextPrompt
+from slipstream.types import unpack_tokens
+
+_tokenize = msgspec.json.Decoder(TokenizeRequest)
+_detokenize = msgspec.json.Decoder(DetokenizeRequest)
+
+
+def _card(context: Context, status: ClusterStatus) -> ModelCard:
+    return ModelCard(
+        id=status.model,
+        created=context.started_unix_s,
+        root=status.model,
+        max_model_len=status.max_model_len,
+    )
+
+
+async def models(request: web.Request) -> web.Response:
+    context = request.app[CONTEXT]
+    status = context.gateway.status()
+    return json_response(ModelList(data=[_card(context, status)] if status.model else []))
+
+
+async def model(request: web.Request) -> web.Response:
+    context = request.app[CONTEXT]
+    status = context.gateway.status()
+    validate.check_model(request.match_info["model"], status)
+    return json_response(_card(context, status))
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    context = request.app[CONTEXT]
+    body = await validate.read_json(request, _tokenize, context.limits.max_body_bytes)
+    status = _asked(context, body.model)
+    coded = await context.gateway.codec(_prompt(body, context), b"")
+    _check(coded)
+    tokens = unpack_tokens(coded.tokens)
+    return json_response(
+        TokenizeReply(
+            count=len(tokens),
+            max_model_len=status.max_model_len,
+            tokens=tokens,
+            token_strs=list(coded.token_texts) if body.return_token_strs else None,
+        )
+    )
+
+
+def _prompt(body: TokenizeRequest, context: Context) -> Prompt:
+    if body.messages is not None and body.prompt is None:
+        generate = body.add_generation_prompt
+        return ChatPrompt(
+            messages=chat_messages(body.messages, context.limits),
+            add_generation_prompt=True if generate is None else generate,
+            template_args=template_args(body.chat_template_kwargs),
+        )
+    if body.prompt is None or body.messages is not None:
+        raise api_error(
+            ErrorCode.MISSING_PARAMETER, "Send either 'prompt' or 'messages'.", "prompt"
+        )
+    special = body.add_special_tokens
+    return TextPrompt(text=body.prompt, add_special_tokens=True if special is None else special)
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    context = request.app[CONTEXT]
+    body = await validate.read_json(request, _detokenize, context.limits.max_body_bytes)
+    status = _asked(context, body.model)
+    if not body.tokens:
+        return json_response(DetokenizeReply(prompt=""))
+    coded = await context.gateway.codec(None, token_ids(body.tokens, "tokens", status))
+    _check(coded)
+    return json_response(DetokenizeReply(prompt=coded.text))
+
+
+def _asked(context: Context, name: str | None) -> ClusterStatus:
+    status = context.gateway.status()
+    validate.check_ready(status)
+    if name is not None:
+        validate.check_model(name, status)
+    return status
+
+
+def _check(coded: DeliverCodec) -> None:
+    if coded.problem is not None:
+        raise ApiError(coded.problem)
+
+
+async def live(request: web.Request) -> web.Response:
+    """The loop turns; nothing more is said."""
+    return json_response({"status": "alive"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """A request can be served now, or 503 with what is missing."""
+    status = request.app[CONTEXT].gateway.status()
+    serving = status.ready and not status.draining
+    word = "draining" if status.draining else "ready" if status.ready else "not_ready"
+    response = json_response(
+        {
+            "status": word,
+            "reason": status.reason,
+            "model": status.model,
+            "max_model_len": status.max_model_len,
+            "nodes": [_node(node) for node in status.nodes],
+        },
+        200 if serving else 503,
+    )
+    if not serving:
+        wait_s = min(max(status.retry_after_s, 1.0), RETRY_AFTER_MAX_S)
+        response.headers["Retry-After"] = str(math.ceil(wait_s))
+    return response
+
+
+def _node(node: NodeInfo) -> dict[str, object]:
+    worker = node.worker
+    return {
+        "node_id": node.node_id,
+        "role": node.role.value,
+        "epoch": node.epoch,
+        "worker": None
+        if worker is None
+        else {
+            "num_blocks": worker.num_blocks,
+            "block_bytes": worker.block_bytes,
+            "transports": worker.transports,
+        },
+    }
+
+
+async def metrics(request: web.Request) -> web.Response:
+    return web.Response(
+        body=request.app[CONTEXT].gateway.metrics(),
+        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+    )
+
+
+async def version(request: web.Request) -> web.Response:
+    return json_response({"version": request.app[CONTEXT].version})
+
+
+async def index(request: web.Request) -> web.Response:
+    paths = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/readyz", "/metrics")
+    context = request.app[CONTEXT]
+    return json_response({"name": "slipstream", "version": context.version, "links": paths})
