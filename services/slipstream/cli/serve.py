@@ -23,6 +23,8 @@ _SERVICES = ("scheduler", "kvindex", "tokenizer", "prefill", "decode")
 STOP_ORDER: Sequence[Sequence[str]] = (("frontend",), _SERVICES, (REDIS,))
 """Frontends first: they finish their streams while everybody else still works."""
 NOT_READY = 1
+SECOND_SIGNAL_S = 1.0
+"""A signal sooner than this after the first is its echo: make passes on what its group got too."""
 
 
 def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
@@ -77,10 +79,15 @@ async def _supervise(layout: Layout, model: Model, screen: Screen, started: floa
 
 
 def _on_signals(supervisor: Supervisor, signalled: asyncio.Event, screen: Screen) -> None:
+    first_s = 0.0
+
     def stop() -> None:
-        if signalled.is_set():
+        nonlocal first_s
+        if not signalled.is_set():
+            first_s = loop.time()
+            signalled.set()
+        elif loop.time() - first_s >= SECOND_SIGNAL_S:
             supervisor.kill_now()
-        signalled.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
