@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ROOTS = ("shared", "kernels", "services", "loadtest")
+ROOTS = tuple(
+    name for name in ("shared", "kernels", "services", "loadtest") if (REPOSITORY / name).is_dir()
+)
 
 
 def source_files() -> Iterator[Path]:

@@ -54,7 +54,7 @@ def test_misspelt_variable_is_pointed_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLIPSTREAM_PROT", "1")
-    assert main(["serve", "/no/such/model"]) == 4
+    assert main(["serve", "/no/such/model", "--port", "59872"]) == 4
     assert "SLIPSTREAM_PROT (did you mean SLIPSTREAM_PORT?); ignored" in capsys.readouterr().err
 
 
@@ -65,6 +65,20 @@ def test_config_show_names_origins_and_hides_secrets(
     shown = capsys.readouterr().out
     assert "redis_url = '…'  # --redis-url" in shown and "hunter2" not in shown
     assert "worker_ttl_s = 3.0  # default" in shown
+
+
+def test_ps_shows_the_service_and_no_secret() -> None:
+    program = (
+        "from slipstream.cli.main import _set_title\n"
+        "_set_title('kvindex', ['--node-id', 'kvindex-0', '--redis-url', 'redis://:hunter2@h'])\n"
+        "_set_title('kvindex', ['--node-id', 'kvindex-0', '--redis-url=redis://:hunter2@h'])\n"
+        "print(open('/proc/self/cmdline').read())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("slipstream kvindex --node-id kvindex-0 --redis-url=…")
+    assert "hunter2" not in result.stdout
 
 
 def test_help_is_quick() -> None:
