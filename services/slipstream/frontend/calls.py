@@ -63,7 +63,7 @@ def new_call(
 
 def _unique(request: web.Request) -> str:
     """A client may say the same X-Request-Id twice at a time; what runs here must not clash."""
-    request_id: str = request[REQUEST_ID]
+    request_id = request[REQUEST_ID]
     return f"{request_id}-{uuid.uuid4().hex[:8]}" if request[NAMED_BY_CLIENT] else request_id
 
 

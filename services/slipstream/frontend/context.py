@@ -23,6 +23,6 @@ class Context:
 
 CONTEXT = web.AppKey("context", Context)
 
-REQUEST_ID = "slipstream.request_id"
-NAMED_BY_CLIENT = "slipstream.named_by_client"
-"""Keys of a request: its id, and whether the client chose it."""
+REQUEST_ID = web.RequestKey("request_id", str)
+NAMED_BY_CLIENT = web.RequestKey("named_by_client", bool)
+"""Whether the client chose the id."""

@@ -1,7 +1,6 @@
 """What the HTTP handlers need from the process around them."""
 
-from collections.abc import AsyncIterator
-from typing import Protocol, TypeAlias
+from typing import Protocol, Self, TypeAlias
 
 import msgspec
 
@@ -31,11 +30,15 @@ StreamItem: TypeAlias = int | TextDelta | Problem
 """The number of prompt tokens; a piece of the answer; the end without one."""
 
 
-class Stream(AsyncIterator[StreamItem], Protocol):
+class Stream(Protocol):
     """One submission's answer. A `Problem`, or a delta with a finish reason, is its last item.
 
     Waiting for the next item may be cancelled without losing it.
     """
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> StreamItem: ...
 
     def close(self) -> None:
         """The handler is done with it, finished or not. May be said twice."""

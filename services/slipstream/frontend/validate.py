@@ -40,7 +40,9 @@ def refuse(message: str, param: str | None, code: ErrorCode = ErrorCode.INVALID_
     raise api_error(code, message, param)
 
 
-_short = reprlib.Repr(maxlevel=3, maxstring=64, maxlong=40, maxother=64, maxlist=4, maxdict=4)
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict = 3, 4, 4
+_short.maxstring = _short.maxother = 64
 
 
 def shown(value: Any) -> str:

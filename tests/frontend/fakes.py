@@ -1,0 +1,186 @@
+"""A gateway that answers from a script, behind a real HTTP server."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from slipstream.core.machine import DeliverCodec
+from slipstream.errors import Problem
+from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.gateway import ClusterStatus, StreamItem
+from slipstream.messages import NodeInfo, Prompt, TextDelta, TextLogprob, Tokenize, WorkerInfo
+from slipstream.types import FinishReason, Role, Usage, pack_tokens, unpack_tokens
+
+MODEL = "demo"
+MAX_MODEL_LEN = 100
+VOCAB_SIZE = 1000
+
+
+class Pause(msgspec.Struct, frozen=True):
+    """In a script: silence for so long."""
+
+    seconds: float
+
+
+Script = Sequence[StreamItem | Pause]
+
+
+class FakeStream:
+    def __init__(self, script: Script) -> None:
+        self._script = iter(script)
+        self.closed = 0
+
+    def __aiter__(self) -> "FakeStream":
+        return self
+
+    async def __anext__(self) -> StreamItem:
+        for item in self._script:
+            if isinstance(item, Pause):
+                await asyncio.sleep(item.seconds)
+                continue
+            return item
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def entry(text: str, logprob: float = -0.5, top: tuple[TextLogprob, ...] = ()) -> TextLogprob:
+    return TextLogprob(len(text), text, text.encode(), logprob, top)
+
+
+def answer(submission: Tokenize, texts: Sequence[str], reason: str = "stop") -> list[StreamItem]:
+    """One delta a text, one token each; the last one ends the stream."""
+    items: list[StreamItem] = [5]
+    logprobs = submission.sampling.logprobs
+    for i, text in enumerate(texts):
+        last = i == len(texts) - 1
+        items.append(
+            TextDelta(
+                request_id=submission.request_id,
+                attempt=1,
+                position=i,
+                tokens=pack_tokens([i]),
+                text=text,
+                logprobs=None
+                if logprobs is None
+                else [
+                    entry(text, -0.5, tuple(entry(f"alt{k}", -1.0 - k) for k in range(logprobs)))
+                ],
+                finish_reason=FinishReason(reason) if last else None,
+                stop_reason="END" if last and reason == "stop" else None,
+                usage=Usage(prompt_tokens=5, completion_tokens=len(texts), cached_tokens=2)
+                if last
+                else None,
+                path="prefill-0>decode-0",
+            )
+        )
+    return items
+
+
+class FakeGateway:
+    def __init__(self) -> None:
+        worker = WorkerInfo(
+            model=MODEL,
+            kv_layout_id="x",
+            num_blocks=64,
+            block_bytes=4096,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+            max_num_seqs=8,
+            prefill_budget_tokens=64,
+            accept_decode=True,
+            transports={"shm": "/x"},
+        )
+        nodes = [
+            NodeInfo(node_id="decode-0", role=Role.DECODE, epoch=7, address="a", worker=worker),
+            NodeInfo(node_id="scheduler", role=Role.SCHEDULER, epoch=8, address="b"),
+        ]
+        self.now = ClusterStatus(
+            ready=True,
+            model=MODEL,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+            nodes=nodes,
+            retry_after_s=1.5,
+        )
+        self.script: Callable[[Tokenize], Script] = lambda s: answer(s, ["Hello", " world"])
+        self.submissions: list[Tokenize] = []
+        self.streams: list[FakeStream] = []
+        self.coded = DeliverCodec("c", pack_tokens([1, 2]), ("a", "b"), "ab")
+        self.codec_calls: list[tuple[Prompt | None, list[int]]] = []
+        self.broken = False
+
+    def status(self) -> ClusterStatus:
+        if self.broken:
+            raise KeyError("/tmp/secret")
+        return self.now
+
+    def open(self, submission: Tokenize) -> FakeStream:
+        msgspec.msgpack.encode(submission)  # it can travel
+        self.submissions.append(submission)
+        self.streams.append(FakeStream(self.script(submission)))
+        return self.streams[-1]
+
+    async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec:
+        msgspec.msgpack.encode((prompt, tokens))
+        self.codec_calls.append((prompt, unpack_tokens(tokens)))
+        return self.coded
+
+    def metrics(self) -> bytes:
+        return b"slipstream_up 1\n"
+
+    def refuse(self, problem: Problem) -> None:
+        self.script = lambda submission: [problem]
+
+
+class Server:
+    """A fake gateway, its HTTP address and a client."""
+
+    def __init__(self, gateway: FakeGateway, url: str, client: aiohttp.ClientSession) -> None:
+        self.gateway, self.url, self.client = gateway, url, client
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    async def post(self, path: str, body: object, **headers: str) -> aiohttp.ClientResponse:
+        data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        sent = {"Content-Type": "application/json", **headers}
+        response = await self.client.post(self.url + path, data=data, headers=sent)
+        await response.read()
+        return response
+
+    async def chat(self, **members: object) -> aiohttp.ClientResponse:
+        return await self.post("/v1/chat/completions", chat_body(**members))
+
+    async def complete(self, **members: object) -> aiohttp.ClientResponse:
+        return await self.post("/v1/completions", {"model": MODEL, "prompt": "Hi", **members})
+
+
+def chat_body(**members: object) -> dict[str, object]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **members}
+
+
+@asynccontextmanager
+async def serving(gateway: FakeGateway, settings: AppSettings) -> AsyncIterator[Server]:
+    runner = make_runner(build_app(gateway, settings), shutdown_timeout_s=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    try:
+        async with aiohttp.ClientSession() as client:
+            yield Server(gateway, f"http://127.0.0.1:{port}", client)
+    finally:
+        await runner.cleanup()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """The server has no event for the test to wait for, so this looks again and again."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

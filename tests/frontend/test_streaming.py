@@ -1,0 +1,227 @@
+"""The stream as bytes, and what ends it early."""
+
+import asyncio
+import contextlib
+import json
+from typing import Any
+
+import pytest
+
+from frontend.fakes import FakeGateway, Pause, Server, answer, chat_body, serving, until
+from slipstream.errors import ErrorCode, Problem
+from slipstream.frontend.app import AppSettings
+from slipstream.messages import TextDelta, Tokenize
+from slipstream.types import pack_tokens
+
+PROBLEM = Problem(code=ErrorCode.MIGRATIONS, message="Three workers failed.")
+
+
+def events(text: str) -> list[Any]:
+    """The objects of a stream; checks that the framing is exact."""
+    assert text.endswith("data: [DONE]\n\n")
+    blocks = text.removesuffix("data: [DONE]\n\n").split("\n\n")
+    assert blocks.pop() == ""
+    blocks = [block for block in blocks if block != ": keep-alive"]
+    assert all(block.startswith("data: {") and "\n" not in block for block in blocks)
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+async def test_a_chat_stream_byte_by_byte(server: Server) -> None:
+    response = await server.chat(stream=True)
+    assert response.status == 200
+    assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    text = await response.text()
+    first = json.loads(text.split("\n\n")[0].removeprefix("data: "))
+    head = (
+        f'data: {{"id":"{first["id"]}","object":"chat.completion.chunk",'
+        f'"created":{first["created"]},"model":"demo","system_fingerprint":"slipstream","choices":['
+    )
+    assert text == (
+        f'{head}{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,'
+        '"finish_reason":null}]}\n\n'
+        f'{head}{{"index":0,"delta":{{"content":"Hello"}},"logprobs":null,'
+        '"finish_reason":null}]}\n\n'
+        f'{head}{{"index":0,"delta":{{"content":" world"}},"logprobs":null,'
+        '"finish_reason":"stop","stop_reason":"END"}]}\n\n'
+        "data: [DONE]\n\n"
+    )
+
+
+async def test_a_completion_stream(server: Server) -> None:
+    chunks = events(await (await server.complete(stream=True)).text())
+    assert [chunk["choices"][0] for chunk in chunks] == [
+        {"index": 0, "text": "Hello", "logprobs": None, "finish_reason": None},
+        {
+            "index": 0,
+            "text": " world",
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": "END",
+        },
+    ]
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+@pytest.mark.parametrize("path", ["chat", "complete"])
+async def test_usage_comes_last_and_only_on_demand(server: Server, path: str) -> None:
+    ask = getattr(server, path)
+    assert "usage" not in await (await ask(stream=True)).text()
+    asked = await ask(stream=True, stream_options={"include_usage": True})
+    chunks = events(await asked.text())
+    assert [("usage" in chunk, bool(chunk["choices"])) for chunk in chunks[-2:]] == [
+        (False, True),
+        (True, False),
+    ]
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 2,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+async def test_continuous_usage_counts_tokens(server: Server) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(await (await server.chat(stream=True, stream_options=options)).text())
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 1, 2, 2]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {5}
+
+
+def with_silent_token(submission: Tokenize) -> list[Any]:
+    items = answer(submission, ["a", "", "b"])
+    return items
+
+
+async def test_deltas_without_text_are_swallowed_unless_they_carry_something(
+    server: Server,
+) -> None:
+    server.gateway.script = with_silent_token
+    chunks = events(await (await server.chat(stream=True)).text())
+    assert [c["choices"][0]["delta"].get("content") for c in chunks] == ["", "a", "b"]
+    chunks = events(await (await server.chat(stream=True, logprobs=True)).text())
+    assert [c["choices"][0]["delta"].get("content") for c in chunks] == ["", "a", "", "b"]
+    server.gateway.script = lambda s: answer(s, ["a", ""])
+    chunks = events(await (await server.chat(stream=True)).text())
+    assert chunks[-1]["choices"][0]["delta"] == {}
+
+
+async def test_several_choices_in_one_stream(server: Server) -> None:
+    def script(submission: Tokenize) -> list[Any]:
+        name = str(submission.sampling.choice)
+        items = answer(submission, [name, name])
+        return [Pause(0.01 * (3 - submission.sampling.choice)), *items]
+
+    server.gateway.script = script
+    options = {"include_usage": True}
+    chunks = events(await (await server.chat(stream=True, n=3, stream_options=options)).text())
+    *chunks, last = chunks
+    for index in range(3):
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(c["delta"].get("content", "") for c in mine) == str(index) * 2
+        assert [c["finish_reason"] for c in mine] == [None, None, "stop"]
+    assert last["usage"]["prompt_tokens"] == 5 and last["usage"]["completion_tokens"] == 6
+    assert all(stream.closed for stream in server.gateway.streams)
+
+
+async def test_a_problem_before_the_first_token_is_a_status(server: Server) -> None:
+    server.gateway.script = lambda submission: [5, PROBLEM]
+    response = await server.chat(stream=True)
+    assert response.status == 500
+    assert response.headers["Content-Type"].startswith("application/json")
+    assert (await response.json())["error"]["code"] == "too_many_migrations"
+    assert response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("path", ["chat", "complete"])
+async def test_a_problem_in_mid_stream_is_an_event(server: Server, path: str) -> None:
+    server.gateway.script = lambda submission: [*answer(submission, ["a", "b"])[:2], PROBLEM]
+    chunks = events(await (await getattr(server, path)(stream=True)).text())
+    assert chunks[-1] == {
+        "error": {
+            "message": "Three workers failed.",
+            "type": "server_error",
+            "param": None,
+            "code": "too_many_migrations",
+        }
+    }
+    assert server.gateway.streams[0].closed
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream_that_breaks_off_is_an_error(server: Server, n: int) -> None:
+    server.gateway.script = lambda submission: answer(submission, ["a", "b"])[:2]
+    chunks = events(await (await server.chat(stream=True, n=n)).text())
+    assert chunks[-1]["error"]["code"] == "internal_error"
+    assert (await server.chat(n=n)).status == 500
+
+
+async def test_silence_is_filled_with_comments() -> None:
+    gateway = FakeGateway()
+
+    def script(submission: Tokenize) -> list[Any]:
+        prompt, first, last = answer(submission, ["a", "b"])
+        return [prompt, Pause(0.3), first, Pause(0.3), last]
+
+    gateway.script = script
+    async with serving(gateway, AppSettings(keep_alive_s=0.08)) as server:
+        text = await (await server.chat(stream=True)).text()
+    before, _, after = text.partition('"content":"a"')
+    assert before.startswith(": keep-alive\n\n") and ": keep-alive\n\n" in after
+    assert len(events(text)) == 3
+
+
+async def closed(server: Server, count: int = 1) -> None:
+    await until(lambda: sum(bool(s.closed) for s in server.gateway.streams) >= count)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("shown", [0, 1])
+async def test_a_client_that_leaves_closes_its_streams(
+    server: Server, stream: bool, n: int, shown: int
+) -> None:
+    def script(submission: Tokenize) -> list[Any]:
+        return [*answer(submission, ["a", "b", "c"])[: 1 + shown], Pause(60)]
+
+    server.gateway.script = script
+    body = json.dumps(chat_body(stream=stream, n=n)).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    if stream and shown:
+        await reader.readuntil(b'"content":"a"')
+    else:
+        await until(lambda: len(server.gateway.streams) == n)
+    writer.close()
+    await closed(server, n)
+    server.gateway.script = lambda s: answer(s, ["ok"])
+    assert (await server.chat()).status == 200
+
+
+async def test_a_reader_that_stands_still_is_cut_off() -> None:
+    gateway = FakeGateway()
+
+    def script(submission: Tokenize) -> list[Any]:
+        delta = TextDelta(
+            request_id="r", attempt=1, position=0, tokens=pack_tokens([1]), text="x" * 60_000
+        )
+        return [5, *[delta] * 2000]
+
+    gateway.script = script
+    async with serving(gateway, AppSettings(write_stall_s=0.3)) as server:
+        body = json.dumps(chat_body(stream=True)).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await closed(server)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        assert reader is not None
