@@ -91,7 +91,7 @@ async def test_it_tries_again_when_told_to(server: Server, client: openai.AsyncO
             return [Problem(code=ErrorCode.QUEUE_FULL, message="Full.", retry_after_s=0.05)]
         return list(answer(server.gateway.submissions[-1], ["ok"]))
 
-    server.gateway.script = script  # type: ignore[assignment]
+    server.gateway.script = script
     reply = await client.with_options(max_retries=1).chat.completions.create(
         model=MODEL, messages=HI
     )

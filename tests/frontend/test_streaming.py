@@ -173,6 +173,15 @@ async def test_silence_is_filled_with_comments() -> None:
     assert len(events(text)) == 3
 
 
+async def test_a_problem_after_long_silence_is_an_event() -> None:
+    gateway = FakeGateway()
+    gateway.script = lambda submission: [5, Pause(0.2), PROBLEM]
+    async with serving(gateway, AppSettings(keep_alive_s=0.05)) as server:
+        response = await server.chat(stream=True)
+    (error,) = events(await response.text())
+    assert response.status == 200 and error["error"]["code"] == "too_many_migrations"
+
+
 async def closed(server: Server, count: int = 1) -> None:
     await until(lambda: sum(bool(s.closed) for s in server.gateway.streams) >= count)
 
