@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.tiny import CASES, Bench, prompt_of
+from slipstream.engine.linear import can_pack
+from slipstream.kernels import cpu
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]
 CHUNKS = {
@@ -107,3 +109,30 @@ def test_a_block_table_that_is_too_short_is_refused(saved: Saved) -> None:
     bench = Bench(folder)
     with pytest.raises(ValueError, match="r0: 1 blocks do not hold 17 tokens"):
         bench.logits((prompt_of(17), 0, (3,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama", "llama_tied", "qwen2", "qwen3", "llama_yarn_factors"])
+def test_a_row_does_not_depend_on_batch_or_chunks(
+    saved: Saved, case: str, dtype: torch.dtype
+) -> None:
+    """Bit by bit, so that a stream goes on elsewhere as it would have gone on here."""
+    bench = Bench(saved(case)[0], dtype)
+    if cpu.kernels() is None or not can_pack(bench.decoder.weights.embedding):
+        pytest.skip("holds for compiled kernels and packed weights alone")
+    tokens, other = prompt_of(150), prompt_of(70, 1)
+    table, beside = bench.blocks(150), bench.blocks(70)
+    alone = {150: bench.logits((tokens, 0, table))[0]}
+    written = bench.pool[list(table)].clone()
+    for chunks in CHUNKS.values():
+        start = 0
+        bench.pool.fill_(torch.nan)
+        bench.logits((other[:50], 0, beside))
+        for step, size in enumerate(chunks):
+            company = (other[50 : 51 + step % 20], 50, beside)
+            part = (tokens[start : start + size], start, table)
+            parts = [(part,), (part, company), (company, part)][step % 3]
+            logits = bench.logits(*parts)[parts.index(part)]
+            start += size
+            assert torch.equal(alone.setdefault(start, logits), logits)
+        assert torch.equal(bench.pool[list(table)].nan_to_num(9), written.nan_to_num(9))

@@ -1,4 +1,4 @@
-"""Batch plans in, tokens out: equal to `generate`, independent of the company, safe from one bad row."""
+"""Batch plans in, tokens out: equal to `generate`, independent of company, safe from a bad row."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, saved as Transformers saves them, and the means to run them."""
+"""Tiny random models of every family, saved as Transformers saves them, and means to run them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -12,19 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.engine.batch import ForwardBatch
+from slipstream.engine.linear import Linear
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.rope import Rope
 from slipstream.kernels import ops
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    weight: Tensor
-    """[out, in]"""
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)

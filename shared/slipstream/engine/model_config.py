@@ -128,7 +128,7 @@ class _GenerationConfig(msgspec.Struct):
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint, sorted by name.
 
-    ModelError: there are none, a shard is missing, the index is malformed or leads out of the folder.
+    ModelError: there are none, a shard is missing, the index is malformed or leads elsewhere.
     """
     index_file = folder / "model.safetensors.index.json"
     if index_file.is_file():

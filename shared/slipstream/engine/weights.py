@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slipstream.engine.decoder import DecoderWeights, LayerWeights, Linear
+from slipstream.engine.decoder import DecoderWeights, LayerWeights
+from slipstream.engine.linear import Linear
 from slipstream.engine.model_config import ModelConfig, ModelError, weight_files
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
