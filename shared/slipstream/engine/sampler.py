@@ -10,17 +10,17 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from slipstream.engine.history import History
 from slipstream.types import SamplingParams, TokenLogprobs
 
-_FIRST_HEAD = 64
-_HEAD_GROWTH = 16
+Probabilities: TypeAlias = npt.NDArray[np.float32]
 
 
 class RowError(Exception):
@@ -121,9 +121,9 @@ def _draw(logits: Tensor, histories: Sequence[History]) -> list[int]:
     # The maximum goes first, so that no temperature, however small, overflows.
     shifted = logits - logits.amax(-1, keepdim=True)
     probabilities = torch.softmax(shifted / temperature, -1)
-    cutoffs = [_cutoff(probabilities[row], p) for row, p in enumerate(params)]
-    if any(cutoff > 0.0 for cutoff in cutoffs):
-        probabilities[probabilities < _column(cutoffs, logits)] = 0.0
+    cutoffs = _cutoffs(probabilities, params)
+    if any(cutoffs):
+        probabilities.masked_fill_(probabilities < _column(cutoffs, logits), 0.0)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     uniforms = [uniform(h.sampling.seed, h.sampling.choice, h.num_output) for h in histories]
     total = cumulative[:, -1:]
@@ -138,36 +138,38 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def _cutoff(probabilities: Tensor, params: SamplingParams) -> float:
+def _cutoffs(probabilities: Tensor, params: Sequence[SamplingParams]) -> list[float]:
+    cutoffs = [0.0] * len(params)
+    for index, p in enumerate(params):
+        if p.top_k or p.top_p < 1.0 or p.min_p:
+            cutoffs[index] = _cutoff(probabilities[index].cpu().numpy(), p)
+    return cutoffs
+
+
+def _cutoff(row: Probabilities, params: SamplingParams) -> float:
     """The least probability that passes min-p, top-k and top-p, in this order; ties pass together.
 
-    top-p is a share of what min-p and top-k have left. Looks at the head of the sorted distribution
-    only, as far as it must: a full sort of a vocabulary takes milliseconds.
+    top-p is a share of what min-p and top-k have left. Sorts the few tokens that can matter only: a
+    full sort of a vocabulary takes milliseconds.
     """
-    vocab_size = probabilities.shape[0]
-    top_k = min(params.top_k, vocab_size)
-    if not top_k and params.top_p >= 1.0 and params.min_p == 0.0:
-        return 0.0
-    size = max(top_k, _FIRST_HEAD)
-    while True:
-        size = min(size, vocab_size)
-        head = probabilities.topk(size).values.cpu().numpy()
-        cutoff = np.float32(params.min_p) * head[0]
-        if top_k:
-            cutoff = max(cutoff, head[top_k - 1])
-        if params.top_p >= 1.0:
-            return float(cutoff)
-        kept = head[head >= cutoff].astype(np.float64)
-        complete = size == vocab_size or head[-1] < cutoff
-        total = kept.sum() if complete else _sum_from(probabilities, float(cutoff))
-        last = int(np.searchsorted(kept.cumsum(), params.top_p * total))
-        if last < kept.shape[0]:
-            return float(kept[last])
-        if complete:
-            return float(cutoff)
-        size *= _HEAD_GROWTH
+    cutoff = np.float32(params.min_p) * row.max() if params.min_p else np.float32(0.0)
+    if 0 < params.top_k < row.shape[0]:
+        cutoff = max(cutoff, _kth_largest(row, params.top_k))
+    if params.top_p >= 1.0:
+        return float(cutoff)
+    kept = row[row >= cutoff] if cutoff > 0.0 else row
+    total = kept.sum(dtype=np.float64)
+    # All tokens below this bound together weigh less than what top-p cuts off.
+    bound = (1.0 - params.top_p) * total / row.shape[0]
+    ranked = np.sort(kept[kept >= bound])[::-1].astype(np.float64)
+    last = int(np.searchsorted(ranked.cumsum(), params.top_p * total))
+    return float(ranked[min(last, ranked.shape[0] - 1)])
 
 
-def _sum_from(probabilities: Tensor, cutoff: float) -> float:
-    kept = torch.where(probabilities >= cutoff, probabilities, 0.0)
-    return float(kept.sum(dtype=torch.float64))
+def _kth_largest(row: Probabilities, k: int) -> np.float32:
+    """Of 4 k groups, k reach the k-th largest of their maxima: nothing below it counts."""
+    groups = min(4 * k, row.shape[0])
+    width = row.shape[0] // groups
+    maxima = row[: groups * width].reshape(groups, width).max(1)
+    candidates = row[row >= np.partition(maxima, groups - k)[groups - k]]
+    return np.float32(np.partition(candidates, candidates.shape[0] - k)[-k])
