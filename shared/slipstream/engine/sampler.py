@@ -22,6 +22,8 @@ from slipstream.types import SamplingParams, TokenLogprobs
 
 Probabilities: TypeAlias = npt.NDArray[np.float32]
 
+_SPAN = 256
+
 
 class RowError(Exception):
     """One row cannot be sampled; the others of its batch can."""
@@ -57,7 +59,8 @@ def sample(
     finite = [math.isfinite(top) for top in tops]
     random = [r for r, h in enumerate(histories) if finite[r] and not h.sampling.greedy]
     if random:
-        drawn = _draw(logits[random], [histories[r] for r in random])
+        chosen_rows = logits if len(random) == len(histories) else logits[random]
+        drawn = _draw(chosen_rows, [histories[r] for r in random])
         for row, token in zip(random, drawn, strict=True):
             chosen[row] = token
     results: list[Sample | RowError] = []
@@ -116,34 +119,38 @@ def _draw(logits: Tensor, histories: Sequence[History]) -> list[int]:
     Not in order of probability: two workers whose logits differ by rounding would order near-equal
     tokens differently and draw different ones, while sums in order of id move by rounding only.
     """
-    params = [history.sampling for history in histories]
-    temperature = _column([p.temperature for p in params], logits)
-    # The maximum goes first, so that no temperature, however small, overflows.
-    shifted = logits - logits.amax(-1, keepdim=True)
-    probabilities = torch.softmax(shifted / temperature, -1)
-    cutoffs = _cutoffs(probabilities, params)
-    if any(cutoffs):
-        probabilities.masked_fill_(probabilities < _column(cutoffs, logits), 0.0)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    uniforms = [uniform(h.sampling.seed, h.sampling.choice, h.num_output) for h in histories]
-    total = cumulative[:, -1:]
-    targets = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    found = torch.searchsorted(cumulative, torch.minimum(targets, below_total), right=True)
-    tokens: list[int] = found[:, 0].tolist()
+    temperature = _column([history.sampling.temperature for history in histories], logits)
+    # The maximum goes first, so that no temperature, however small, overflows. In place: fresh
+    # pages for some more megabytes would cost more than the arithmetic.
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+    tokens = []
+    rows: Probabilities = torch.softmax(logits, -1).cpu().numpy()
+    for row, history in zip(rows, histories, strict=True):
+        params = history.sampling
+        if cutoff := _cutoff(row, params):
+            row[row < cutoff] = 0.0
+        tokens.append(_invert(row, uniform(params.seed, params.choice, history.num_output)))
     return tokens
+
+
+def _invert(row: Probabilities, point: float) -> int:
+    """First token at which the cumulative sum exceeds `point`'s share of the total.
+
+    Sums spans of the vocabulary first, and runs through one span only.
+    """
+    starts = np.arange(0, row.shape[0], _SPAN)
+    cumulative = np.add.reduceat(row, starts, dtype=np.float64).cumsum()
+    target = min(point * cumulative[-1], np.nextafter(cumulative[-1], 0.0))
+    span = int(np.searchsorted(cumulative, target, side="right"))
+    inside = row[starts[span] : starts[span] + _SPAN]
+    before = cumulative[span - 1] if span else 0.0
+    found = int(np.searchsorted(before + inside.cumsum(dtype=np.float64), target, side="right"))
+    # Rounding may leave the target above the span's last sum.
+    return int(starts[span]) + min(found, int(inside.nonzero()[0][-1]))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
-
-
-def _cutoffs(probabilities: Tensor, params: Sequence[SamplingParams]) -> list[float]:
-    cutoffs = [0.0] * len(params)
-    for index, p in enumerate(params):
-        if p.top_k or p.top_p < 1.0 or p.min_p:
-            cutoffs[index] = _cutoff(probabilities[index].cpu().numpy(), p)
-    return cutoffs
 
 
 def _cutoff(row: Probabilities, params: SamplingParams) -> float:
