@@ -155,11 +155,13 @@ def test_penalties_equal_vllms_definition() -> None:
 
 
 def test_penalties_change_the_row_as_written() -> None:
-    one = history(params(frequency_penalty=2.0, presence_penalty=1.0), (3, 6, 6, 7), 1)
+    one = history(
+        params(temperature=0.0, frequency_penalty=2.0, presence_penalty=1.0), (3, 6, 6, 7)
+    )
     row = torch.ones(1, 9)
     sample(row, [one], frozenset())
     assert row[0].tolist() == [1, 1, 1, 1, 1, 1, -4, -2, 1]
-    one = history(params(repetition_penalty=2.0), (3, 6), 1)
+    one = history(params(temperature=0.0, repetition_penalty=2.0), (3, 6))
     row = torch.tensor([[1.0, 1, 1, 1, 1, 1, -1, 1, 1]])
     sample(row, [one], frozenset())
     assert row[0].tolist() == [1, 1, 1, 0.5, 1, 1, -2, 1, 1]
