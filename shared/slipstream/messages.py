@@ -25,6 +25,9 @@ from slipstream.types import (
 
 WIRE_VERSION = 1
 
+SCHEDULER: NodeId = "scheduler"
+"""The one node whose name and address everybody is born with."""
+
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
@@ -108,23 +111,28 @@ class TextLogprob(msgspec.Struct, frozen=True, array_like=True):
 # --- To everybody ---------------------------------------------------------------------------------
 
 
-class Peers(Message, kw_only=True):
-    """Scheduler -> all: who lives where. Only adds and fences; silence of a peer is judged by each."""
+class Peers(Message, kw_only=True, frozen=True):
+    """Scheduler -> all, on every change: who lives where. A young scheduler knows few, so a node that
+    is not listed is not thereby gone; `gone` names those that fell silent, with their last epoch."""
 
     nodes: list[NodeInfo]
+    gone: dict[NodeId, Epoch] = {}
+    ready: bool = False
+    """Whether a request could be served now; if not, `reason` says what is missing."""
+    reason: str = ""
 
 
 # --- To the frontend ------------------------------------------------------------------------------
 
 
-class Tokenized(Message, kw_only=True):
+class Tokenized(Message, kw_only=True, frozen=True):
     """The prompt is encoded and on its way to the scheduler."""
 
     request_id: RequestId
     prompt_tokens: Count
 
 
-class TextDelta(Message, kw_only=True):
+class TextDelta(Message, kw_only=True, frozen=True):
     """Text of the tokens from `position` on. The text may lag behind the tokens (an unfinished
     character, the beginning of a stop string); a delta with `finish_reason` is the last one."""
 
@@ -142,20 +150,20 @@ class TextDelta(Message, kw_only=True):
     """Workers that made the tokens, as `prefill-0>decode-1`; on the first and the last delta."""
 
 
-class TextOut(Message, kw_only=True):
+class TextOut(Message, kw_only=True, frozen=True):
     """Tokenizer -> frontend: one message per step, with the deltas of all its streams."""
 
     deltas: list[TextDelta]
 
 
-class Failed(Message, kw_only=True):
+class Failed(Message, kw_only=True, frozen=True):
     """The request has ended without an answer. Also sent by the scheduler to the tokenizer."""
 
     request_id: RequestId
     problem: Problem
 
 
-class CodecResult(Message, kw_only=True):
+class CodecResult(Message, kw_only=True, frozen=True):
     call_id: str
     tokens: bytes = b""
     token_texts: list[str] = []
@@ -163,13 +171,19 @@ class CodecResult(Message, kw_only=True):
     problem: Problem | None = None
 
 
-FrontendInbox: TypeAlias = Peers | Tokenized | TextOut | Failed | CodecResult
+class ClusterLoad(Message, kw_only=True, frozen=True):
+    """Scheduler -> frontend, once a second: gauges of every worker and of the scheduler itself."""
+
+    gauges: dict[NodeId, dict[str, float]]
+
+
+FrontendInbox: TypeAlias = Peers | Tokenized | TextOut | Failed | CodecResult | ClusterLoad
 
 
 # --- To the tokenizer -----------------------------------------------------------------------------
 
 
-class Tokenize(Message, kw_only=True):
+class Tokenize(Message, kw_only=True, frozen=True):
     """Frontend -> tokenizer: run this request. Said again after a lost session or to another
     tokenizer; `accepted` are then the output tokens that the frontend already has."""
 
@@ -185,13 +199,13 @@ class Tokenize(Message, kw_only=True):
     """Shorten `max_tokens` to what the context leaves, where the client named no number."""
 
 
-class Cancel(Message, kw_only=True):
+class Cancel(Message, kw_only=True, frozen=True):
     """Frontend -> tokenizer: the client is gone."""
 
     request_id: RequestId
 
 
-class Codec(Message, kw_only=True):
+class Codec(Message, kw_only=True, frozen=True):
     """Encode a prompt or decode tokens, and nothing else (`/tokenize`, `/detokenize`)."""
 
     call_id: str
@@ -213,13 +227,13 @@ class TokenSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     path: str = ""
 
 
-class TokensOut(Message, kw_only=True):
+class TokensOut(Message, kw_only=True, frozen=True):
     """Worker -> tokenizer: one message per step."""
 
     spans: list[TokenSpan]
 
 
-class Resume(Message, kw_only=True):
+class Resume(Message, kw_only=True, frozen=True):
     """Scheduler -> tokenizer: a worker was lost. Accept only `attempt` from now on, and submit the
     stream again with it and the tokens accepted so far."""
 
@@ -233,7 +247,7 @@ TokenizerInbox: TypeAlias = Peers | Tokenize | Cancel | Codec | TokensOut | Fail
 # --- To the scheduler -----------------------------------------------------------------------------
 
 
-class Hello(Message, kw_only=True):
+class Hello(Message, kw_only=True, frozen=True):
     """First word of a session. A worker lists the attempts that live in it; anything else the
     scheduler believes to be there is lost."""
 
@@ -241,7 +255,7 @@ class Hello(Message, kw_only=True):
     live: list[LiveRequest] = []
 
 
-class Submit(Message, kw_only=True):
+class Submit(Message, kw_only=True, frozen=True):
     """Tokenizer -> scheduler: a stream that wants to run as `attempt` after its `accepted` tokens."""
 
     request_id: RequestId
@@ -254,16 +268,15 @@ class Submit(Message, kw_only=True):
     block_hashes: bytes = b""
 
 
-class StreamEnded(Message, kw_only=True):
+class StreamEnded(Message, kw_only=True, frozen=True):
     """Tokenizer -> scheduler: a stop string, a cancel, or an answer to `Resume` of a dead stream."""
 
     request_id: RequestId
 
 
-class WorkerLoad(Message, kw_only=True):
-    """Worker -> scheduler, on every change of note and once a second."""
+class WorkerLoad(Message, kw_only=True, frozen=True):
+    """Worker -> scheduler, twice a second. `free + used + leased` is the size of the pool."""
 
-    epoch: Epoch
     steps: Count
     """Progress: steps finished since the start."""
     running: Count
@@ -274,23 +287,25 @@ class WorkerLoad(Message, kw_only=True):
     blocks_used: Count
     blocks_cached: Count
     blocks_leased: Count
+    counters: dict[str, float] = {}
+    """Since the start: transfers, their bytes and failures by cause, hits, preemptions."""
 
 
-class Started(Message, kw_only=True):
+class Started(Message, kw_only=True, frozen=True):
     """Decode -> scheduler: KV verified, the stream runs here; the prefill worker is out of it."""
 
     request_id: RequestId
     attempt: int
 
 
-class Finished(Message, kw_only=True):
+class Finished(Message, kw_only=True, frozen=True):
     """Worker -> scheduler: the stream's last token is made (and goes to the tokenizer)."""
 
     request_id: RequestId
     attempt: int
 
 
-class AttemptFailed(Message, kw_only=True):
+class AttemptFailed(Message, kw_only=True, frozen=True):
     """Worker -> scheduler: this attempt cannot go on here. With `problem` it can go on nowhere."""
 
     request_id: RequestId
@@ -299,7 +314,7 @@ class AttemptFailed(Message, kw_only=True):
     problem: Problem | None = None
 
 
-class Located(Message, kw_only=True):
+class Located(Message, kw_only=True, frozen=True):
     """kvindex -> scheduler: how many leading blocks each worker is said to hold. A hint."""
 
     request_id: RequestId
@@ -322,7 +337,7 @@ SchedulerInbox: TypeAlias = (
 # --- To a worker ----------------------------------------------------------------------------------
 
 
-class Prefill(Message, kw_only=True):
+class Prefill(Message, kw_only=True, frozen=True):
     """Compute the KV of prompt and accepted tokens, sample one token, hand over to `decode`."""
 
     request_id: RequestId
@@ -338,7 +353,7 @@ class Prefill(Message, kw_only=True):
     """What the index said is cached here; the worker counts how often that was wrong."""
 
 
-class Decode(Message, kw_only=True):
+class Decode(Message, kw_only=True, frozen=True):
     """Run the stream: with `prefill` after its KV has come from there, else from the prompt on."""
 
     request_id: RequestId
@@ -354,14 +369,14 @@ class Decode(Message, kw_only=True):
     claimed_blocks: Count = 0
 
 
-class Drop(Message, kw_only=True):
+class Drop(Message, kw_only=True, frozen=True):
     """Scheduler -> worker: forget every attempt of the request up to this one, free what it holds."""
 
     request_id: RequestId
     attempt: int
 
 
-class KvReady(Message, kw_only=True):
+class KvReady(Message, kw_only=True, frozen=True):
     """Prefill -> decode: these blocks are in memory and stay put while the lease lives."""
 
     request_id: RequestId
@@ -376,37 +391,38 @@ class KvReady(Message, kw_only=True):
     """Tokens whose KV is valid from the start of the prompt to the end of these blocks."""
     first_token: int | None = None
     """The sampled token; set on the last chunk alone."""
+    first_logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
 
 
-class Renew(Message, kw_only=True):
+class Renew(Message, kw_only=True, frozen=True):
     """Decode -> prefill: keep these leases for another term."""
 
     lease_ids: list[str]
 
 
-class Release(Message, kw_only=True):
+class Release(Message, kw_only=True, frozen=True):
     """Decode -> prefill: the READ is over. Was the lease alive all the time?"""
 
     lease_id: str
     epoch: Epoch
 
 
-class Released(Message, kw_only=True):
+class Released(Message, kw_only=True, frozen=True):
     """Prefill -> decode. Only `ok` makes the blocks that were read usable."""
 
     lease_id: str
     ok: bool
 
 
-class StreamAck(Message, kw_only=True):
+class StreamAck(Message, kw_only=True, frozen=True):
     """Tokenizer -> worker: the stream's end has arrived; its token log may go."""
 
     request_id: RequestId
     attempt: int
 
 
-class Resend(Message, kw_only=True):
+class Resend(Message, kw_only=True, frozen=True):
     """Tokenizer -> worker: tokens from `position` on, please; earlier ones got lost."""
 
     request_id: RequestId
@@ -414,7 +430,7 @@ class Resend(Message, kw_only=True):
     position: Count
 
 
-class SnapshotRequest(Message, kw_only=True):
+class SnapshotRequest(Message, kw_only=True, frozen=True):
     """kvindex -> worker: your events have a gap; say all that you hold."""
 
     epoch: Epoch
@@ -438,7 +454,7 @@ WorkerInbox: TypeAlias = (
 # --- To kvindex -----------------------------------------------------------------------------------
 
 
-class BlockEvents(Message, kw_only=True):
+class BlockEvents(Message, kw_only=True, frozen=True):
     """Worker -> kvindex: blocks that entered or left its prefix cache, in order of `seq`."""
 
     epoch: Epoch
@@ -447,7 +463,7 @@ class BlockEvents(Message, kw_only=True):
     removed: bytes = b""
 
 
-class Snapshot(Message, kw_only=True):
+class Snapshot(Message, kw_only=True, frozen=True):
     """Worker -> kvindex: everything in its prefix cache as of `seq`."""
 
     epoch: Epoch
@@ -455,7 +471,7 @@ class Snapshot(Message, kw_only=True):
     stored: bytes
 
 
-class Locate(Message, kw_only=True):
+class Locate(Message, kw_only=True, frozen=True):
     """Scheduler -> kvindex: who holds the longest run of these blocks?"""
 
     request_id: RequestId

@@ -30,37 +30,37 @@ class _Record(msgspec.Struct, frozen=True):
 # --- Events: what happened ------------------------------------------------------------------------
 
 
-class Started(_Record):
+class Started(_Record, frozen=True):
     """The process runs; first event of every machine."""
 
 
-class Received(_Record):
+class Received(_Record, frozen=True):
     source: NodeId
     message: AnyMessage
 
 
-class PeerUp(_Record):
+class PeerUp(_Record, frozen=True):
     """A session with the peer has begun. Nothing said in an earlier one is on its way any more."""
 
     peer: NodeId
     epoch: Epoch
 
 
-class PeerDown(_Record):
+class PeerDown(_Record, frozen=True):
     """The session is over: the peer is silent, restarted or cut off. What was said last may be lost."""
 
     peer: NodeId
 
 
-class TimerFired(_Record):
+class TimerFired(_Record, frozen=True):
     key: str
 
 
-class Drain(_Record):
+class Drain(_Record, frozen=True):
     """SIGTERM: take nothing new, finish what is here."""
 
 
-class RowOutput(_Record):
+class RowOutput(_Record, frozen=True):
     """What one row of a batch plan made: 0..k tokens, in order."""
 
     request_id: RequestId
@@ -69,7 +69,7 @@ class RowOutput(_Record):
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-class BatchDone(_Record):
+class BatchDone(_Record, frozen=True):
     step: int
     outputs: tuple[RowOutput, ...]
     digests: dict[BlockId, bytes]
@@ -77,14 +77,14 @@ class BatchDone(_Record):
     elapsed_s: float = 0.0
 
 
-class BatchFailed(_Record):
+class BatchFailed(_Record, frozen=True):
     """The device refused the step. Nothing of it may be used."""
 
     step: int
     cause: str
 
 
-class PullDone(_Record):
+class PullDone(_Record, frozen=True):
     """A READ is over, whatever became of it: from now on nobody writes into its local blocks."""
 
     pull_id: str
@@ -93,7 +93,7 @@ class PullDone(_Record):
     error: str | None = None
 
 
-class Encoded(_Record):
+class Encoded(_Record, frozen=True):
     """A prompt was encoded (or not); `request_id` is a request's or a codec call's."""
 
     request_id: RequestId
@@ -101,25 +101,25 @@ class Encoded(_Record):
     problem: Problem | None = None
 
 
-class Opened(_Record):
+class Opened(_Record, frozen=True):
     """An HTTP request was accepted by the frontend's shell."""
 
     submission: Tokenize
 
 
-class Closed(_Record):
+class Closed(_Record, frozen=True):
     """The client went away, or its answer is written."""
 
     request_id: RequestId
 
 
-class CodecAsked(_Record):
+class CodecAsked(_Record, frozen=True):
     call_id: str
     prompt: Prompt | None = None
     tokens: bytes = b""
 
 
-class StoreDone(_Record):
+class StoreDone(_Record, frozen=True):
     """An index store operation ended. `gap`: the batch did not follow the last one stored.
     `holders`: per hash asked, worker -> epoch."""
 
@@ -150,23 +150,23 @@ Event: TypeAlias = (
 # --- Effects: what to do --------------------------------------------------------------------------
 
 
-class Send(_Record):
+class Send(_Record, frozen=True):
     to: NodeId
     message: AnyMessage
 
 
-class SetTimer(_Record):
+class SetTimer(_Record, frozen=True):
     """Fire `key` at `at_s`; replaces an earlier timer of that key."""
 
     key: str
     at_s: float
 
 
-class CancelTimer(_Record):
+class CancelTimer(_Record, frozen=True):
     key: str
 
 
-class Admission(_Record):
+class Admission(_Record, frozen=True):
     """First appearance of a request on the device: all that sampling needs to know about it."""
 
     request_id: RequestId
@@ -177,7 +177,7 @@ class Admission(_Record):
     sampling: SamplingParams
 
 
-class Row(_Record):
+class Row(_Record, frozen=True):
     """One request's share of a step: `tokens` go in at positions `start`…, KV lands in `block_ids`.
 
     A row carries 1..k input tokens (a chunk, a decode, a speculation). With `after_previous` the
@@ -200,7 +200,7 @@ class Row(_Record):
         return len(self.tokens) + self.after_previous
 
 
-class BatchPlan(_Record):
+class BatchPlan(_Record, frozen=True):
     """One step of the model: prefill chunks and decodes together, as data."""
 
     step: int
@@ -211,13 +211,13 @@ class BatchPlan(_Record):
     digest_blocks: tuple[BlockId, ...] = ()
 
 
-class RunBatch(_Record):
+class RunBatch(_Record, frozen=True):
     """Ends as `BatchDone` or `BatchFailed`."""
 
     plan: BatchPlan
 
 
-class PullBlocks(_Record):
+class PullBlocks(_Record, frozen=True):
     """Copy `source_blocks` of the peer's pool into `local_blocks`. Always ends as `PullDone`."""
 
     pull_id: str
@@ -228,14 +228,14 @@ class PullBlocks(_Record):
     timeout_s: float
 
 
-class EncodePrompt(_Record):
+class EncodePrompt(_Record, frozen=True):
     """Render and encode in a thread; ends as `Encoded`."""
 
     request_id: RequestId
     prompt: Prompt
 
 
-class Deliver(_Record):
+class Deliver(_Record, frozen=True):
     """Frontend machine -> HTTP handler. A `Problem`, or a delta with a finish reason, is the end."""
 
     request_id: RequestId
@@ -243,7 +243,7 @@ class Deliver(_Record):
     """An int is the number of prompt tokens."""
 
 
-class DeliverCodec(_Record):
+class DeliverCodec(_Record, frozen=True):
     call_id: str
     tokens: bytes = b""
     token_texts: tuple[str, ...] = ()
@@ -251,7 +251,7 @@ class DeliverCodec(_Record):
     problem: Problem | None = None
 
 
-class StoreApply(_Record):
+class StoreApply(_Record, frozen=True):
     """Apply one batch of block events if `seq` follows the last; ends as `StoreDone`."""
 
     op_id: str
@@ -263,7 +263,7 @@ class StoreApply(_Record):
     removed: tuple[BlockHash, ...]
 
 
-class StoreReplace(_Record):
+class StoreReplace(_Record, frozen=True):
     """Replace all that is known of this worker by a snapshot; ends as `StoreDone`."""
 
     op_id: str
@@ -274,7 +274,7 @@ class StoreReplace(_Record):
     stored: tuple[BlockHash, ...]
 
 
-class StoreFind(_Record):
+class StoreFind(_Record, frozen=True):
     """Who holds these hashes? Ends as `StoreDone` with `holders`."""
 
     op_id: str
@@ -282,21 +282,21 @@ class StoreFind(_Record):
     hashes: tuple[BlockHash, ...]
 
 
-class StoreAlive(_Record):
+class StoreAlive(_Record, frozen=True):
     """Renew the liveness key of a worker; nothing comes back."""
 
     worker: NodeId
     epoch: Epoch
 
 
-class StoreForget(_Record):
+class StoreForget(_Record, frozen=True):
     """A worker's epoch is over: sweep its entries when convenient."""
 
     worker: NodeId
     epoch: Epoch
 
 
-class Exit(_Record):
+class Exit(_Record, frozen=True):
     """Drained: the process may end."""
 
 

@@ -1,0 +1,120 @@
+"""One attempt of one request as it lives in a worker."""
+
+from dataclasses import dataclass, field
+
+from slipstream.core.prefix import extend_hashes
+from slipstream.messages import Decode, Prefill, TokenSpan
+from slipstream.types import (
+    BLOCK_TOKENS,
+    BlockHash,
+    BlockId,
+    FinishReason,
+    NodeId,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    pack_tokens,
+    unpack_tokens,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Tokens are [prompt | accepted before this attempt | made in this attempt].
+
+    KV of `tokens[:num_computed]` lies in `block_ids`; the last token's KV is never computed before
+    it serves as input. `handover` names the decode worker if this worker only prefills.
+    """
+
+    request_id: RequestId
+    attempt: int
+    sampling: SamplingParams
+    tokenizer: NodeId
+    space: bytes
+    tokens: list[int]
+    num_prompt: int
+    num_accepted: int
+    deadline_s: float
+    handover: NodeId | None = None
+    path: str = ""
+    block_ids: list[BlockId] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    num_computed: int = 0
+    cached_tokens: int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    sent: int = 0
+    """Output tokens of this attempt that went to the tokenizer."""
+    announced_blocks: int = 0
+    on_device: bool = False
+    preemptions: int = 0
+    dropped: bool = False
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+
+    @classmethod
+    def of(cls, message: Prefill | Decode, space: bytes, node_id: NodeId, now_s: float) -> "Job":
+        prompt, accepted = unpack_tokens(message.prompt), unpack_tokens(message.accepted)
+        prefill = message.prefill if isinstance(message, Decode) else None
+        return cls(
+            request_id=message.request_id,
+            attempt=message.attempt,
+            sampling=message.sampling,
+            tokenizer=message.tokenizer,
+            space=space,
+            tokens=prompt + accepted,
+            num_prompt=len(prompt),
+            num_accepted=len(accepted),
+            deadline_s=now_s + message.timeout_s,
+            handover=message.decode if isinstance(message, Prefill) else None,
+            path=f"{prefill}>{node_id}" if prefill else node_id,
+        )
+
+    @property
+    def key(self) -> tuple[RequestId, int]:
+        return self.request_id, self.attempt
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, those of earlier attempts included."""
+        return len(self.tokens) - self.num_prompt
+
+    def full_hashes(self, num_tokens: int) -> list[BlockHash]:
+        """Hashes of the full blocks among the first `num_tokens` tokens."""
+        count = num_tokens // BLOCK_TOKENS
+        if len(self.hashes) < count:
+            extend_hashes(self.hashes, self.tokens[: count * BLOCK_TOKENS], self.space)
+        return self.hashes[:count]
+
+    def append(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        self.tokens.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+
+    def settle(self, eos_token_ids: frozenset[int], max_model_len: int) -> bool:
+        """Whether the token appended last ends the stream; sets the reason."""
+        token, params = self.tokens[-1], self.sampling
+        stops = token in params.stop_token_ids or (not params.ignore_eos and token in eos_token_ids)
+        if stops and self.num_output > params.min_tokens:
+            self.finish_reason, self.stop_token = FinishReason.STOP, token
+        elif self.num_output >= params.max_tokens or len(self.tokens) >= max_model_len:
+            self.finish_reason = FinishReason.LENGTH
+        return self.finish_reason is not None
+
+    def span(self, start: int) -> TokenSpan:
+        """The output tokens of this attempt from the `start`-th on, for the tokenizer."""
+        first = self.num_prompt + self.num_accepted
+        return TokenSpan(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            position=self.num_accepted + start,
+            tokens=pack_tokens(self.tokens[first + start :]),
+            logprobs=self.logprobs[start:] if self.sampling.logprobs is not None else None,
+            finish_reason=self.finish_reason,
+            stop_token=self.stop_token,
+            cached_tokens=self.cached_tokens or 0,
+            path=self.path,
+        )
+
+
+def blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS)

@@ -1,0 +1,75 @@
+"""The prefill side of a hand-over: announce blocks as they fill, hold them under a lease, answer."""
+
+from slipstream.core.blocks import BlockPool
+from slipstream.core.job import Job, blocks_for
+from slipstream.core.lease import LeaseTable
+from slipstream.core.machine import BatchDone, Row
+from slipstream.messages import KvReady
+from slipstream.types import BLOCK_TOKENS, Epoch, TokenLogprobs
+
+
+class Lender:
+    """Leases hold references of their own, so a job may end before its blocks are read."""
+
+    def __init__(self, pool: BlockPool, epoch: Epoch, lease_s: float):
+        self.pool, self.epoch = pool, epoch
+        self.table = LeaseTable(lease_s)
+
+    def announce(
+        self, job: Job, row: Row, done: BatchDone, first: TokenLogprobs | None, now_s: float
+    ) -> KvReady:
+        """What the reader learns after this step. With the last chunk the lease begins to run."""
+        assert job.handover is not None
+        last = row.sample
+        end = blocks_for(job.num_computed) if last else job.num_computed // BLOCK_TOKENS
+        blocks = job.block_ids[job.announced_blocks : end]
+        digests = [self._digest(job, block, done) for block in blocks]
+        lease_id = f"{job.request_id}/{job.attempt}"
+        self.pool.take(blocks)
+        self.table.grant(lease_id, job.handover, blocks)
+        if last:
+            self.table.start(lease_id, now_s)
+        first_block, job.announced_blocks = job.announced_blocks, end
+        return KvReady(
+            request_id=job.request_id,
+            attempt=job.attempt,
+            lease_id=lease_id,
+            epoch=self.epoch,
+            first_block=first_block,
+            block_ids=blocks,
+            digests=b"".join(digests),
+            num_tokens=job.num_computed,
+            first_token=job.tokens[-1] if last else None,
+            first_logprobs=first,
+            cached_tokens=job.cached_tokens or 0,
+        )
+
+    def release(self, lease_id: str, now_s: float) -> bool:
+        """End a lease at its reader's word; whether it was alive until now."""
+        lease = self.table.end(lease_id)
+        if lease is None:
+            return False
+        self.pool.release(lease.blocks)
+        return lease.expires_s > now_s
+
+    def drop(self, job: Job) -> None:
+        lease = self.table.end(f"{job.request_id}/{job.attempt}")
+        if lease is not None:
+            self.pool.release(lease.blocks)
+
+    def lapse(self, now_s: float) -> list[str]:
+        """End what nobody renewed; the ids."""
+        over = self.table.lapse(now_s)
+        for lease in over:
+            self.pool.release(lease.blocks)
+        return [lease.lease_id for lease in over]
+
+    def _digest(self, job: Job, block: int, done: BatchDone) -> bytes:
+        known = self.pool.digests[block]
+        if known is not None:
+            return known
+        digest = done.digests[block]
+        full = (job.block_ids.index(block) + 1) * BLOCK_TOKENS <= job.num_computed
+        if full:
+            self.pool.digests[block] = digest
+        return digest

@@ -1,0 +1,251 @@
+"""Sessions between nodes: every message once, in order, or the news that the session is over.
+
+The bus below may lose, repeat, delay and reorder frames. A session numbers the frames of each
+direction, acknowledges, resends, and ends when the peer is silent for `dead_s`, or has begun anew.
+Machines above see exactly-once messages and two events: `Up` (a session began; nothing said before is
+on its way) and `Down` (it ended; what was said last may be lost). That is the whole failure model
+they need, and it is one piece of code instead of a retry per message.
+
+A session is a pair of numbers, one drawn by each side, larger at each new beginning and larger than
+those of any earlier process of that name. A frame names both. Rules:
+  - a frame of an older session is dropped; if its sender cannot know better, it is told to begin anew;
+  - a larger number from the peer means that it began anew: what was in flight is void, `Down`, `Up`;
+  - a session that ended here is never taken up again (`_floors`).
+Any traffic is a sign of life; a ping fills silences.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import msgspec
+
+from slipstream.messages import WIRE_VERSION, FrameHeader
+from slipstream.types import Epoch, NodeId
+
+ACK_DELAY_S = 0.02
+RESEND_FIRST_S = 0.25
+RESEND_MAX_S = 1.0
+RESEND_FRAMES = 32
+UNACKED_FRAMES_MAX = 8192
+UNACKED_BYTES_MAX = 64 << 20
+EARLY_FRAMES_MAX = 8192
+
+
+class Transmit(msgspec.Struct, frozen=True):
+    """Put one frame on the bus. May be lost."""
+
+    peer: NodeId
+    address: str
+    header: FrameHeader
+    payload: bytes
+
+
+class Up(msgspec.Struct, frozen=True):
+    peer: NodeId
+    epoch: Epoch
+
+
+class Down(msgspec.Struct, frozen=True):
+    peer: NodeId
+
+
+class Arrived(msgspec.Struct, frozen=True):
+    peer: NodeId
+    payload: bytes
+
+
+Output: TypeAlias = Transmit | Up | Down | Arrived
+
+
+@dataclass(slots=True)
+class _Session:
+    peer: NodeId
+    local: int
+    heard_s: float
+    sent_s: float = 0.0
+    remote: int = 0
+    """The peer's number; 0 until it has spoken."""
+    next_seq: int = 1
+    unacked: deque[tuple[int, bytes]] = field(default_factory=deque)
+    unacked_bytes: int = 0
+    resend_at_s: float = 0.0
+    resend_after_s: float = RESEND_FIRST_S
+    expected: int = 1
+    early: dict[int, bytes] = field(default_factory=dict)
+    ack_at_s: float | None = None
+
+
+class Link:
+    """All sessions of one node. Pure: time comes in, frames go out as `Transmit`."""
+
+    def __init__(
+        self, node_id: NodeId, epoch: Epoch, address: str, dead_s: float = 3.0, ping_s: float = 0.5
+    ):
+        assert 0 < ping_s < dead_s
+        self.node_id, self.epoch, self.address = node_id, epoch, address
+        self.dead_s, self.ping_s = dead_s, ping_s
+        self.addresses: dict[NodeId, str] = {}
+        self.resent_frames = 0
+        self._number = epoch
+        self._sessions: dict[NodeId, _Session] = {}
+        self._epochs: dict[NodeId, Epoch] = {}
+        self._floors: dict[NodeId, int] = {}
+
+    def know(self, peer: NodeId, address: str, epoch: Epoch) -> None:
+        """Learn where a peer listens, unless a later process of that name is known."""
+        if epoch >= self._epochs.get(peer, 0):
+            self._epochs[peer] = epoch
+            self.addresses[peer] = address
+
+    def send(self, peer: NodeId, payload: bytes, now_s: float) -> Iterator[Output]:
+        """Queue one message. A peer that does not read ends its session instead of our memory."""
+        if peer not in self.addresses:
+            yield Down(peer)
+            return
+        session = self._sessions.get(peer) or self._open(peer, now_s)
+        full = (
+            len(session.unacked) >= UNACKED_FRAMES_MAX
+            or session.unacked_bytes + len(payload) > UNACKED_BYTES_MAX
+        )
+        if full:
+            yield self._close(session)
+            return
+        if not session.unacked:
+            session.resend_after_s = RESEND_FIRST_S
+            session.resend_at_s = now_s + RESEND_FIRST_S
+        session.unacked.append((session.next_seq, payload))
+        session.unacked_bytes += len(payload)
+        session.next_seq += 1
+        yield self._transmit(session, session.next_seq - 1, payload, now_s)
+
+    def receive(self, header: FrameHeader, payload: bytes, now_s: float) -> Iterator[Output]:
+        """Take one frame from the bus."""
+        peer = header.source
+        if header.epoch < self._epochs.get(peer, 0):
+            return  # an older process of that name: fenced off
+        self._epochs[peer] = header.epoch
+        self.addresses[peer] = header.address
+        session = self._sessions.get(peer) or self._open(peer, now_s)
+        if header.session < session.remote:
+            return
+        if header.session > session.remote:
+            current = header.peer_session in (0, session.local)
+            if header.session <= self._floors.get(peer, 0) or not current:
+                yield self._transmit(session, 0, b"", now_s, peer_session=0)
+                return
+            yield from self._adopt(session, header, now_s)
+            session = self._sessions[peer]
+        if header.peer_session not in (0, session.local):
+            return
+        session.heard_s = now_s
+        if header.peer_session:
+            self._acknowledged(session, header.ack, now_s)
+        if header.seq:
+            session.ack_at_s = session.ack_at_s or now_s + ACK_DELAY_S
+            yield from self._in_order(session, header.seq, payload)
+
+    def wake(self, now_s: float) -> Iterator[Output]:
+        """Do what is due: acknowledge, resend, ping, give up."""
+        for session in list(self._sessions.values()):
+            if now_s - session.heard_s >= self.dead_s:
+                if session.remote or session.unacked:
+                    yield self._close(session)
+                else:
+                    del self._sessions[session.peer]
+                continue
+            if session.unacked and now_s >= session.resend_at_s:
+                session.resend_after_s = min(2 * session.resend_after_s, RESEND_MAX_S)
+                session.resend_at_s = now_s + session.resend_after_s
+                for seq, payload in list(session.unacked)[:RESEND_FRAMES]:
+                    self.resent_frames += 1
+                    yield self._transmit(session, seq, payload, now_s)
+            acknowledge = session.ack_at_s is not None and now_s >= session.ack_at_s
+            if acknowledge or (session.remote and now_s - session.sent_s >= self.ping_s):
+                yield self._transmit(session, 0, b"", now_s)
+
+    def next_wake_s(self) -> float:
+        """When `wake` has something to do; infinity without sessions."""
+        due = float("inf")
+        for session in self._sessions.values():
+            due = min(due, session.heard_s + self.dead_s)
+            if session.remote:
+                due = min(due, session.sent_s + self.ping_s)
+            if session.unacked:
+                due = min(due, session.resend_at_s)
+            if session.ack_at_s is not None:
+                due = min(due, session.ack_at_s)
+        return due
+
+    def check(self) -> None:
+        for peer, session in self._sessions.items():
+            assert peer == session.peer
+            assert session.unacked_bytes == sum(len(p) for _, p in session.unacked)
+            assert len(session.unacked) <= UNACKED_FRAMES_MAX
+            assert not session.remote or session.remote > self._floors.get(peer, 0)
+
+    def _open(self, peer: NodeId, now_s: float) -> _Session:
+        self._number += 1
+        session = _Session(peer, self._number, heard_s=now_s)
+        self._sessions[peer] = session
+        return session
+
+    def _close(self, session: _Session) -> Down:
+        self._floors[session.peer] = max(self._floors.get(session.peer, 0), session.remote)
+        del self._sessions[session.peer]
+        return Down(session.peer)
+
+    def _adopt(self, session: _Session, header: FrameHeader, now_s: float) -> Iterator[Output]:
+        """The peer began a session: take its number, and decide whether ours still holds."""
+        if session.remote and header.peer_session == session.local:
+            # It forgot its own side only, after it had taken ours up afresh: ours goes on.
+            self._floors[session.peer] = max(self._floors.get(session.peer, 0), session.remote)
+            session.expected, session.early = 1, {}
+            yield Down(session.peer)
+        elif session.remote:
+            yield self._close(session)
+            session = self._open(session.peer, now_s)
+        session.remote = header.session
+        session.heard_s = now_s
+        session.ack_at_s = now_s
+        yield Up(session.peer, header.epoch)
+
+    def _acknowledged(self, session: _Session, ack: int, now_s: float) -> None:
+        progress = False
+        while session.unacked and session.unacked[0][0] <= ack:
+            session.unacked_bytes -= len(session.unacked.popleft()[1])
+            progress = True
+        if progress:
+            session.resend_after_s = RESEND_FIRST_S
+            session.resend_at_s = now_s + RESEND_FIRST_S
+
+    def _in_order(self, session: _Session, seq: int, payload: bytes) -> Iterator[Output]:
+        if seq >= session.expected and len(session.early) < EARLY_FRAMES_MAX:
+            session.early[seq] = payload
+        while session.expected in session.early:
+            payload = session.early.pop(session.expected)
+            session.expected += 1
+            yield Arrived(session.peer, payload)
+
+    def _transmit(
+        self,
+        session: _Session,
+        seq: int,
+        payload: bytes,
+        now_s: float,
+        peer_session: int | None = None,
+    ) -> Transmit:
+        session.sent_s = now_s
+        session.ack_at_s = None
+        header = FrameHeader(
+            version=WIRE_VERSION,
+            source=self.node_id,
+            epoch=self.epoch,
+            address=self.address,
+            session=session.local,
+            peer_session=session.remote if peer_session is None else peer_session,
+            seq=seq,
+            ack=session.expected - 1,
+        )
+        return Transmit(session.peer, self.addresses[session.peer], header, payload)

@@ -1,0 +1,38 @@
+"""Identity of KV blocks: a chain of hashes, the same on every machine and in every process.
+
+SHA-256 over (namespace, parent, 16 token ids), cut to 128 bits. The namespace holds everything else
+that changes the bytes: model, dtype, block layout and the client's cache salt.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from slipstream.types import BLOCK_TOKENS, BlockHash, pack_tokens
+
+HASH_BYTES = 16
+
+
+def namespace(kv_layout_id: str, salt: str) -> bytes:
+    return hashlib.sha256(f"slipstream-kv-1\0{kv_layout_id}\0{salt}".encode()).digest()
+
+
+def extend_hashes(hashes: list[BlockHash], tokens: Sequence[int], space: bytes) -> None:
+    """Append the hashes of the full blocks of `tokens` that `hashes` does not cover yet."""
+    parent = hashes[-1] if hashes else b""
+    for start in range(len(hashes) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        block = pack_tokens(list(tokens[start : start + BLOCK_TOKENS]))
+        parent = hashlib.sha256(space + parent + block).digest()[:HASH_BYTES]
+        hashes.append(parent)
+
+
+def block_hashes(tokens: Sequence[int], space: bytes) -> list[BlockHash]:
+    hashes: list[BlockHash] = []
+    extend_hashes(hashes, tokens, space)
+    return hashes
+
+
+def split_hashes(packed: bytes) -> list[BlockHash]:
+    """Inverse of `b"".join(hashes)`. ValueError on a torn string."""
+    if len(packed) % HASH_BYTES:
+        raise ValueError(f"packed hashes are {len(packed)} bytes long, not a multiple of {HASH_BYTES}")
+    return [packed[i : i + HASH_BYTES] for i in range(0, len(packed), HASH_BYTES)]
