@@ -1,4 +1,5 @@
-"""The closed table of error codes: HTTP status, OpenAI error type, and whether trying again may help."""
+"""The closed table of error codes: HTTP status, OpenAI error type, and whether trying again may
+help."""
 
 from enum import StrEnum
 from typing import NamedTuple

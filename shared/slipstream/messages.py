@@ -2,7 +2,8 @@
 
 Rules: new fields get defaults; nothing is renamed or retyped; whatever acts on a request carries
 `(request_id, attempt)`; whatever names a worker's memory carries that worker's `epoch`. Token ids
-are packed little-endian int32, block hashes are concatenated 16-byte strings. Durations are relative.
+are packed little-endian int32, block hashes are concatenated 16-byte strings. Durations are
+relative.
 """
 
 from typing import Annotated, Any, TypeAlias
@@ -45,7 +46,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     model: str
     kv_layout_id: str
-    """Model fingerprint, dtype and block layout. Blocks move only between workers where it is equal."""
+    """Model fingerprint, dtype and block layout. Blocks move only between workers where it is
+    equal."""
     num_blocks: Count
     block_bytes: Count
     max_model_len: Count
@@ -112,8 +114,10 @@ class TextLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Peers(Message, kw_only=True, frozen=True):
-    """Scheduler -> all, on every change: who lives where. A young scheduler knows few, so a node that
-    is not listed is not thereby gone; `gone` names those that fell silent, with their last epoch."""
+    """Scheduler -> all, on every change: who lives where. A young scheduler knows few, so a
+    node that
+    is not listed is not thereby gone; `gone` names those that fell silent, with their last
+    epoch."""
 
     nodes: list[NodeInfo]
     gone: dict[NodeId, Epoch] = {}
@@ -214,7 +218,8 @@ class Codec(Message, kw_only=True, frozen=True):
 
 
 class TokenSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Output tokens of one stream, from `position` on. Repeats are harmless, gaps are waited for."""
+    """Output tokens of one stream, from `position` on. Repeats are harmless, gaps are waited
+    for."""
 
     request_id: RequestId
     attempt: int
@@ -256,7 +261,8 @@ class Hello(Message, kw_only=True, frozen=True):
 
 
 class Submit(Message, kw_only=True, frozen=True):
-    """Tokenizer -> scheduler: a stream that wants to run as `attempt` after its `accepted` tokens."""
+    """Tokenizer -> scheduler: a stream that wants to run as `attempt` after its `accepted`
+    tokens."""
 
     request_id: RequestId
     attempt: int
@@ -269,7 +275,8 @@ class Submit(Message, kw_only=True, frozen=True):
 
 
 class StreamEnded(Message, kw_only=True, frozen=True):
-    """Tokenizer -> scheduler: a stop string, a cancel, or an answer to `Resume` of a dead stream."""
+    """Tokenizer -> scheduler: a stop string, a cancel, or an answer to `Resume` of a dead
+    stream."""
 
     request_id: RequestId
 
@@ -323,14 +330,7 @@ class Located(Message, kw_only=True, frozen=True):
 
 
 SchedulerInbox: TypeAlias = (
-    Hello
-    | Submit
-    | StreamEnded
-    | WorkerLoad
-    | Started
-    | Finished
-    | AttemptFailed
-    | Located
+    Hello | Submit | StreamEnded | WorkerLoad | Started | Finished | AttemptFailed | Located
 )
 
 
@@ -370,7 +370,8 @@ class Decode(Message, kw_only=True, frozen=True):
 
 
 class Drop(Message, kw_only=True, frozen=True):
-    """Scheduler -> worker: forget every attempt of the request up to this one, free what it holds."""
+    """Scheduler -> worker: forget every attempt of the request up to this one, free what it
+    holds."""
 
     request_id: RequestId
     attempt: int
@@ -483,9 +484,7 @@ class Locate(Message, kw_only=True, frozen=True):
 KvIndexInbox: TypeAlias = Peers | BlockEvents | Snapshot | Locate
 
 
-AnyMessage: TypeAlias = (
-    FrontendInbox | TokenizerInbox | SchedulerInbox | WorkerInbox | KvIndexInbox
-)
+AnyMessage: TypeAlias = FrontendInbox | TokenizerInbox | SchedulerInbox | WorkerInbox | KvIndexInbox
 
 INBOXES: dict[Role, Any] = {
     Role.FRONTEND: FrontendInbox,

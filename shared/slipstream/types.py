@@ -13,10 +13,12 @@ BLOCK_TOKENS = 16
 
 RequestId: TypeAlias = str
 NodeId: TypeAlias = str
-"""Name of one process: `prefill-0`. Stays the same over its restarts; the epoch tells them apart."""
+"""Name of one process: `prefill-0`. Stays the same over its restarts; the epoch tells them
+apart."""
 
 Epoch: TypeAlias = int
-"""Start time of a process in ns. Of two epochs for one node the larger is alive, the other fenced off."""
+"""Start time of a process in ns. Of two epochs for one node the larger is alive, the other
+fenced off."""
 
 BlockId: TypeAlias = int
 """Index of a KV block in one worker's pool."""

@@ -9,7 +9,10 @@ from architecture.sources import REPOSITORY, source_files
 
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
-ENVIRONMENT_READERS = {"services/slipstream/cli/main.py"}
+ENVIRONMENT_READERS = {
+    "services/slipstream/cli/main.py",
+    "kernels/slipstream/kernels/cpu.py",  # the lowest layer: nobody above it chooses the compiler
+}
 MACHINE_PATHS = re.compile("/" + "opt/dev|/" + "work/|/" + "root/")
 """Put together so that this file does not contain what it looks for."""
 

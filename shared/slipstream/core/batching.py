@@ -118,7 +118,9 @@ class Batcher:
 
     def commit(self, job: Job) -> None:
         """Let prefixes find the job's full, computed blocks."""
-        for block, block_hash in zip(job.block_ids, job.full_hashes(job.num_computed), strict=False):
+        for block, block_hash in zip(
+            job.block_ids, job.full_hashes(job.num_computed), strict=False
+        ):
             self.pool.commit(block, block_hash)
 
     def _end(self, job: Job, budget: int) -> int | None:
@@ -130,7 +132,8 @@ class Batcher:
         return end if end > job.num_computed else None
 
     def _grow(self, job: Job, end: int) -> bool:
-        """Blocks for tokens up to `end`, if need be taken from the youngest job, which may be this."""
+        """Blocks for tokens up to `end`, if need be taken from the youngest job, which may be
+        this."""
         while (missing := blocks_for(end) - len(job.block_ids)) > 0:
             blocks = self.pool.allocate(missing)
             if blocks is not None:

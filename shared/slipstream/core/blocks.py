@@ -79,7 +79,8 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[BlockId]) -> None:
-        """Give back one reference on each. The tail is evicted before the head that it builds on."""
+        """Give back one reference on each. The tail is evicted before the head that it builds
+        on."""
         for block in reversed(blocks):
             assert self.references[block] > 0, f"block {block} released twice"
             self.references[block] -= 1

@@ -26,7 +26,8 @@ class LeaseTable:
         self.lapsed = 0
 
     def grant(self, lease_id: str, reader: NodeId, blocks: Sequence[BlockId]) -> None:
-        """Begin a lease, or add blocks to it. It does not run until `start`: its owner still works."""
+        """Begin a lease, or add blocks to it. It does not run until `start`: its owner still
+        works."""
         lease = self.live.get(lease_id)
         if lease is None:
             lease = self.live[lease_id] = Lease(lease_id, reader, float("inf"))

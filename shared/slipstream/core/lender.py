@@ -1,4 +1,5 @@
-"""The prefill side of a hand-over: announce blocks as they fill, hold them under a lease, answer."""
+"""The prefill side of a hand-over: announce blocks as they fill, hold them under a lease,
+answer."""
 
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, blocks_for

@@ -2,14 +2,17 @@
 
 The bus below may lose, repeat, delay and reorder frames. A session numbers the frames of each
 direction, acknowledges, resends, and ends when the peer is silent for `dead_s`, or has begun anew.
-Machines above see exactly-once messages and two events: `Up` (a session began; nothing said before is
+Machines above see exactly-once messages and two events: `Up` (a session began; nothing said
+before is
 on its way) and `Down` (it ended; what was said last may be lost). That is the whole failure model
 they need, and it is one piece of code instead of a retry per message.
 
 A session is a pair of numbers, one drawn by each side, larger at each new beginning and larger than
 those of any earlier process of that name. A frame names both. Rules:
-  - a frame of an older session is dropped; if its sender cannot know better, it is told to begin anew;
-  - a larger number from the peer means that it began anew: what was in flight is void, `Down`, `Up`;
+  - a frame of an older session is dropped; if its sender cannot know better, it is told to
+    begin anew;
+  - a larger number from the peer means that it began anew: what was in flight is void, `Down`,
+    `Up`;
   - a session that ended here is never taken up again (`_floors`).
 Any traffic is a sign of life; a ping fills silences.
 """

@@ -47,7 +47,8 @@ class PeerUp(_Record, frozen=True):
 
 
 class PeerDown(_Record, frozen=True):
-    """The session is over: the peer is silent, restarted or cut off. What was said last may be lost."""
+    """The session is over: the peer is silent, restarted or cut off. What was said last may be
+    lost."""
 
     peer: NodeId
 
@@ -236,7 +237,8 @@ class EncodePrompt(_Record, frozen=True):
 
 
 class Deliver(_Record, frozen=True):
-    """Frontend machine -> HTTP handler. A `Problem`, or a delta with a finish reason, is the end."""
+    """Frontend machine -> HTTP handler. A `Problem`, or a delta with a finish reason, is the
+    end."""
 
     request_id: RequestId
     item: TextDelta | Problem | int

@@ -30,7 +30,11 @@ class Node:
     """One process as the rest of the world sees it."""
 
     def __init__(
-        self, info: NodeInfo, machine: Machine, scheduler: tuple[NodeId, str] | None, dead_s: float = 3.0
+        self,
+        info: NodeInfo,
+        machine: Machine,
+        scheduler: tuple[NodeId, str] | None,
+        dead_s: float = 3.0,
     ):
         self.info, self.machine = info, machine
         self.link = Link(info.node_id, info.epoch, info.address, dead_s, ping_s=dead_s / 6)

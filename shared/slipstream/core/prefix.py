@@ -34,5 +34,7 @@ def block_hashes(tokens: Sequence[int], space: bytes) -> list[BlockHash]:
 def split_hashes(packed: bytes) -> list[BlockHash]:
     """Inverse of `b"".join(hashes)`. ValueError on a torn string."""
     if len(packed) % HASH_BYTES:
-        raise ValueError(f"packed hashes are {len(packed)} bytes long, not a multiple of {HASH_BYTES}")
+        raise ValueError(
+            f"packed hashes are {len(packed)} bytes long, not a multiple of {HASH_BYTES}"
+        )
     return [packed[i : i + HASH_BYTES] for i in range(0, len(packed), HASH_BYTES)]

@@ -44,7 +44,8 @@ class Handover:
 
 
 class Receiver:
-    """All hand-overs into one worker. `ready` and `recompute` fill up for the machine to collect."""
+    """All hand-overs into one worker. `ready` and `recompute` fill up for the machine to
+    collect."""
 
     def __init__(self, pool: BlockPool, pull_timeout_s: float):
         self.pool, self.pull_timeout_s = pool, pull_timeout_s
