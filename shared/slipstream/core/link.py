@@ -152,7 +152,7 @@ class Link:
     def wake(self, now_s: float) -> Iterator[Output]:
         """Do what is due: acknowledge, resend, ping, give up."""
         for session in list(self._sessions.values()):
-            if now_s - session.heard_s >= self.dead_s:
+            if now_s >= session.heard_s + self.dead_s:  # as in next_wake_s, to the last bit
                 if session.remote or session.unacked:
                     yield self._close(session)
                 else:
@@ -165,7 +165,7 @@ class Link:
                     self.resent_frames += 1
                     yield self._transmit(session, seq, payload, now_s)
             acknowledge = session.ack_at_s is not None and now_s >= session.ack_at_s
-            if acknowledge or (session.remote and now_s - session.sent_s >= self.ping_s):
+            if acknowledge or (session.remote and now_s >= session.sent_s + self.ping_s):
                 yield self._transmit(session, 0, b"", now_s)
 
     def next_wake_s(self) -> float:
