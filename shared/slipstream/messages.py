@@ -275,8 +275,8 @@ class Submit(Message, kw_only=True, frozen=True):
 
 
 class StreamEnded(Message, kw_only=True, frozen=True):
-    """Tokenizer -> scheduler: a stop string, a cancel, or an answer to `Resume` of a dead
-    stream."""
+    """Tokenizer -> scheduler: the stream is over, whatever ended it; also the answer to `Resume` of
+    a stream that is not there. Until then the scheduler answers for the request."""
 
     request_id: RequestId
 
@@ -306,7 +306,7 @@ class Started(Message, kw_only=True, frozen=True):
 
 
 class Finished(Message, kw_only=True, frozen=True):
-    """Worker -> scheduler: the stream's last token is made (and goes to the tokenizer)."""
+    """Worker -> scheduler: the stream's last token is made and on its way to the tokenizer."""
 
     request_id: RequestId
     attempt: int

@@ -27,6 +27,12 @@ BlockHash: TypeAlias = bytes
 """16 bytes: identity of a full block's contents (see `core.prefix`)."""
 
 
+ATTEMPTS_PER_MOVE = 1024
+"""Attempts are numbered from 1. The scheduler counts one up for each worker it lost; the frontend
+goes to the next multiple when it moves a stream to another tokenizer. So of two tokenizers that
+hold one stream, the number says which one the frontend listens to."""
+
+
 class Role(StrEnum):
     FRONTEND = "frontend"
     TOKENIZER = "tokenizer"

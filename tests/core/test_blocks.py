@@ -42,7 +42,7 @@ def test_pool_keeps_its_invariants(seed: int) -> None:
     for group in held:
         pool.release(group)
     assert pool.num_available == pool.num_blocks
-    assert pool.num_empty + pool.num_hashed == pool.num_blocks
+    assert pool.num_empty + pool.count_hashed() == pool.num_blocks
 
 
 def test_the_tail_is_evicted_before_the_head() -> None:

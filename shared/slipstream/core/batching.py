@@ -67,6 +67,8 @@ class Batcher:
         for job in list(self.running):
             if job not in self.running:
                 continue  # preempted a moment ago
+            if len(rows) == self.max_num_seqs:
+                break  # hand-overs came in beside: they wait, with their blocks
             end = self._end(job, budget)
             if end is None or not self._grow(job, end):
                 continue

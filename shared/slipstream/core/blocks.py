@@ -36,10 +36,11 @@ class BlockPool:
     def num_empty(self) -> int:
         return len(self._empty)
 
-    @property
-    def num_hashed(self) -> int:
-        """Blocks that a prefix can hit, referenced or not."""
-        return len(self._block_of)
+    def count_hashed(self, among: Iterable[BlockId] | None = None) -> int:
+        """Blocks that a prefix can hit, referenced or not: all of them, or of those named."""
+        if among is None:
+            return len(self._block_of)
+        return sum(self._hash_of[block] is not None for block in among)
 
     def match(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
         """The longest run of leading blocks that are in the pool.

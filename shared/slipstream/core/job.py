@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from slipstream.core.prefix import extend_hashes
-from slipstream.messages import Decode, Prefill, TokenSpan
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import Decode, Prefill, TokenSpan, WorkerInfo
 from slipstream.types import (
     BLOCK_TOKENS,
     BlockHash,
@@ -114,6 +115,25 @@ class Job:
             cached_tokens=self.cached_tokens or 0,
             path=self.path,
         )
+
+
+def unfit(job: Job, worker: WorkerInfo) -> Problem | None:
+    """Why a job can run on no worker like this one. The front door has checked it too."""
+    wanted = min(job.num_prompt + job.sampling.max_tokens, worker.max_model_len)
+    if len(job.tokens) >= worker.max_model_len or blocks_for(wanted) > worker.num_blocks:
+        limit = min(worker.max_model_len, worker.num_blocks * BLOCK_TOKENS)
+        return Problem(
+            code=ErrorCode.CONTEXT_LENGTH,
+            message=f"A worker holds {limit} tokens of one request. This one has "
+            f"{job.num_prompt} in the prompt and asks for {job.sampling.max_tokens} more.",
+        )
+    if not job.tokens or not all(0 <= token < worker.vocab_size for token in job.tokens):
+        return Problem(
+            code=ErrorCode.INVALID_VALUE,
+            message=f"Token ids must be in [0, {worker.vocab_size}), at least one.",
+            param="prompt",
+        )
+    return None
 
 
 def blocks_for(num_tokens: int) -> int:

@@ -6,7 +6,7 @@ from slipstream.core.job import Job, blocks_for
 from slipstream.core.lease import LeaseTable
 from slipstream.core.machine import BatchDone, Row
 from slipstream.messages import KvReady
-from slipstream.types import BLOCK_TOKENS, Epoch, TokenLogprobs
+from slipstream.types import BLOCK_TOKENS, Epoch, RequestId, TokenLogprobs
 
 
 class Lender:
@@ -53,10 +53,14 @@ class Lender:
         self.pool.release(lease.blocks)
         return lease.expires_s > now_s
 
-    def drop(self, job: Job) -> None:
-        lease = self.table.end(f"{job.request_id}/{job.attempt}")
-        if lease is not None:
-            self.pool.release(lease.blocks)
+    def drop(self, request_id: RequestId, attempt: int) -> None:
+        """End the leases of every attempt up to this one, at the scheduler's word."""
+        for lease_id in list(self.table.live):
+            owner, _, number = lease_id.rpartition("/")
+            if owner == request_id and int(number) <= attempt:
+                lease = self.table.end(lease_id)
+                assert lease is not None
+                self.pool.release(lease.blocks)
 
     def lapse(self, now_s: float) -> list[str]:
         """End what nobody renewed; the ids."""

@@ -19,6 +19,9 @@ _encode = msgspec.msgpack.Encoder().encode
 _encode_header = msgspec.msgpack.Encoder().encode
 _decode_header = msgspec.msgpack.Decoder(FrameHeader).decode
 
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not a message; the last for one nested without end."""
+
 Action: TypeAlias = Transmit | Effect
 
 
@@ -51,7 +54,7 @@ class Node:
         """One frame from the bus. A malformed one is counted and dropped."""
         try:
             frame = _decode_header(header)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except _MALFORMED:
             self.frames_malformed += 1
             return []
         if frame.version != WIRE_VERSION or frame.source == self.info.node_id:
@@ -88,7 +91,7 @@ class Node:
     def _decoded(self, peer: NodeId, payload: bytes) -> list[Event]:
         try:
             message = self._decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except _MALFORMED:
             self.frames_malformed += 1
             return []
         if isinstance(message, Peers):

@@ -75,7 +75,7 @@ class Receiver:
         ]
         if message.first_token is not None:
             handover.last = message
-        if len(handover.sources) != len(handover.digests):
+        if not self._coherent(handover):
             handover.failed = "malformed"
         return self._advance(handover)
 
@@ -154,6 +154,14 @@ class Receiver:
             if handover.lease_id:
                 by_source.setdefault(handover.source, []).append(handover.lease_id)
         return [Send(source, Renew(lease_ids=ids)) for source, ids in by_source.items()]
+
+    def _coherent(self, handover: Handover) -> bool:
+        """Whether what was announced so far can be this job's KV."""
+        num_tokens, count = len(handover.job.tokens), len(handover.sources)
+        if count != len(handover.digests) or count > blocks_for(num_tokens):
+            return False
+        last = handover.last
+        return last is None or (last.num_tokens == num_tokens and count == blocks_for(num_tokens))
 
     def _advance(self, handover: Handover) -> list[Effect]:
         if handover.failed:

@@ -1,0 +1,396 @@
+"""The machine of prefill and decode workers: one program, two sets of weights.
+
+A job comes in by `Prefill` (compute, hand over) or `Decode` (take over, or compute here), runs in
+the batcher and leaves by `Finished`, by `AttemptFailed` or at the scheduler's `Drop`. Every event
+ends in `_settle`: collect what became ready, plan the next step, say what there is to say.
+"""
+
+from collections import Counter, OrderedDict
+
+import msgspec
+
+from slipstream.core.batching import Batcher
+from slipstream.core.blocks import BlockPool
+from slipstream.core.job import Job, unfit
+from slipstream.core.lender import Lender
+from slipstream.core.machine import (
+    BatchDone,
+    BatchFailed,
+    BatchPlan,
+    Drain,
+    Effect,
+    Event,
+    Exit,
+    PeerDown,
+    PeerUp,
+    PullDone,
+    Received,
+    Row,
+    RowOutput,
+    RunBatch,
+    Send,
+    SetTimer,
+    Started,
+    TimerFired,
+)
+from slipstream.core.membership import Membership
+from slipstream.core.prefix import namespace
+from slipstream.core.receiver import Receiver
+from slipstream.core.reporter import IndexReporter
+from slipstream.core.token_log import TokenLog
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    SCHEDULER,
+    AttemptFailed,
+    Decode,
+    Drop,
+    Finished,
+    KvReady,
+    LiveRequest,
+    NodeInfo,
+    Peers,
+    Prefill,
+    Release,
+    Released,
+    Renew,
+    Resend,
+    SnapshotRequest,
+    StreamAck,
+    WorkerLoad,
+)
+from slipstream.messages import Started as JobStarted
+from slipstream.types import BLOCK_TOKENS, BlockId, NodeId, RequestId
+
+TICK_S = 0.5
+EARLY_MAX = 256
+EARLY_KEEP_S = 10.0
+LOG_KEEP_S = 30.0
+DEADLINE_SLACK_S = 5.0
+"""A worker ends what is overdue by itself only if the scheduler did not."""
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    eos_token_ids: tuple[int, ...] = ()
+    lease_s: float = 10.0
+    renew_s: float = 2.0
+    pull_timeout_s: float = 10.0
+    enable_prefix_caching: bool = True
+
+
+class WorkerMachine:
+    """Owns one pool of KV blocks and every job in it."""
+
+    def __init__(self, node: NodeInfo, settings: WorkerSettings):
+        assert node.worker is not None
+        self.info, self.settings = node.worker, settings
+        self.membership = Membership(node, self._live)
+        self.pool = BlockPool(self.info.num_blocks, settings.enable_prefix_caching)
+        # Preempted and failed hand-overs are computed here, even on a worker that does not prefill.
+        budget_tokens = max(self.info.prefill_budget_tokens, BLOCK_TOKENS)
+        self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens)
+        self.lender = Lender(self.pool, node.epoch, settings.lease_s)
+        self.receiver = Receiver(self.pool, settings.pull_timeout_s)
+        self.reporter = IndexReporter(self.pool, self.membership)
+        self.log = TokenLog(LOG_KEEP_S)
+        self.jobs: dict[RequestId, Job] = {}
+        self.failures: Counter[str] = Counter()
+        self.claimed_wrong = 0
+        """Blocks that the index said were cached here and were not."""
+        self._eos = frozenset(settings.eos_token_ids)
+        self._plan: BatchPlan | None = None
+        self._draining = False
+        self._early: OrderedDict[RequestId, tuple[float, list[KvReady]]] = OrderedDict()
+        """Announcements that overtook their `Decode`: they come from another sender."""
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        effects = self.membership.handle(event, now_s)
+        effects += self._on(event, now_s)
+        effects += self._settle(now_s)
+        return effects
+
+    def statistics(self) -> dict[str, float]:
+        load = self._load()
+        gauges = msgspec.structs.asdict(load)
+        counters = gauges.pop("counters")
+        return {**gauges, **counters}
+
+    def check(self) -> None:
+        """Every block reference has an owner, and every owner its references."""
+        self.pool.check()
+        expected: Counter[BlockId] = Counter()
+        dropped = [job for job in self.batcher.in_flight if job.dropped]
+        zombies = [handover.job for handover in self.receiver.zombies.values()]
+        for job in (*self.jobs.values(), *dropped, *zombies):
+            expected.update(job.block_ids)
+        for lease in self.lender.table.live.values():
+            expected.update(lease.blocks)
+        for block, count in enumerate(self.pool.references):
+            assert count == expected[block], f"block {block}: {count} held, {expected[block]} known"
+        load = self._load()
+        assert load.blocks_free + load.blocks_used + load.blocks_leased == self.info.num_blocks
+        assert len(self._early) <= EARLY_MAX
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    def _on(self, event: Event, now_s: float) -> list[Effect]:
+        match event:
+            case Received(source, message):
+                return self._received(source, message, now_s)
+            case BatchDone():
+                return self._batch_done(event, now_s)
+            case BatchFailed(step, cause):
+                return self._batch_failed(step, cause)
+            case PullDone():
+                return self.receiver.pulled(event)
+            case TimerFired("tick"):
+                return self._tick(now_s)
+            case TimerFired("renew"):
+                return [*self.receiver.renew(), SetTimer("renew", now_s + self.settings.renew_s)]
+            case Started():
+                return [
+                    SetTimer("tick", now_s + TICK_S),
+                    SetTimer("renew", now_s + self.settings.renew_s),
+                ]
+            case PeerUp(peer, _):
+                for job in (*self.jobs.values(), *(e.job for e in self.log.ended.values())):
+                    if job.tokenizer == peer:
+                        self.log.repeat(job, 0)
+            case PeerDown(peer):
+                self.reporter.peer_down(peer)
+                lost = self.receiver.source_down(peer)
+                return [effect for job in lost for effect in self._fail(job, "prefill_lost")]
+            case Drain():
+                self._draining = True
+                return self.membership.drain(now_s)
+        return []
+
+    def _received(self, source: NodeId, message: object, now_s: float) -> list[Effect]:
+        match message:
+            case Prefill() | Decode():
+                return self._admit(message, now_s)
+            case Drop():
+                return self._drop(message.request_id, message.attempt)
+            case KvReady():
+                return self._announced(message, now_s)
+            case Renew():
+                for lease_id in message.lease_ids:
+                    self.lender.table.renew(lease_id, now_s)
+            case Release():
+                mine = message.epoch == self.membership.node.epoch
+                ok = mine and self.lender.release(message.lease_id, now_s)
+                return [Send(source, Released(lease_id=message.lease_id, ok=ok))]
+            case Released():
+                return self.receiver.released(message.lease_id, message.ok)
+            case StreamAck():
+                self.log.acknowledge(message.request_id, message.attempt)
+            case Resend():
+                ended = self.log.ended.get(message.request_id)
+                job = self.jobs.get(message.request_id) or (ended.job if ended else None)
+                if job is not None and job.attempt == message.attempt:
+                    self.log.repeat(job, message.position)
+            case SnapshotRequest() if message.epoch == self.membership.node.epoch:
+                return self.reporter.snapshot(source)
+            case Peers():
+                pass  # membership has read it
+        return []
+
+    def _admit(self, message: Prefill | Decode, now_s: float) -> list[Effect]:
+        known = self.jobs.get(message.request_id)
+        if known is not None and known.attempt >= message.attempt:
+            return []
+        effects = [] if known is None else self._drop(known.request_id, known.attempt)
+        node = self.membership.node
+        space = namespace(self.info.kv_layout_id, message.salt)
+        job = Job.of(message, space, node.node_id, now_s)
+        self.jobs[job.request_id] = job
+        problem = unfit(job, self.info)
+        if problem is not None:
+            return effects + self._fail(job, "unfit", problem)
+        if message.claimed_blocks:
+            there = len(self.pool.match(job.full_hashes(len(job.tokens))))
+            self.claimed_wrong += max(0, message.claimed_blocks - there)
+        if isinstance(message, Decode) and message.prefill is not None:
+            self.receiver.expect(job, message.prefill, message.prefill_epoch)
+            _, early = self._early.pop(job.request_id, (0.0, []))
+            for announcement in early:
+                effects += self.receiver.announced(announcement)
+        else:
+            self.batcher.add(job)
+        return effects
+
+    def _announced(self, message: KvReady, now_s: float) -> list[Effect]:
+        if message.request_id in self.receiver.live:
+            return self.receiver.announced(message)
+        if message.request_id in self.jobs:
+            return []
+        _, early = self._early.setdefault(message.request_id, (now_s + EARLY_KEEP_S, []))
+        early.append(message)
+        if len(self._early) > EARLY_MAX:
+            self._early.popitem(last=False)
+        return []
+
+    # --- The step ---------------------------------------------------------------------------------
+
+    def _batch_done(self, done: BatchDone, now_s: float) -> list[Effect]:
+        plan, self._plan = self._plan, None
+        assert plan is not None and plan.step == done.step
+        outputs = {(output.request_id, output.attempt): output for output in done.outputs}
+        effects: list[Effect] = []
+        for job, row in self.batcher.land(plan):
+            if row.sample and not self._append(job, outputs.get(job.key)):
+                problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
+                effects += self._fail(job, "no_token", problem)
+                continue
+            if job.handover is not None:
+                effects += self._lend(job, row, done, now_s)
+            elif row.sample:
+                self.log.stage(job)
+            if job.finish_reason is not None:
+                effects += self._finish(job, now_s)
+        return effects
+
+    def _append(self, job: Job, output: RowOutput | None) -> bool:
+        """Take the row's tokens up to the one that ends the stream; False if there are none."""
+        if output is None or not output.tokens:
+            return False
+        for index, token in enumerate(output.tokens):
+            job.append(token, output.logprobs[index] if output.logprobs else None)
+            if job.settle(self._eos, self.info.max_model_len):
+                break
+        return True
+
+    def _lend(self, job: Job, row: Row, done: BatchDone, now_s: float) -> list[Effect]:
+        """Announce what this chunk filled; after the last one the job's work here is over."""
+        assert job.handover is not None
+        if job.finish_reason is not None:
+            self.lender.drop(job.request_id, job.attempt)  # nothing is left to decode
+            self.log.stage(job)
+            return []
+        first = job.logprobs[-1] if row.sample and job.logprobs else None
+        ready = self.lender.announce(job, row, done, first, now_s)
+        if row.sample:
+            self.log.stage(job)
+            self._leave(job)
+        return [Send(job.handover, ready)] if ready.block_ids or row.sample else []
+
+    def _finish(self, job: Job, now_s: float) -> list[Effect]:
+        self._leave(job)
+        self.log.end(job, now_s)
+        return [Send(SCHEDULER, Finished(request_id=job.request_id, attempt=job.attempt))]
+
+    def _batch_failed(self, step: int, cause: str) -> list[Effect]:
+        plan, self._plan = self._plan, None
+        assert plan is not None and plan.step == step
+        jobs = self.batcher.crash()
+        return [effect for job in jobs for effect in self._fail(job, f"step: {cause}")]
+
+    def _settle(self, now_s: float) -> list[Effect]:
+        effects = self.receiver.retry()
+        ready, self.receiver.ready = self.receiver.ready, []
+        recompute, self.receiver.recompute = self.receiver.recompute, []
+        for job in ready:
+            self.batcher.commit(job)
+        for job in (*ready, *recompute):
+            started = JobStarted(request_id=job.request_id, attempt=job.attempt)
+            effects.append(Send(SCHEDULER, started))
+            if job.settle(self._eos, self.info.max_model_len):
+                self.log.stage(job)
+                effects += self._finish(job, now_s)
+            elif job.num_computed:
+                self.batcher.add_computed(job)
+            else:
+                self.batcher.add(job)
+        plan = self.batcher.plan()
+        if plan is not None:
+            self._plan = plan
+            effects.append(RunBatch(plan))
+        effects += self.log.flush()
+        effects += self.reporter.flush(now_s)
+        if self._draining and self._empty():
+            effects.append(Exit())
+        return effects
+
+    # --- Ends -------------------------------------------------------------------------------------
+
+    def _leave(self, job: Job) -> None:
+        """Its own references go; a lease keeps what is still to be read."""
+        del self.jobs[job.request_id]
+        self.batcher.remove(job)
+
+    def _fail(self, job: Job, cause: str, problem: Problem | None = None) -> list[Effect]:
+        self.failures[cause.partition(":")[0]] += 1
+        failed = AttemptFailed(
+            request_id=job.request_id, attempt=job.attempt, cause=cause, problem=problem
+        )
+        return [*self._drop(job.request_id, job.attempt), Send(SCHEDULER, failed)]
+
+    def _drop(self, request_id: RequestId, attempt: int) -> list[Effect]:
+        """Forget every attempt up to this one."""
+        effects: list[Effect] = []
+        job = self.jobs.get(request_id)
+        if job is not None and job.attempt <= attempt:
+            if request_id in self.receiver.live:
+                del self.jobs[request_id]
+                effects = self.receiver.drop(request_id)
+            else:
+                self._leave(job)
+        self.lender.drop(request_id, attempt)
+        self.log.acknowledge(request_id, attempt)
+        return effects
+
+    # --- Time -------------------------------------------------------------------------------------
+
+    def _tick(self, now_s: float) -> list[Effect]:
+        self.lender.lapse(now_s)
+        self.log.expire(now_s)
+        while self._early and next(iter(self._early.values()))[0] <= now_s:
+            self._early.popitem(last=False)
+        effects: list[Effect] = [SetTimer("tick", now_s + TICK_S), Send(SCHEDULER, self._load())]
+        for job in list(self.jobs.values()):
+            if now_s > job.deadline_s + DEADLINE_SLACK_S:
+                effects += self._fail(job, "deadline")
+        return effects
+
+    def _live(self) -> list[LiveRequest]:
+        """Attempts that go on, or have ended unheard, even if the scheduler has just forgotten
+        them: not those that wait for another worker's word."""
+        waits = {key for key, handover in self.receiver.live.items() if handover.last is None}
+        here = [job for job in self.jobs.values() if job.request_id not in waits]
+        jobs = [job for job in here if job.handover is None]
+        jobs += [ended.job for ended in self.log.ended.values()]
+        return [LiveRequest(job.request_id, job.attempt) for job in jobs]
+
+    def _load(self) -> WorkerLoad:
+        leased = self.lender.table.leased_blocks()
+        free, waiting = self.pool.num_empty, self.batcher.waiting
+        return WorkerLoad(
+            steps=self.batcher.steps,
+            running=len(self.jobs) - len(waiting),
+            waiting=len(waiting),
+            waiting_tokens=self.batcher.waiting_tokens,
+            blocks_free=free,
+            blocks_used=self.info.num_blocks - free - len(leased),
+            blocks_cached=self.pool.count_hashed() - self.pool.count_hashed(leased),
+            blocks_leased=len(leased),
+            counters=self._counters(),
+        )
+
+    def _counters(self) -> dict[str, float]:
+        return {
+            "blocks_pulled_total": self.receiver.blocks_pulled,
+            "blocks_quarantined": sum(
+                len(handover.job.block_ids) for handover in self.receiver.zombies.values()
+            ),
+            "leases_lapsed_total": self.lender.table.lapsed,
+            "preemptions_total": self.batcher.preemptions,
+            "prefix_hit_tokens_total": self.batcher.hit_tokens,
+            "prefix_query_tokens_total": self.batcher.queried_tokens,
+            "index_claims_wrong_total": self.claimed_wrong,
+            "streams_unheard_total": self.log.unheard,
+            **{f"handover_{cause}_total": n for cause, n in self.receiver.failures.items()},
+            **{f"attempts_failed_{cause}_total": n for cause, n in self.failures.items()},
+        }
+
+    def _empty(self) -> bool:
+        held = self.jobs or self.log.ended or self.lender.table.live or self.receiver.zombies
+        return not held and not self.batcher.busy
