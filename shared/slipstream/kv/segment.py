@@ -1,0 +1,161 @@
+"""The pool of a CPU worker: a named shared-memory file that peers on the host map read-only.
+
+`{shm_dir}/slipstream-{run}-{node_id}-{epoch}`: one page of header, then the blocks. Its owner holds
+a lock (flock) on it while it lives, so a file without a lock belongs to a dead process.
+"""
+
+import fcntl
+import mmap
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.config import StartError, format_bytes
+
+MAGIC = b"SLIPKV01"
+HEADER_BYTES = 4096
+NO_MEMORY = 6
+"""Exit code of a worker whose pool does not fit."""
+_LENGTH = struct.Struct("<I")
+
+Blocks: TypeAlias = NDArray[np.uint8]
+"""uint8 `[num_blocks, block_bytes]`, contiguous: the bytes of a pool, one row a block."""
+
+
+class SegmentError(Exception):
+    """This file is not the segment that was meant; one line."""
+
+
+class SegmentHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What a segment says about itself. Peers map it only if every word is what they expect."""
+
+    kv_layout_id: str
+    epoch: int
+    num_blocks: int
+    block_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        return HEADER_BYTES + self.num_blocks * self.block_bytes
+
+
+class Segment:
+    """A mapped segment. `blocks` stays usable after `close` for as long as somebody holds it."""
+
+    def __init__(self, path: Path, file: int, header: SegmentHeader, blocks: Blocks):
+        self.path, self.header, self.blocks = path, header, blocks
+        self._file = file
+
+    def close(self) -> None:
+        """Owner's end: the name goes at once, the memory with the last mapping. Idempotent."""
+        if self._file >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+
+def segment_path(shm_dir: str, run_dir: str, node_id: str, epoch: int) -> Path:
+    return Path(shm_dir) / f"slipstream-{Path(run_dir).name}-{node_id}-{epoch}"
+
+
+def create_segment(path: Path, header: SegmentHeader) -> Segment:
+    """Makes and locks the file; the blocks are zero.
+
+    StartError: no room for it, or the folder cannot be written. All memory is taken here, because
+    a full folder would otherwise show as SIGBUS in the middle of a request.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartError(f"slipstream: --shm-dir: {path}: {error.strerror}", NO_MEMORY) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.posix_fallocate(file, 0, header.file_bytes)
+        encoded = msgspec.msgpack.encode(header)
+        os.pwrite(file, MAGIC + _LENGTH.pack(len(encoded)) + encoded, 0)
+        memory = mmap.mmap(file, header.file_bytes, mmap.MAP_SHARED)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        os.close(file)
+        raise StartError(
+            f"slipstream: no room for the KV pool in {path.parent}: needs "
+            f"{format_bytes(header.file_bytes)}, {format_bytes(free_bytes(path.parent))} available "
+            f"({error.strerror}); lower --kv-cache-bytes or give another --shm-dir",
+            NO_MEMORY,
+        ) from None
+    return Segment(path, file, header, _blocks(memory, header))
+
+
+def attach_segment(path: Path, expected: SegmentHeader) -> Blocks:
+    """A peer's blocks, read-only. SegmentError: no such file, or not the one that was expected."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise SegmentError(f"{path}: {error.strerror}") from None
+    try:
+        found = _read_header(path, file)
+        if found != expected:
+            raise SegmentError(f"{path}: holds {found}, expected {expected}")
+        size = os.fstat(file).st_size
+        if size != expected.file_bytes:
+            raise SegmentError(f"{path}: {size} bytes long, expected {expected.file_bytes}")
+        memory = mmap.mmap(file, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    except OSError as error:
+        raise SegmentError(f"{path}: {error.strerror}") from None
+    finally:
+        os.close(file)
+    return _blocks(memory, expected)
+
+
+def remove_dead_segments(shm_dir: str, run_dir: str, node_id: str) -> list[Path]:
+    """Unlinks what former processes of this node id left behind; returns what it removed."""
+    pattern = re.compile(re.escape(segment_path("", run_dir, node_id, 0).name[:-1]) + r"\d+")
+    removed = []
+    for path in sorted(Path(shm_dir).glob("slipstream-*")):
+        if pattern.fullmatch(path.name) and _is_dead(path):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Bytes that this user can still write into the folder's file system."""
+    system = os.statvfs(folder)
+    return system.f_bavail * system.f_frsize
+
+
+def _blocks(memory: mmap.mmap, header: SegmentHeader) -> Blocks:
+    flat: NDArray[Any] = np.frombuffer(memory, np.uint8, offset=HEADER_BYTES)
+    return flat.reshape(header.num_blocks, header.block_bytes)
+
+
+def _read_header(path: Path, file: int) -> SegmentHeader:
+    page = os.pread(file, HEADER_BYTES, 0)
+    start = len(MAGIC) + _LENGTH.size
+    if len(page) < HEADER_BYTES or not page.startswith(MAGIC):
+        raise SegmentError(f"{path}: not a segment")
+    (length,) = _LENGTH.unpack_from(page, len(MAGIC))
+    try:
+        return msgspec.msgpack.decode(page[start : start + length], type=SegmentHeader)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise SegmentError(f"{path}: malformed header: {error}") from None
+
+
+def _is_dead(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return True

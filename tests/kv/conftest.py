@@ -1,0 +1,63 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slipstream.kv.segment import Segment, SegmentHeader, create_segment, segment_path
+from slipstream.messages import NodeInfo, WorkerInfo
+from slipstream.types import Role
+
+LAYOUT = "f00d/float32/l1.h1.t16.d2"
+
+MakeSegment = Callable[..., Segment]
+
+
+def header(num_blocks: int = 12, block_bytes: int = 4096, epoch: int = 7) -> SegmentHeader:
+    return SegmentHeader(
+        kv_layout_id=LAYOUT, epoch=epoch, num_blocks=num_blocks, block_bytes=block_bytes
+    )
+
+
+def node_of(
+    segment: Segment, transports: dict[str, str], node_id: str = "prefill-0", host: str = "here"
+) -> NodeInfo:
+    words = segment.header
+    return NodeInfo(
+        node_id=node_id,
+        role=Role.PREFILL,
+        epoch=words.epoch,
+        address="ipc:///nowhere",
+        host=host,
+        worker=WorkerInfo(
+            model="toy",
+            kv_layout_id=words.kv_layout_id,
+            num_blocks=words.num_blocks,
+            block_bytes=words.block_bytes,
+            max_model_len=64,
+            vocab_size=10,
+            max_num_seqs=4,
+            prefill_budget_tokens=16,
+            accept_decode=True,
+            transports=transports,
+        ),
+    )
+
+
+@pytest.fixture
+def make_segment(tmp_path: Path) -> Iterator[MakeSegment]:
+    made = []
+
+    def make(node_id: str = "prefill-0", fill: int | None = 1, **words: int) -> Segment:
+        words_of = header(**words)
+        path = segment_path(str(tmp_path), "/run/r1", node_id, words_of.epoch)
+        segment = create_segment(path, words_of)
+        if fill is not None:
+            drawn = np.random.default_rng(fill)
+            segment.blocks[:] = drawn.integers(0, 256, segment.blocks.shape, np.uint8)
+        made.append(segment)
+        return segment
+
+    yield make
+    for segment in made:
+        segment.close()
