@@ -1,0 +1,86 @@
+"""Who is there: every process that said Hello in a session that still stands."""
+
+import msgspec
+
+from slipstream.core.machine import Effect, Send
+from slipstream.messages import Hello, NodeInfo, Peers, WorkerLoad
+from slipstream.types import Epoch, NodeId, Role
+
+GONE_MAX = 1024
+
+
+class Fleet:
+    """Owns the membership of the cluster and tells everybody about it."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[NodeId, NodeInfo] = {}
+        self.loads: dict[NodeId, WorkerLoad] = {}
+        self._gone: dict[NodeId, Epoch] = {}
+        self._model: str = ""
+        """Fingerprint of the first worker's model: workers with another one take no part."""
+
+    def hello(self, source: NodeId, hello: Hello) -> bool:
+        """Note who speaks; whether it is its first word in this session."""
+        first = source not in self.nodes
+        self.nodes[source] = hello.node
+        self._gone.pop(source, None)
+        self._model = self._model or _fingerprint(hello.node)
+        return first
+
+    def down(self, peer: NodeId) -> NodeInfo | None:
+        node = self.nodes.pop(peer, None)
+        self.loads.pop(peer, None)
+        if node is not None:
+            self._gone[peer] = node.epoch
+            if len(self._gone) > GONE_MAX:
+                del self._gone[next(iter(self._gone))]
+            if not any(other.worker for other in self.nodes.values()):
+                self._model = ""
+        return node
+
+    def of_role(self, role: Role) -> list[NodeId]:
+        """Nodes that take something new, in the order of their names."""
+        return sorted(n.node_id for n in self.nodes.values() if n.role is role and not n.draining)
+
+    def workers(self) -> list[NodeInfo]:
+        """Workers of the cluster's model that take something new."""
+        nodes = self.nodes.values()
+        return [node for node in nodes if _fingerprint(node) == self._model and not node.draining]
+
+    def largest_pool_blocks(self) -> int:
+        """0 without workers."""
+        return max((n.worker.num_blocks for n in self.workers() if n.worker is not None), default=0)
+
+    def missing(self) -> str:
+        """What a request would wait for; empty if it can be served now."""
+        workers = [node.worker for node in self.workers() if node.worker is not None]
+        prefillers = [worker for worker in workers if worker.prefill_budget_tokens > 0]
+        layouts = {worker.kv_layout_id for worker in workers if worker.accept_decode}
+        if not layouts:
+            return "no decode worker"
+        if not any(worker.kv_layout_id in layouts for worker in prefillers):
+            return "no worker that computes prompts"
+        if not self.of_role(Role.TOKENIZER):
+            return "no tokenizer"
+        return ""
+
+    def gauges(self) -> dict[NodeId, dict[str, float]]:
+        """The last word of each worker about itself."""
+        gauges = {}
+        for node_id, load in self.loads.items():
+            fields = msgspec.structs.asdict(load)
+            gauges[node_id] = {**fields.pop("counters"), **fields}
+        return gauges
+
+    def announce(self) -> list[Effect]:
+        """Tell everybody who is there."""
+        reason = self.missing()
+        peers = Peers(
+            nodes=list(self.nodes.values()), gone=dict(self._gone), ready=not reason, reason=reason
+        )
+        return [Send(node_id, peers) for node_id in sorted(self.nodes)]
+
+
+def _fingerprint(node: NodeInfo) -> str:
+    """What a worker serves; no other service has one."""
+    return node.worker.kv_layout_id.partition("/")[0] if node.worker is not None else " none"

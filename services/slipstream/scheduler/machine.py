@@ -1,0 +1,400 @@
+"""The owner of every request: accepts, places, times out, retries, and lets go.
+
+A request begins with a tokenizer's `Submit` and ends with its `StreamEnded`, a `Failed`, or ten
+seconds of silence of its tokenizer. In between it is in exactly one `State`. What was begun on a
+lost worker goes on as the next attempt: `Drop` to who may still work on the old one, `Resume` to
+the tokenizer, which from then on takes nothing older and submits again.
+"""
+
+from collections import Counter
+
+import msgspec
+
+from slipstream.core.machine import (
+    Drain,
+    Effect,
+    Event,
+    Exit,
+    PeerDown,
+    Received,
+    Send,
+    SetTimer,
+    Started,
+    TimerFired,
+)
+from slipstream.core.prefix import HASH_BYTES
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    AttemptFailed,
+    ClusterLoad,
+    Drop,
+    Failed,
+    Finished,
+    Hello,
+    Locate,
+    Located,
+    NodeInfo,
+    Resume,
+    StreamEnded,
+    Submit,
+    WorkerLoad,
+)
+from slipstream.messages import Started as JobStarted
+from slipstream.scheduler.dispatcher import Dispatcher
+from slipstream.scheduler.fleet import Fleet
+from slipstream.scheduler.past import Past
+from slipstream.scheduler.request import Request, State
+from slipstream.types import ATTEMPTS_PER_MOVE, NodeId, RequestId, Role
+
+TICK_S = 0.25
+LOAD_S = 1.0
+ORPHAN_GRACE_S = 10.0
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    disaggregation: str = "always"
+    max_requests: int = 1024
+    max_request_timeout_s: float = 3600.0
+    locate_timeout_s: float = 0.05
+    recovery_grace_s: float = 2.0
+    max_migrations: int = 3
+    index_stride: int = 1
+
+
+class SchedulerMachine:
+    def __init__(self, node: NodeInfo, settings: SchedulerSettings):
+        self.node, self.settings = node, settings
+        self.fleet = Fleet()
+        self.requests: dict[RequestId, Request] = {}
+        self.counters: Counter[str] = Counter()
+        self.dispatcher = Dispatcher(self.fleet, settings.disaggregation == "always")
+        self.past = Past()
+        self._reports: dict[RequestId, tuple[int, NodeId]] = {}
+        """What workers said runs in them, and no tokenizer has asked for yet."""
+        self._recovering = False
+        self._draining = False
+        self._load_due_s = 0.0
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        effects = self._on(event, now_s)
+        effects += self.dispatcher.dispatch(self.requests.values(), now_s)
+        if self._draining and not self.requests:
+            effects.append(Exit())
+        return effects
+
+    def statistics(self) -> dict[str, float]:
+        states = Counter(request.state for request in self.requests.values())
+        return {
+            **{f"requests_{state}": states[state] for state in State},
+            **{f"requests_{name}_total": count for name, count in self.counters.items()},
+            **{f"requests_placed_{name}_total": n for name, n in self.dispatcher.placed.items()},
+            "nodes": len(self.fleet.nodes),
+        }
+
+    def check(self) -> None:
+        for request_id, request in self.requests.items():
+            assert request.request_id == request_id
+            assert (request.state is State.QUEUED) == (request_id in self.dispatcher.queue)
+            assert (request.prefill is not None) <= (request.state is State.PREFILLING)
+            placed = request.state in (State.PREFILLING, State.DECODING, State.FINISHING)
+            assert placed == (request.decode is not None), request.state
+            assert all(worker in self.fleet.nodes for worker in request.workers)
+        assert self.dispatcher.queue.keys() <= self.requests.keys()
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    def _on(self, event: Event, now_s: float) -> list[Effect]:
+        match event:
+            case Received(source, message):
+                return self._received(source, message, now_s)
+            case TimerFired("tick"):
+                return self._tick(now_s)
+            case TimerFired("recovered"):
+                return self._recovered()
+            case TimerFired("reports"):
+                return self._drop_reports()
+            case TimerFired(key) if key.startswith("locate "):
+                self._located(self.requests.get(key.removeprefix("locate ")), {}, now_s)
+            case PeerDown(peer):
+                return self._peer_down(peer, now_s)
+            case Started():
+                self._recovering = True
+                grace_s = self.settings.recovery_grace_s
+                return [
+                    SetTimer("tick", now_s + TICK_S),
+                    SetTimer("recovered", now_s + grace_s),
+                    SetTimer("reports", now_s + grace_s + ORPHAN_GRACE_S),
+                ]
+            case Drain():
+                self._draining = True
+        return []
+
+    def _received(self, source: NodeId, message: object, now_s: float) -> list[Effect]:
+        match message:
+            case Hello() if message.node.node_id == source:
+                return self._hello(source, message, now_s)
+            case Submit():
+                return self._submit(source, message, now_s)
+            case StreamEnded():
+                request = self.requests.get(message.request_id)
+                if request is not None and request.tokenizer == source:
+                    return self._end(request, now_s)
+            case WorkerLoad() if source in self.fleet.nodes:
+                self.fleet.loads[source] = message
+            case Located():
+                request = self._current(message.request_id, message.attempt)
+                self._located(request, message.blocks, now_s)
+            case JobStarted():
+                request = self._current(message.request_id, message.attempt)
+                if request is not None and request.decode == source and request.prefill:
+                    request.state, request.prefill = State.DECODING, None
+            case Finished():
+                return self._finished(source, message)
+            case AttemptFailed():
+                return self._attempt_failed(source, message, now_s)
+        return []
+
+    def _current(self, request_id: RequestId, attempt: int) -> Request | None:
+        request = self.requests.get(request_id)
+        return request if request is not None and request.attempt == attempt else None
+
+    # --- Who is there -----------------------------------------------------------------------------
+
+    def _hello(self, source: NodeId, hello: Hello, now_s: float) -> list[Effect]:
+        first = self.fleet.hello(source, hello)
+        effects = self.fleet.announce()
+        for live in hello.live if first else ():
+            request = self._current(live.request_id, live.attempt)
+            if request is not None and request.state is State.RECOVERING:
+                self._adopt(request, source)
+            elif self._recovering:
+                known, _ = self._reports.get(live.request_id, (0, source))
+                if live.attempt > known:
+                    self._reports[live.request_id] = (live.attempt, source)
+            elif request is None or source not in request.workers:
+                effects.append(Send(source, _drop(live.request_id, live.attempt)))
+        return effects
+
+    def _peer_down(self, peer: NodeId, now_s: float) -> list[Effect]:
+        if self.fleet.down(peer) is None:
+            return []
+        self._reports = {key: said for key, said in self._reports.items() if said[1] != peer}
+        effects = self.fleet.announce()
+        for request in list(self.requests.values()):
+            if request.tokenizer == peer:
+                request.orphan_s = now_s
+            if peer in request.workers:
+                effects += self._retry(request, "worker_lost", now_s)
+        return effects
+
+    def _recovered(self) -> list[Effect]:
+        """Whoever was silent so far is passed over: its attempts are fenced off by the next one."""
+        self._recovering = False
+        unknown = [r for r in self.requests.values() if r.state is State.RECOVERING]
+        return [effect for request in unknown for effect in self._resume(request)]
+
+    def _drop_reports(self) -> list[Effect]:
+        """No tokenizer wanted these."""
+        reports, self._reports = self._reports, {}
+        return [
+            Send(worker, _drop(request_id, attempt))
+            for request_id, (attempt, worker) in reports.items()
+        ]
+
+    # --- A request's way --------------------------------------------------------------------------
+
+    def _submit(self, source: NodeId, submit: Submit, now_s: float) -> list[Effect]:
+        request = self.requests.get(submit.request_id)
+        if request is None:
+            return self._accept(source, submit, now_s)
+        if submit.attempt < request.attempt:
+            if source != request.tokenizer:
+                return []  # the frontend has moved the stream away from there
+            request.orphan_s = None
+            if request.state is State.RESUMING:
+                return [Send(source, _resume(request))]
+            return self._retry(request, "tokenizer_behind", now_s)
+        resumed = submit.attempt == request.attempt and request.state is State.RESUMING
+        request.orphan_s = None
+        if submit.attempt == request.attempt and not resumed:
+            return []
+        effects = self._withdraw(request)
+        request.submit, request.tokenizer, request.attempt = submit, source, submit.attempt
+        return effects + self._start(request, now_s)
+
+    def _accept(self, source: NodeId, submit: Submit, now_s: float) -> list[Effect]:
+        tombstone = self.past.find(submit.request_id)
+        if tombstone is not None and submit.attempt <= tombstone.attempt:
+            if tombstone.problem is not None:
+                return [Send(source, _failed(submit.request_id, tombstone.problem))]
+            again = Resume(request_id=submit.request_id, attempt=tombstone.attempt + 1)
+            return [Send(source, again)]
+        timeout_s = min(submit.timeout_s, self.settings.max_request_timeout_s)
+        request = Request(submit, source, now_s + timeout_s, submit.attempt, State.RECOVERING)
+        problem = self._refusal(request, now_s)
+        if problem is not None:
+            self.counters[f"refused_{problem.code}"] += 1
+            return [Send(source, _failed(submit.request_id, problem))]
+        self.counters["accepted"] += 1
+        self.requests[submit.request_id] = request
+        attempt, worker = self._reports.pop(submit.request_id, (0, ""))
+        if attempt == submit.attempt:
+            self._adopt(request, worker)
+            return []
+        if self._recovering:
+            if attempt:
+                self._reports[submit.request_id] = (attempt, worker)
+            return []
+        effects: list[Effect] = [Send(worker, _drop(submit.request_id, attempt))] if attempt else []
+        return effects + self._start(request, now_s)
+
+    def _refusal(self, request: Request, now_s: float) -> Problem | None:
+        """Why a request that is not known yet is not taken. One that has begun always is."""
+        submit = request.submit
+        if self._draining:
+            return Problem(code=ErrorCode.DRAINING, message="The server is stopping.")
+        if len(self.requests) >= self.settings.max_requests and not submit.accepted:
+            return Problem(
+                code=ErrorCode.QUEUE_FULL,
+                message=f"{len(self.requests)} requests are live, the limit is "
+                f"{self.settings.max_requests} (--max-requests). Try again later.",
+                retry_after_s=self.past.retry_after_s(now_s),
+            )
+        most = self.fleet.largest_pool_blocks()
+        if 0 < most < request.num_blocks_most:
+            return Problem(
+                code=ErrorCode.CONTEXT_LENGTH,
+                message=f"Prompt and answer need {request.num_blocks_most} KV blocks; the largest "
+                f"worker has {most} (--kv-cache-bytes). Shorten the prompt or max_tokens.",
+            )
+        return None
+
+    def _start(self, request: Request, now_s: float) -> list[Effect]:
+        """Ask the index, if there is something to ask and somebody to be asked; then queue."""
+        submit, stride = request.submit, self.settings.index_stride
+        request.hints = {}
+        hashes = submit.block_hashes
+        if stride > 1:
+            starts = range((stride - 1) * HASH_BYTES, len(hashes), stride * HASH_BYTES)
+            hashes = b"".join(hashes[start : start + HASH_BYTES] for start in starts)
+        indexes, workers = self.fleet.of_role(Role.KVINDEX), self.fleet.workers()
+        if not (hashes and indexes and workers and self.settings.locate_timeout_s):
+            self.dispatcher.enqueue(request)
+            return []
+        request.state = State.LOCATING
+        assert workers[0].worker is not None
+        locate = Locate(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            kv_layout_id=workers[0].worker.kv_layout_id,
+            block_hashes=hashes,
+        )
+        self.counters["locates"] += 1
+        index = indexes[self.counters["locates"] % len(indexes)]
+        timer = SetTimer(f"locate {request.request_id}", now_s + self.settings.locate_timeout_s)
+        return [Send(index, locate), timer]
+
+    def _located(self, request: Request | None, blocks: dict[NodeId, int], now_s: float) -> None:
+        """The index has answered, or not in time: then there are no hints."""
+        if request is None or request.state is not State.LOCATING:
+            return
+        request.hints = {node: count * self.settings.index_stride for node, count in blocks.items()}
+        self.counters["located" if blocks else "located_nowhere"] += 1
+        self.dispatcher.enqueue(request)
+
+    def _adopt(self, request: Request, worker: NodeId) -> None:
+        """It runs there, from before our time."""
+        self.counters["adopted"] += 1
+        request.state, request.decode = State.DECODING, worker
+
+    def _finished(self, source: NodeId, finished: Finished) -> list[Effect]:
+        request = self._current(finished.request_id, finished.attempt)
+        if request is None or source not in request.workers:
+            return []
+        # Ended by its first token: nothing comes to the decode worker.
+        idle = [] if request.decode in (None, source) else [request.decode]
+        request.state, request.prefill, request.decode = State.FINISHING, None, source
+        return [Send(node, _drop(request.request_id, request.attempt)) for node in idle]
+
+    def _attempt_failed(self, source: NodeId, failed: AttemptFailed, now_s: float) -> list[Effect]:
+        request = self._current(failed.request_id, failed.attempt)
+        if request is None or source not in request.workers:
+            return []
+        if failed.problem is not None:
+            return self._fail(request, failed.problem, now_s)
+        return self._retry(request, failed.cause, now_s)
+
+    def _retry(self, request: Request, cause: str, now_s: float) -> list[Effect]:
+        """The attempt is lost. Everybody drops it, and the tokenizer submits the next one."""
+        request.migrations += 1
+        self.counters["migrated"] += 1
+        last = (request.attempt + 1) % ATTEMPTS_PER_MOVE == 0
+        if last or request.migrations > self.settings.max_migrations:
+            problem = Problem(
+                code=ErrorCode.MIGRATIONS,
+                message=f"{request.migrations} workers failed this request, the limit is "
+                f"{self.settings.max_migrations} (--max-migrations); the last cause: {cause}.",
+            )
+            return self._fail(request, problem, now_s)
+        return self._withdraw(request) + self._resume(request)
+
+    def _resume(self, request: Request) -> list[Effect]:
+        request.attempt += 1
+        request.state = State.RESUMING
+        return [Send(request.tokenizer, _resume(request))]
+
+    def _withdraw(self, request: Request) -> list[Effect]:
+        """Take it from the queue and from its workers."""
+        self.dispatcher.remove(request)
+        workers = [node for node in sorted(request.workers) if node in self.fleet.nodes]
+        request.prefill = request.decode = None
+        return [Send(node, _drop(request.request_id, request.attempt)) for node in workers]
+
+    def _fail(self, request: Request, problem: Problem, now_s: float) -> list[Effect]:
+        self.counters[f"failed_{problem.code}"] += 1
+        failed = Send(request.tokenizer, _failed(request.request_id, problem))
+        return [failed, *self._end(request, now_s, problem)]
+
+    def _end(self, request: Request, now_s: float, problem: Problem | None = None) -> list[Effect]:
+        """It is over. A worker that has finished it keeps its tokens until they are heard."""
+        finished = request.state is State.FINISHING and problem is None
+        effects = [] if finished else self._withdraw(request)
+        del self.requests[request.request_id]
+        self.counters["ended"] += 1
+        self.past.bury(request.request_id, request.attempt, problem, now_s)
+        return effects
+
+    # --- Time -------------------------------------------------------------------------------------
+
+    def _tick(self, now_s: float) -> list[Effect]:
+        effects: list[Effect] = [SetTimer("tick", now_s + TICK_S)]
+        self.past.expire(now_s)
+        for request in list(self.requests.values()):
+            if now_s >= request.deadline_s:
+                problem = Problem(
+                    code=ErrorCode.DEADLINE,
+                    message=f"Not done within the request's time budget of "
+                    f"{request.submit.timeout_s:g} s; it was {request.state}.",
+                )
+                effects += self._fail(request, problem, now_s)
+            elif request.orphan_s is not None and now_s >= request.orphan_s + ORPHAN_GRACE_S:
+                self.counters["orphaned"] += 1
+                effects += self._end(request, now_s)
+        if now_s >= self._load_due_s:
+            self._load_due_s = now_s + LOAD_S
+            gauges = {self.node.node_id: self.statistics(), **self.fleet.gauges()}
+            load = ClusterLoad(gauges=gauges)
+            effects += [Send(node, load) for node in self.fleet.of_role(Role.FRONTEND)]
+        return effects
+
+
+def _drop(request_id: RequestId, attempt: int) -> Drop:
+    return Drop(request_id=request_id, attempt=attempt)
+
+
+def _failed(request_id: RequestId, problem: Problem) -> Failed:
+    return Failed(request_id=request_id, problem=problem)
+
+
+def _resume(request: Request) -> Resume:
+    return Resume(request_id=request.request_id, attempt=request.attempt)
