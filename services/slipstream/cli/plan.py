@@ -18,6 +18,8 @@ from slipstream.types import Role
 REDIS = "redis"
 _NEVER_INHERITED = ("node_id", "listen", "advertise", "scheduler", "metrics_host", "config")
 _WORKERS = (Role.PREFILL, Role.DECODE)
+_WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000"}
+"""glibc would give each step's tensors back to the kernel, and take fresh pages for the next."""
 _DECIDED_HERE = (
     {"model", "served_model_name", "port", "metrics_port", "run_dir", "redis_url", "threads"}
     | {"accept_decode", "record"}
@@ -156,6 +158,8 @@ def _service(layout: Layout, role: Role, index: int, position: int) -> ChildSpec
     env = _child_env(layout.environ)
     if role is Role.KVINDEX:  # not as a flag: a password in it would be seen by `ps`
         env[env_of("redis_url")] = layout.redis_url
+    if role in _WORKERS:
+        env = _WORKER_ENV | env
     command = (sys.executable, "-P", "-m", "slipstream.cli.main", str(role), *flags)
     return ChildSpec(node_id=f"{role}-{index}", role=str(role), argv=command, env=env)
 

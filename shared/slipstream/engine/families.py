@@ -38,6 +38,8 @@ class RawConfig(Struct, kw_only=True):
     layer_types: list[str] | None = None
     eos_token_id: int | list[int] | None = None
     quantization_config: dict[str, Any] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
 
 
 class Parts(NamedTuple):

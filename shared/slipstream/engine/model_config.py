@@ -69,6 +69,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool
     rope: RopeConfig
     eos_token_ids: frozenset[int]
+    dtype: str
+    """What config.json says of the weights: `bfloat16`; `float32` if it says nothing."""
     fingerprint: str
     """SHA-256 over config.json and name, size and both ends of every weight file."""
 
@@ -112,6 +114,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             tied_embeddings=raw.tie_word_embeddings,
             rope=_rope(raw, file),
             eos_token_ids=_eos_token_ids(raw, folder),
+            dtype=raw.dtype or raw.torch_dtype or "float32",
             fingerprint=_fingerprint(file, weight_files(folder)),
             **parts._asdict(),
         )

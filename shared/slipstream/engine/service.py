@@ -1,0 +1,244 @@
+"""A worker process from its settings to its end: model, pool, transports, machine, shell."""
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from slipstream.config import ConfigError, StartError, WorkerConfig, format_bytes
+from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.engine.executor import WorkerExecutor
+from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.runner import Runner
+from slipstream.kv.bus import BusTransport, bus_address
+from slipstream.kv.layout import KvDtype, KvLayout
+from slipstream.kv.segment import (
+    HEADER_BYTES,
+    NO_MEMORY,
+    Segment,
+    SegmentHeader,
+    create_segment,
+    free_bytes,
+    remove_dead_segments,
+    segment_path,
+)
+from slipstream.kv.shm import ShmTransport
+from slipstream.kv.transport import Transport, Transports
+from slipstream.messages import NodeInfo, WorkerInfo
+from slipstream.runtime.log import set_up
+from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.types import BLOCK_TOKENS, Epoch
+
+MODEL_ERROR = 4
+MEMORY_SHARE = 0.25
+SHM_SHARE = 0.5
+USUAL_TOKENS = 2048
+"""Tokens of a request that an unasked-for pool is sized for."""
+_NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Plan(NamedTuple):
+    """What the settings come to for this model on this machine."""
+
+    model: ModelConfig
+    dtype: KvDtype
+    layout: KvLayout
+    max_model_len: int
+    num_blocks: int
+    threads: int
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Runs a prefill or decode worker until it is drained; the exit code.
+
+    StartError: the model cannot be served (4), settings contradict it (3), no memory (6), an
+    address is taken (5).
+    """
+    set_up(config.log_level, config.node_id, config.log_json)
+    remove_dead_segments(config.shm_dir, config.run_dir, config.node_id)
+    try:
+        plan = _plan(config, ModelConfig.read(config.model))
+        with ExitStack() as stack:
+            epoch = new_epoch(config)
+            segment = _segment(config, plan, epoch)
+            stack.callback(segment.close)
+            transports = _transports(config, segment)
+            stack.callback(transports.close)
+            node = _node(config, plan, segment, transports)
+            machine = WorkerMachine(node, _settings(config, plan.model))
+            pool = torch.frombuffer(segment.blocks, dtype=getattr(torch, plan.dtype))
+            shape = (plan.num_blocks, *plan.layout.block_shape)
+            runner = Runner(config.model, plan.dtype, pool.view(shape), plan.threads)
+            _announce(config, plan, transports)
+            directory = machine.membership.nodes.get
+            executor = WorkerExecutor(runner, segment.blocks, transports, directory)
+            return run_service(config, node, machine, executor)
+    except ModelError as error:
+        raise StartError(f"slipstream {config.role}: {error}", MODEL_ERROR) from None
+
+
+def choose_dtype(wanted: str, checkpoint: str, cpu_flags: frozenset[str]) -> KvDtype:
+    """`auto`: bfloat16 for a half-precision checkpoint, where the CPU computes with it natively."""
+    if wanted != "auto":
+        return "bfloat16" if wanted == "bfloat16" else "float32"
+    half = checkpoint in ("bfloat16", "float16")
+    return "bfloat16" if half and cpu_flags & _NATIVE_BFLOAT16 else "float32"
+
+
+def choose_model_len(config: WorkerConfig, model: ModelConfig) -> int:
+    longest = model.max_position_embeddings
+    if config.max_model_len > longest:
+        raise ConfigError(
+            f"slipstream {config.role}: --max-model-len {config.max_model_len}: "
+            f"the model has {longest}"
+        )
+    return config.max_model_len or longest
+
+
+def choose_num_blocks(
+    config: WorkerConfig, block_bytes: int, max_model_len: int, memory_free: int, shm_free: int
+) -> int:
+    """Blocks of the pool; at least one request of `max_model_len` fits. StartError if it cannot.
+
+    `memory_free`, `shm_free`: bytes that nobody uses on this host, in the segments' folder.
+    """
+    needed = -(-max_model_len // BLOCK_TOKENS)
+    if config.kv_cache_bytes:
+        num_blocks = config.kv_cache_bytes // block_bytes
+        why = f"--kv-cache-bytes {format_bytes(config.kv_cache_bytes)}"
+    else:
+        limit = min(int(memory_free * MEMORY_SHARE), int(shm_free * SHM_SHARE))
+        usual = -(-min(USUAL_TOKENS, max_model_len) // BLOCK_TOKENS) * config.max_num_seqs
+        num_blocks = min(max(usual, needed), limit // block_bytes)
+        why = (
+            f"{format_bytes(limit)} for KV blocks (sized automatically: a quarter of "
+            f"{format_bytes(memory_free)} free memory, half of {format_bytes(shm_free)} free in "
+            f"{config.shm_dir})"
+        )
+    if num_blocks < needed:
+        raise StartError(
+            f"slipstream {config.role}: {why} is too little: one request of {max_model_len} tokens "
+            f"needs {format_bytes(needed * block_bytes)}; lower --max-model-len or raise "
+            "--kv-cache-bytes",
+            NO_MEMORY,
+        )
+    return num_blocks
+
+
+def available_memory() -> int:
+    """Bytes that new allocations can have: the host's, or what the control group leaves of them."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    sizes = {
+        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
+    }
+    available = sizes["MemAvailable"]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return available
+    return max(0, min(available, limit - used))
+
+
+def _cpu_flags() -> frozenset[str]:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
+    dtype = choose_dtype(config.dtype, model.dtype, _cpu_flags())
+    layout = model.kv_layout(dtype)
+    max_model_len = choose_model_len(config, model)
+    try:
+        shm_free = free_bytes(config.shm_dir)
+    except OSError as error:
+        line = f"slipstream {config.role}: --shm-dir {config.shm_dir}: {error.strerror}"
+        raise ConfigError(line) from None
+    num_blocks = choose_num_blocks(
+        config, layout.block_bytes, max_model_len, available_memory(), shm_free
+    )
+    threads = config.threads or len(os.sched_getaffinity(0))
+    return _Plan(model, dtype, layout, max_model_len, num_blocks, threads)
+
+
+def _segment(config: WorkerConfig, plan: _Plan, epoch: Epoch) -> Segment:
+    header = SegmentHeader(
+        kv_layout_id=plan.layout.layout_id(plan.model.fingerprint),
+        epoch=epoch,
+        num_blocks=plan.num_blocks,
+        block_bytes=plan.layout.block_bytes,
+    )
+    path = segment_path(config.shm_dir, config.run_dir, config.node_id, epoch)
+    return create_segment(path, header)
+
+
+def _transports(config: WorkerConfig, segment: Segment) -> Transports:
+    made: list[Transport] = []
+    for name in config.transports.split(","):
+        match name:
+            case "shm":
+                made.append(ShmTransport(segment))
+            case "bus":
+                bind = bus_address(config.listen, config.run_dir, config.node_id)
+                epoch = segment.header.epoch
+                made.append(BusTransport(segment.blocks, epoch, bind, config.advertise))
+            case _:
+                raise ConfigError(
+                    f"slipstream {config.role}: --transports: {name} is not known (only shm, bus)"
+                )
+    header = segment.header
+    return Transports(made, header.kv_layout_id, header.block_bytes, host_identity())
+
+
+def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> NodeInfo:
+    return NodeInfo(
+        node_id=config.node_id,
+        role=config.role,
+        epoch=segment.header.epoch,
+        address=config.advertise,
+        host=host_identity(),
+        worker=WorkerInfo(
+            model=config.served_model_name or Path(config.model).resolve().name,
+            kv_layout_id=segment.header.kv_layout_id,
+            num_blocks=plan.num_blocks,
+            block_bytes=plan.layout.block_bytes,
+            max_model_len=plan.max_model_len,
+            vocab_size=plan.model.vocab_size,
+            max_num_seqs=config.max_num_seqs,
+            prefill_budget_tokens=config.prefill_budget_tokens,
+            accept_decode=config.accept_decode,
+            transports=transports.advertise(),
+        ),
+    )
+
+
+def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
+    return WorkerSettings(
+        eos_token_ids=tuple(sorted(model.eos_token_ids)),
+        lease_s=config.lease_s,
+        renew_s=config.renew_s,
+        pull_timeout_s=config.pull_timeout_s,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def _announce(config: WorkerConfig, plan: _Plan, transports: Transports) -> None:
+    _LOG.info(
+        "model %s, %s, context %d, %d KV blocks of %s (%s), transports %s, %d threads",
+        config.model,
+        plan.dtype,
+        plan.max_model_len,
+        plan.num_blocks,
+        format_bytes(plan.layout.block_bytes),
+        format_bytes(HEADER_BYTES + plan.num_blocks * plan.layout.block_bytes),
+        ",".join(transports.advertise()),
+        plan.threads,
+    )

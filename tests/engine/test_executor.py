@@ -1,0 +1,385 @@
+"""Effects of a worker end as exactly one event each, also when everything goes wrong."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from engine.tiny import admission, generate, greedy, prompt_of
+from slipstream.config import StartError
+from slipstream.core.machine import (
+    BatchDone,
+    BatchFailed,
+    BatchPlan,
+    Event,
+    Exit,
+    PullBlocks,
+    PullDone,
+    Row,
+    RowOutput,
+    RunBatch,
+)
+from slipstream.decode.config import DecodeConfig
+from slipstream.engine import executor as executor_module
+from slipstream.engine.executor import StepRunner, WorkerExecutor
+from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.runner import Runner
+from slipstream.engine.service import (
+    available_memory,
+    choose_dtype,
+    choose_model_len,
+    choose_num_blocks,
+)
+from slipstream.kv.digest import block_digests
+from slipstream.kv.segment import SegmentHeader, create_segment
+from slipstream.kv.shm import ShmTransport
+from slipstream.kv.transport import TransferError, Transports
+from slipstream.messages import NodeInfo, WorkerInfo
+from slipstream.prefill.config import PrefillConfig
+from slipstream.types import Role
+
+WAIT_S = 30.0
+BLOCKS, BLOCK_BYTES = 8, 4096
+
+
+class Side:
+    """One worker: a pool in a segment, its executor, and the events that it has posted."""
+
+    def __init__(
+        self,
+        folder: Path,
+        node_id: str,
+        make_runner: Callable[[np.ndarray], StepRunner],
+        num_blocks: int = BLOCKS,
+        block_bytes: int = BLOCK_BYTES,
+    ):
+        header = SegmentHeader(
+            kv_layout_id="x", epoch=3, num_blocks=num_blocks, block_bytes=block_bytes
+        )
+        self.segment = create_segment(folder / node_id, header)
+        self.blocks = self.segment.blocks
+        self.transports = Transports([ShmTransport(self.segment)], "x", block_bytes, "here")
+        self.peers: dict[str, NodeInfo] = {}
+        self.executor = WorkerExecutor(
+            make_runner(self.blocks), self.blocks, self.transports, self.peers.get
+        )
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.info = NodeInfo(
+            node_id=node_id,
+            role=Role.DECODE,
+            epoch=3,
+            address="",
+            host="here",
+            worker=WorkerInfo(
+                model="toy",
+                kv_layout_id="x",
+                num_blocks=num_blocks,
+                block_bytes=block_bytes,
+                max_model_len=64,
+                vocab_size=10,
+                max_num_seqs=4,
+                prefill_budget_tokens=16,
+                accept_decode=True,
+                transports=self.transports.advertise(),
+            ),
+        )
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        await self.executor.start(
+            lambda event: loop.call_soon_threadsafe(self.events.put_nowait, event)
+        )
+
+    async def next(self) -> Event:
+        return await asyncio.wait_for(self.events.get(), WAIT_S)
+
+    async def close(self) -> None:
+        await self.executor.close()
+        self.segment.close()
+
+
+class Scripted:
+    """Writes the step's number into every block, or raises."""
+
+    def __init__(self, blocks: np.ndarray):
+        self.blocks = blocks
+
+    def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
+        if plan.step < 0:
+            raise RuntimeError(f"no\nstep {plan.step}")
+        self.blocks[:] = plan.step
+        return (RowOutput("r", 1, (plan.step,)),)
+
+
+async def test_steps_run_in_order_and_digests_follow_the_writes(tmp_path: Path) -> None:
+    side = Side(tmp_path, "d", Scripted)
+    await side.start()
+    for step in (1, -2, 3):
+        side.executor.execute(RunBatch(BatchPlan(step, (), digest_blocks=(2, 5))))
+    first, second, third = [await side.next() for _ in range(3)]
+    assert isinstance(first, BatchDone) and isinstance(third, BatchDone)
+    (expected,) = block_digests(np.full((1, BLOCK_BYTES), 1, np.uint8), [0])
+    assert first.digests == {2: expected, 5: expected}
+    assert first.outputs == (RowOutput("r", 1, (1,)),)
+    assert third.digests != first.digests
+    assert second == BatchFailed(-2, "RuntimeError: no step -2")
+    statistics = side.executor.statistics()
+    assert statistics["steps_total"] == 2
+    assert statistics["steps_failed_total"] == 1
+    await side.close()
+
+
+async def test_a_digest_of_no_block_fails_the_step(tmp_path: Path) -> None:
+    side = Side(tmp_path, "d", Scripted)
+    await side.start()
+    side.executor.execute(RunBatch(BatchPlan(1, (), digest_blocks=(BLOCKS,))))
+    assert isinstance(await side.next(), BatchFailed)
+    await side.close()
+
+
+def pull(pull_id: str = "p", epoch: int = 3, timeout_s: float = WAIT_S) -> PullBlocks:
+    return PullBlocks(pull_id, "source", epoch, (4, 5, 6), (1, 2, 3), timeout_s)
+
+
+async def test_a_read_ends_with_the_digests_of_the_local_bytes(tmp_path: Path) -> None:
+    source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
+    source.blocks[:] = np.random.default_rng(1).integers(0, 256, source.blocks.shape, np.uint8)
+    side.peers["source"] = source.info
+    await side.start()
+    side.executor.execute(pull())
+    assert await side.next() == PullDone("p", block_digests(source.blocks, (4, 5, 6)))
+    assert (side.blocks[1:4] == source.blocks[4:7]).all()
+    assert side.executor.statistics()["transfer_shm_bytes_total"] == 3 * BLOCK_BYTES
+    await side.close()
+    await source.close()
+
+
+@pytest.mark.parametrize(
+    ("known", "effect", "cause"),
+    [
+        (False, pull(), "epoch"),
+        (True, pull(epoch=2), "epoch"),
+        (True, pull(timeout_s=0.0), "timeout"),
+        (True, msgspec.structs.replace(pull(), source_blocks=(1, 2, BLOCKS)), "range"),
+    ],
+)
+async def test_a_failed_read_ends_with_its_cause(
+    tmp_path: Path, known: bool, effect: PullBlocks, cause: str
+) -> None:
+    source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
+    if known:
+        side.peers["source"] = source.info
+    await side.start()
+    side.executor.execute(effect)
+    assert await side.next() == PullDone("p", error=cause)
+    names = [name for name in side.executor.statistics() if f"failures_{cause}" in name]
+    assert len(names) == 1
+    await side.close()
+    await source.close()
+
+
+class Broken:
+    """A transport that hangs until it is let go, then raises what it was given."""
+
+    name = "shm"
+
+    def __init__(self, error: Exception):
+        self.error = error
+        self.reading, self.go = threading.Semaphore(0), threading.Event()
+
+    def advertise(self) -> str:
+        return ""
+
+    def connect(self, peer: NodeInfo) -> None:
+        pass
+
+    def read(self, *arguments: object) -> None:
+        self.reading.release()
+        self.go.wait(WAIT_S)
+        raise self.error
+
+    def forget(self, node_id: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.go.set()
+
+
+@pytest.mark.parametrize("error", [TransferError("timeout"), RuntimeError("what?")])
+async def test_every_read_ends_once_and_not_before_the_transport_lets_go(
+    tmp_path: Path, error: Exception
+) -> None:
+    side, source = Side(tmp_path, "d", Scripted), Side(tmp_path, "source", Scripted)
+    transport = Broken(error)
+    side.peers["source"] = source.info
+    side.executor._transports = Transports([transport], "x", BLOCK_BYTES, "here")
+    await side.start()
+    for number in range(5):
+        side.executor.execute(pull(str(number)))
+    for _ in range(executor_module.TRANSFER_THREADS):
+        await asyncio.to_thread(transport.reading.acquire)
+    assert side.events.empty()
+    transport.go.set()
+    ended = [await side.next() for _ in range(5)]
+    assert sorted(event.pull_id for event in ended if isinstance(event, PullDone)) == list("01234")
+    assert all(isinstance(event, PullDone) and event.error for event in ended)
+    await side.close()
+    assert side.events.empty()
+    await source.close()
+
+
+async def test_closing_ends_hanging_reads(tmp_path: Path) -> None:
+    side, source = Side(tmp_path, "d", Scripted), Side(tmp_path, "source", Scripted)
+    transport = Broken(TransferError("closed"))
+    side.peers["source"] = source.info
+    side.executor._transports = Transports([transport], "x", BLOCK_BYTES, "here")
+    await side.start()
+    for number in range(5):
+        side.executor.execute(pull(str(number)))
+    await asyncio.to_thread(transport.reading.acquire)
+    await asyncio.wait_for(side.close(), WAIT_S)
+    await source.close()
+
+
+async def test_a_dead_peer_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_module, "SWEEP_PERIOD_S", 0.01)
+    source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
+    side.peers["source"] = source.info
+    forgotten, loop, forget = asyncio.Event(), asyncio.get_running_loop(), side.transports.forget
+
+    def forget_and_tell(node_id: str) -> None:
+        forget(node_id)
+        loop.call_soon_threadsafe(forgotten.set)
+
+    monkeypatch.setattr(side.transports, "forget", forget_and_tell)
+    await side.start()
+    side.executor.execute(pull())
+    await side.next()
+    assert side.transports.peers == {"source": 3}
+    del side.peers["source"]
+    await asyncio.wait_for(forgotten.wait(), WAIT_S)
+    assert not side.transports.peers
+    await side.close()
+    await source.close()
+
+
+async def test_an_effect_of_another_service_is_a_bug(tmp_path: Path) -> None:
+    side = Side(tmp_path, "d", Scripted)
+    with pytest.raises(TypeError, match="Exit"):
+        side.executor.execute(Exit())
+    await side.close()
+
+
+async def test_a_stream_goes_on_from_blocks_that_were_read(
+    tmp_path: Path, saved: Callable[[str], tuple[Path, object]]
+) -> None:
+    """Prompt computed on one side, read by the other, continued there: the tokens of one runner."""
+    folder, _ = saved("llama")
+    layout = ModelConfig.read(folder).kv_layout("float32")
+    prompt = prompt_of(37)
+
+    def runner(blocks: np.ndarray) -> Runner:
+        pool = torch.frombuffer(blocks, dtype=torch.float32).view(-1, *layout.block_shape)
+        return Runner(folder, "float32", pool)
+
+    lone = torch.zeros((40, *layout.block_shape))
+    expected = generate(Runner(folder, "float32", lone), prompt, greedy(), 12)
+    source = Side(tmp_path, "source", runner, 16, layout.block_bytes)
+    side = Side(tmp_path, "d", runner, 16, layout.block_bytes)
+    await source.start()
+    await side.start()
+    side.peers["source"] = source.info
+
+    theirs, ours = (4, 5, 6), (9, 2, 13)
+    row = Row("a", 1, prompt, 0, theirs, True)
+    plan = BatchPlan(1, (row,), (admission("a", prompt, greedy()),), digest_blocks=theirs)
+    source.executor.execute(RunBatch(plan))
+    computed = await source.next()
+    assert isinstance(computed, BatchDone)
+    side.executor.execute(PullBlocks("p", "source", 3, theirs, ours, WAIT_S))
+    assert await side.next() == PullDone("p", tuple(computed.digests[b] for b in theirs))
+
+    tokens = list(computed.outputs[0].tokens)
+    for step in range(1, 12):
+        row = Row("a", 1, (tokens[-1],), 36 + step, (*ours, 0), True, step)
+        admitted = (admission("a", (*prompt, *tokens), greedy(), 37),) if step == 1 else ()
+        side.executor.execute(RunBatch(BatchPlan(step, (row,), admitted)))
+        done = await side.next()
+        assert isinstance(done, BatchDone)
+        tokens += done.outputs[0].tokens
+    assert tuple(tokens) == expected
+    await side.close()
+    await source.close()
+
+
+def config(**changes: object) -> DecodeConfig:
+    return DecodeConfig(model="m", **changes)  # type: ignore[arg-type]
+
+
+def test_auto_is_half_precision_only_where_it_is_native() -> None:
+    modern, plain = frozenset({"fma", "avx512_bf16"}), frozenset({"fma", "avx512f"})
+    assert choose_dtype("auto", "bfloat16", modern) == "bfloat16"
+    assert choose_dtype("auto", "float16", frozenset({"amx_bf16"})) == "bfloat16"
+    assert choose_dtype("auto", "bfloat16", plain) == "float32"
+    assert choose_dtype("auto", "float32", modern) == "float32"
+    assert choose_dtype("bfloat16", "float32", plain) == "bfloat16"
+    assert choose_dtype("float32", "bfloat16", modern) == "float32"
+
+
+def test_the_models_length_is_the_longest(saved: Callable[[str], tuple[Path, object]]) -> None:
+    model = ModelConfig.read(saved("llama")[0])
+    assert choose_model_len(config(), model) == 512
+    assert choose_model_len(config(max_model_len=100), model) == 100
+    with pytest.raises(StartError, match=r"--max-model-len 513.*512") as raised:
+        choose_model_len(config(max_model_len=513), model)
+    assert raised.value.exit_code == 3
+
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_model_len", "memory", "shm", "blocks"),
+    [
+        ({"kv_cache_bytes": 100 * MIB}, 1600, 0, 0, 100),  # asked for: no other limit
+        ({}, 8192, 100 * GIB, 100 * GIB, 64 * 128),  # 2048 tokens for each of 64
+        ({}, 1600, 100 * GIB, 100 * GIB, 64 * 100),  # no more than they can use
+        ({"max_num_seqs": 1}, 8192, 100 * GIB, 100 * GIB, 512),  # one request must fit
+        ({}, 8192, 4 * GIB, 100 * GIB, 1024),  # a quarter
+        ({}, 8192, 100 * GIB, 2 * GIB, 1024),  # a half
+    ],
+)
+def test_size_of_the_pool(
+    settings: dict[str, int], max_model_len: int, memory: int, shm: int, blocks: int
+) -> None:
+    assert choose_num_blocks(config(**settings), MIB, max_model_len, memory, shm) == blocks
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kv_cache_bytes": 99 * MIB}, r"--kv-cache-bytes 99MiB .*1600 tokens needs 100MiB"),
+        ({}, r"^slipstream decode: 50MiB .*automatically.* 1600 tokens needs 100MiB"),
+    ],
+)
+def test_a_pool_for_less_than_one_request_is_refused(settings: dict[str, int], words: str) -> None:
+    with pytest.raises(StartError, match=words) as raised:
+        choose_num_blocks(config(**settings), MIB, 1600, 200 * MIB, GIB)
+    assert raised.value.exit_code == 6
+    assert "\n" not in str(raised.value)
+
+
+def test_available_memory_is_that_of_this_host() -> None:
+    assert 0 <= available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_both_roles_run_the_same_program() -> None:
+    assert not PrefillConfig(model="m").accept_decode
+    assert DecodeConfig(model="m").accept_decode
