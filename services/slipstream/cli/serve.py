@@ -12,12 +12,12 @@ from typing import Any
 from slipstream.cli.config import ServeConfig
 from slipstream.cli.models import Model, models_dir, prepare
 from slipstream.cli.plan import REDIS, Layout, metrics_ports, plan, redis_binary
-from slipstream.cli.ports import require_free
 from slipstream.cli.ready import Readyz, reachable, ready_block, until_ready
 from slipstream.cli.run_dir import private_run_dir
 from slipstream.cli.screen import Screen
 from slipstream.cli.supervisor import Failure, Supervisor
 from slipstream.config import Loaded, StartError
+from slipstream.runtime.ports import require_free
 
 _SERVICES = ("scheduler", "kvindex", "tokenizer", "prefill", "decode")
 STOP_ORDER: Sequence[Sequence[str]] = (("frontend",), _SERVICES, (REDIS,))
@@ -34,7 +34,8 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
     started = time.monotonic()
     screen = Screen()
     for port in [*_http_ports(config), *metrics_ports(config)]:
-        require_free(config.host if port in _http_ports(config) else "127.0.0.1", port)
+        host = config.host if port in _http_ports(config) else "127.0.0.1"
+        require_free("slipstream serve", host, port)
     try:
         model = prepare(config.model, models_dir(environ), screen.console)
     except StartError as error:

@@ -1,4 +1,4 @@
-"""Who holds a TCP port, asked before anything starts."""
+"""Who holds a TCP port: asked before anything starts, and when a bind fails."""
 
 import errno
 import os
@@ -9,17 +9,19 @@ from slipstream.config import StartError
 
 PORT_ERROR = 5
 _LISTEN = "0A"
-_FREE_TRIES = 64
 
 
-def require_free(host: str, port: int) -> None:
-    """StartError naming the process that listens there, or why the address cannot be bound."""
+def require_free(prog: str, host: str, port: int) -> None:
+    """StartError naming the process that listens there, or why the address cannot be bound.
+
+    Its line begins with `prog`: `slipstream serve`.
+    """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise StartError(f"slipstream serve: --host {host}: {error.strerror}", 3) from None
+        raise StartError(f"{prog}: --host {host}: {error.strerror}", 3) from None
     with socket.socket(family, kind, proto) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -27,10 +29,10 @@ def require_free(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise StartError(
-                    f"slipstream serve: port {port} is taken by {holder(port)}", PORT_ERROR
+                    f"{prog}: port {port} is taken by {holder(port)}", PORT_ERROR
                 ) from None
             raise StartError(
-                f"slipstream serve: cannot listen on {host}:{port}: {error.strerror}", 3
+                f"{prog}: cannot listen on {host}:{port}: {error.strerror}", 3
             ) from None
 
 
