@@ -1,0 +1,72 @@
+"""`slipstream frontend`."""
+
+from pathlib import Path
+
+import msgspec
+
+from slipstream.config import StartError
+from slipstream.frontend.app import AppSettings
+from slipstream.frontend.config import FrontendConfig
+from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.service import FrontendService
+from slipstream.frontend.validate import Limits
+from slipstream.messages import NodeInfo
+from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.types import SamplingParams
+
+MODEL_ERROR = 4
+
+
+class _GenerationConfig(msgspec.Struct):
+    """The part of generation_config.json that is a default for sampling."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def run(config: FrontendConfig) -> int:
+    """Serves HTTP until it is drained; the exit code.
+
+    StartError: 4 for an unusable generation_config.json, 5 for a port that is taken.
+    """
+    node = NodeInfo(
+        node_id=config.node_id,
+        role=config.role,
+        epoch=new_epoch(config),
+        address=config.advertise,
+        host=host_identity(),
+    )
+    machine = FrontendMachine(node, FrontendSettings(max_requests=config.max_requests))
+    app = AppSettings(
+        limits=Limits(
+            max_body_bytes=config.max_body_bytes,
+            max_choices=config.max_choices,
+            request_timeout_s=config.request_timeout_s,
+        ),
+        default_sampling=default_sampling(config.model),
+        keep_alive_s=config.keep_alive_s,
+    )
+    name = config.served_model_name or (Path(config.model).resolve().name if config.model else "")
+    service = FrontendService(machine, app, config.host, config.port, name)
+    return run_service(config, node, machine, service, drain_timeout_s=config.drain_timeout_s)
+
+
+def default_sampling(model: str) -> dict[str, float]:
+    """What the model's makers recommend, where they say anything. StartError if nobody could be
+    served with it: every client would be blamed for it."""
+    if not model:
+        return {}
+    file = Path(model) / "generation_config.json"
+    try:
+        given = msgspec.json.decode(file.read_bytes(), type=_GenerationConfig)
+        named = {k: v for k, v in msgspec.structs.asdict(given).items() if v is not None}
+        usable = {**named, "top_k": max(0, named.get("top_k", 0))}
+        msgspec.convert({"max_tokens": 1, "seed": 0, **usable}, SamplingParams)
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError) as error:
+        raise StartError(f"slipstream frontend: {file}: {error}", MODEL_ERROR) from None
+    return named

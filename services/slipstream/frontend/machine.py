@@ -1,0 +1,371 @@
+"""The frontend's machine: keeps every submission until it ends, and the tokenizer that has it.
+
+A tokenizer that is lost takes only its text state with it: another one gets the submission and the
+tokens that the client already has, under a higher attempt, and goes on from there.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import msgspec
+
+from slipstream.core.machine import (
+    Closed,
+    CodecAsked,
+    Deliver,
+    DeliverCodec,
+    Drain,
+    Effect,
+    Event,
+    Exit,
+    Opened,
+    PeerDown,
+    PeerUp,
+    Received,
+    Send,
+    SetTimer,
+    TimerFired,
+)
+from slipstream.core.membership import Membership
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    SCHEDULER,
+    Cancel,
+    ClusterLoad,
+    Codec,
+    CodecResult,
+    Failed,
+    NodeInfo,
+    Peers,
+    TextDelta,
+    TextOut,
+    Tokenize,
+    Tokenized,
+)
+from slipstream.types import ATTEMPTS_PER_MOVE, Epoch, NodeId, RequestId, Role
+
+TICK_TIMER = "tick"
+TICK_S = 0.5
+
+
+class FrontendSettings(msgspec.Struct, frozen=True, kw_only=True):
+    max_requests: int = 1024
+    deadline_grace_s: float = 5.0
+    """After a request's own time budget, which its tokenizer watches over."""
+    max_codec_calls: int = 256
+    codec_timeout_s: float = 30.0
+    retry_after_s: float = 1.0
+    scheduler_grace_s: float = 5.0
+    """How long requests are still taken while the scheduler is away: it restarts in less."""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    submission: Tokenize
+    deadline_s: float
+    tokenizer: NodeId = ""
+    """Who has it; empty: it waits for one."""
+    lost: tuple[NodeId, Epoch] | None = None
+    """While it waits: the process that had it."""
+    attempt: int = 0
+    """Of what was sent last; deltas of lower ones are void."""
+    attempt_seen: int = 0
+    accepted: bytearray = field(default_factory=bytearray)
+    prompt_tokens_told: bool = False
+    ended: bool = False
+    """The client has its last item, and has not closed yet."""
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.accepted) // 4
+
+
+@dataclass(slots=True, frozen=True)
+class _Call:
+    tokenizer: NodeId
+    deadline_s: float
+
+
+class FrontendMachine:
+    def __init__(self, node: NodeInfo, settings: FrontendSettings) -> None:
+        self.settings = settings
+        self.membership = Membership(node)
+        self.load: dict[NodeId, dict[str, float]] = {}
+        """Gauges by node, as the scheduler said last."""
+        self.draining = False
+        self._requests: dict[RequestId, _Request] = {}
+        self._calls: dict[str, _Call] = {}
+        self._assigned: Counter[NodeId] = Counter()
+        self._epochs: dict[NodeId, Epoch] = {}
+        """Of the sessions that are up."""
+        self._scheduler_lost_s: float | None = None
+        self._ticking = False
+        self._exited = False
+        self._counts: Counter[str] = Counter()
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        effects = self.membership.handle(event, now_s)
+        match event:
+            case Opened(submission):
+                effects += self._open(submission, now_s)
+            case Closed(request_id):
+                effects += self._close(request_id)
+            case CodecAsked(call_id):
+                effects += self._ask(event, call_id, now_s)
+            case Received(source, message):
+                effects += self._received(source, message, now_s)
+            case PeerUp(peer, epoch):
+                self._epochs[peer] = epoch
+                if peer == SCHEDULER:
+                    self._scheduler_lost_s = None
+                effects += self._place_waiting(now_s)
+            case PeerDown(peer):
+                if peer == SCHEDULER and self._scheduler_lost_s is None:
+                    self._scheduler_lost_s = now_s
+                effects += self._lost(peer, now_s)
+            case Drain():
+                self.draining = True
+                effects += self.membership.drain(now_s)
+            case TimerFired(key) if key == TICK_TIMER:
+                self._ticking = False
+                effects += self._tick(now_s)
+        if not self._ticking and (self._requests or self._calls):
+            self._ticking = True
+            effects.append(SetTimer(TICK_TIMER, now_s + TICK_S))
+        if self.draining and not self._exited and not self._requests and not self._calls:
+            self._exited = True
+            effects.append(Exit())
+        return effects
+
+    def unready(self, now_s: float) -> str:
+        """What is missing to serve a request, in words; empty if nothing is."""
+        lost_s = self._scheduler_lost_s
+        if lost_s is not None and now_s >= lost_s + self.settings.scheduler_grace_s:
+            return "the scheduler is silent"
+        if not self.membership.ready:
+            return self.membership.reason or "the cluster is starting"
+        if not self.membership.alive(Role.TOKENIZER, now_s):
+            return "no tokenizer answers"
+        return ""
+
+    def statistics(self) -> dict[str, float]:
+        live = [request for request in self._requests.values() if not request.ended]
+        return {
+            "requests_live": float(len(live)),
+            "requests_waiting": float(sum(not request.tokenizer for request in live)),
+            "requests_unclosed": float(len(self._requests) - len(live)),
+            "codec_calls": float(len(self._calls)),
+        } | {f"{name}_total": float(count) for name, count in self._counts.items()}
+
+    def check(self) -> None:
+        assert len(self._requests) <= self.settings.max_requests
+        assert len(self._calls) <= self.settings.max_codec_calls
+        assigned: Counter[NodeId] = Counter()
+        for request in self._requests.values():
+            assert len(request.accepted) % 4 == 0
+            assert not (request.ended and request.tokenizer)
+            assert request.attempt_seen >= request.attempt
+            if request.tokenizer:
+                assigned[request.tokenizer] += 1
+        assert assigned == +self._assigned
+        assert self._ticking or not (self._requests or self._calls)
+
+    # --- The client's side ---
+
+    def _open(self, submission: Tokenize, now_s: float) -> list[Effect]:
+        if submission.request_id in self._requests:
+            return []
+        problem = self._refusal(now_s)
+        if problem is not None:
+            self._counts[f"refused_{problem.code.value}"] += 1
+            return [Deliver(submission.request_id, problem)]
+        self._counts["requests"] += 1
+        deadline_s = now_s + submission.timeout_s + self.settings.deadline_grace_s
+        request = _Request(submission, deadline_s)
+        self._requests[submission.request_id] = request
+        return self._place(request, now_s)
+
+    def _refusal(self, now_s: float) -> Problem | None:
+        if self.draining:
+            code, message = ErrorCode.DRAINING, "The server is stopping; send the request again."
+        elif reason := self.unready(now_s):
+            code, message = (
+                ErrorCode.NOT_READY,
+                f"The cluster cannot serve requests yet: {reason}.",
+            )
+        elif len(self._requests) >= self.settings.max_requests:
+            code = ErrorCode.QUEUE_FULL
+            message = f"{self.settings.max_requests} requests are live; send the request again."
+        else:
+            return None
+        return Problem(code=code, message=message, retry_after_s=self.settings.retry_after_s)
+
+    def _close(self, request_id: RequestId) -> list[Effect]:
+        request = self._requests.pop(request_id, None)
+        if request is None or request.ended:
+            return []
+        self._counts["abandoned"] += 1
+        return self._withdraw(request)
+
+    def _withdraw(self, request: _Request) -> list[Effect]:
+        """The tokenizer need not go on. One that is out of reach finds out by itself."""
+        tokenizer = self._release(request)
+        cancel = Cancel(request_id=request.submission.request_id)
+        return [Send(tokenizer, cancel)] if tokenizer else []
+
+    def _end(self, request: _Request, item: TextDelta | Problem) -> list[Effect]:
+        """The last item. The entry stays until the client has closed."""
+        self._release(request)
+        request.ended = True
+        request.accepted = bytearray()
+        if isinstance(item, Problem):
+            self._counts[f"failed_{item.code.value}"] += 1
+        else:
+            self._counts["finished"] += 1
+        return [Deliver(request.submission.request_id, item)]
+
+    # --- Tokenizers ---
+
+    def _place(self, request: _Request, now_s: float) -> list[Effect]:
+        """Give it to a tokenizer, or let it wait for one."""
+        alive = self.membership.alive(Role.TOKENIZER, now_s)
+        if not alive:
+            return []
+        lost, request.lost = request.lost, None
+        if lost is not None and lost[0] in alive and self._epochs.get(lost[0]) == lost[1]:
+            target = lost[0]  # only the session broke: it still has the stream
+            self._counts["resyncs"] += 1
+        else:
+            target = min(alive, key=lambda node_id: (self._assigned[node_id], node_id))
+            if request.attempt:
+                self._counts["moves"] += 1
+                moves = request.attempt_seen // ATTEMPTS_PER_MOVE + 1
+                request.attempt = moves * ATTEMPTS_PER_MOVE
+            else:
+                request.attempt = 1
+        request.attempt_seen = max(request.attempt_seen, request.attempt)
+        request.tokenizer = target
+        self._assigned[target] += 1
+        left_s = request.deadline_s - self.settings.deadline_grace_s - now_s
+        submission = msgspec.structs.replace(
+            request.submission,
+            attempt=request.attempt,
+            accepted=bytes(request.accepted),
+            timeout_s=max(0.0, left_s),
+        )
+        return [Send(target, submission)]
+
+    def _release(self, request: _Request) -> NodeId:
+        tokenizer, request.tokenizer = request.tokenizer, ""
+        if tokenizer:
+            self._assigned[tokenizer] -= 1
+        return tokenizer
+
+    def _place_waiting(self, now_s: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for request in self._requests.values():
+            if not request.tokenizer and not request.ended:
+                effects += self._place(request, now_s)
+        return effects
+
+    def _lost(self, peer: NodeId, now_s: float) -> list[Effect]:
+        epoch = self._epochs.pop(peer, None)
+        for request in self._requests.values():
+            if request.tokenizer == peer:
+                self._release(request)
+                request.lost = None if epoch is None else (peer, epoch)
+        message = "The tokenizer was lost; send the request again."
+        problem = Problem(code=ErrorCode.NOT_READY, message=message)
+        calls = [call_id for call_id, call in self._calls.items() if call.tokenizer == peer]
+        failed = [self._deliver_codec(call_id, problem) for call_id in calls]
+        return [*failed, *self._place_waiting(now_s)]
+
+    # --- What they say ---
+
+    def _received(self, source: NodeId, message: object, now_s: float) -> list[Effect]:
+        match message:
+            case TextOut(deltas=deltas):
+                return [effect for delta in deltas for effect in self._delta(source, delta)]
+            case Tokenized(request_id=request_id, prompt_tokens=prompt_tokens):
+                request = self._of(source, request_id)
+                if request is None or request.prompt_tokens_told:
+                    return []
+                request.prompt_tokens_told = True
+                return [Deliver(request_id, prompt_tokens)]
+            case Failed(request_id=request_id, problem=problem):
+                request = self._of(source, request_id)
+                return [] if request is None else self._end(request, problem)
+            case CodecResult(call_id=call_id):
+                return self._coded(source, call_id, message)
+            case Peers():
+                return self._place_waiting(now_s)
+            case ClusterLoad(gauges=gauges):
+                self.load = gauges
+        return []
+
+    def _of(self, source: NodeId, request_id: RequestId) -> _Request | None:
+        request = self._requests.get(request_id)
+        return request if request is not None and request.tokenizer == source else None
+
+    def _delta(self, source: NodeId, delta: TextDelta) -> list[Effect]:
+        """Takes what follows on what the client has. What was said before is skipped; a gap is what
+        got lost with a session, and is said again in answer to our `Tokenize`."""
+        request = self._of(source, delta.request_id)
+        if request is None or delta.attempt < request.attempt:
+            return []
+        if delta.position != request.num_accepted:
+            self._counts["deltas_skipped"] += 1
+            return []
+        request.attempt_seen = max(request.attempt_seen, delta.attempt)
+        request.accepted += delta.tokens
+        self._counts["tokens"] += len(delta.tokens) // 4
+        if delta.finish_reason is not None:
+            return self._end(request, delta)
+        return [Deliver(delta.request_id, delta)]
+
+    # --- Codec calls ---
+
+    def _ask(self, asked: CodecAsked, call_id: str, now_s: float) -> list[Effect]:
+        alive = self.membership.alive(Role.TOKENIZER, now_s)
+        if not alive:
+            return [self._refused_codec(call_id, ErrorCode.NOT_READY, "No tokenizer answers.")]
+        if len(self._calls) >= self.settings.max_codec_calls:
+            text = f"{self.settings.max_codec_calls} calls are live; send the request again."
+            return [self._refused_codec(call_id, ErrorCode.QUEUE_FULL, text)]
+        target = min(alive, key=lambda node_id: (self._assigned[node_id], node_id))
+        self._calls[call_id] = _Call(target, now_s + self.settings.codec_timeout_s)
+        codec = Codec(call_id=call_id, prompt=asked.prompt, tokens=asked.tokens)
+        return [Send(target, codec)]
+
+    def _coded(self, source: NodeId, call_id: str, result: CodecResult) -> list[Effect]:
+        call = self._calls.get(call_id)
+        if call is None or call.tokenizer != source:
+            return []
+        del self._calls[call_id]
+        texts = tuple(result.token_texts)
+        return [DeliverCodec(call_id, result.tokens, texts, result.text, result.problem)]
+
+    def _refused_codec(self, call_id: str, code: ErrorCode, message: str) -> Effect:
+        retry_after_s = self.settings.retry_after_s
+        problem = Problem(code=code, message=message, retry_after_s=retry_after_s)
+        return DeliverCodec(call_id, problem=problem)
+
+    def _deliver_codec(self, call_id: str, problem: Problem) -> Effect:
+        del self._calls[call_id]
+        return DeliverCodec(call_id, problem=problem)
+
+    # --- Time ---
+
+    def _tick(self, now_s: float) -> list[Effect]:
+        effects = self._place_waiting(now_s)
+        for request in self._requests.values():
+            if not request.ended and now_s >= request.deadline_s:
+                text = f"The request's time budget of {request.submission.timeout_s:g} s is used up"
+                problem = Problem(code=ErrorCode.DEADLINE, message=f"{text}.")
+                effects += [*self._withdraw(request), *self._end(request, problem)]
+        for call_id, call in list(self._calls.items()):
+            if now_s >= call.deadline_s:
+                text = f"No answer within {self.settings.codec_timeout_s:g} s."
+                problem = Problem(code=ErrorCode.DEADLINE, message=text)
+                effects.append(self._deliver_codec(call_id, problem))
+        return effects

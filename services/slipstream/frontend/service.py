@@ -1,0 +1,193 @@
+"""The frontend's shell half: the HTTP server in front of the machine, and the gateway between."""
+
+import asyncio
+import errno
+import logging
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Self
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from slipstream.config import StartError
+from slipstream.core.machine import (
+    Closed,
+    CodecAsked,
+    Deliver,
+    DeliverCodec,
+    Effect,
+    Event,
+    Opened,
+)
+from slipstream.errors import Problem
+from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.gateway import ClusterStatus, StreamItem
+from slipstream.frontend.machine import FrontendMachine
+from slipstream.messages import Prompt, TextDelta, Tokenize, WorkerInfo
+from slipstream.runtime.metrics import metrics
+from slipstream.runtime.ports import PORT_ERROR, holder
+from slipstream.types import NodeId, RequestId
+
+SHUTDOWN_TIMEOUT_S = 2.0
+"""For answers that are written but not sent yet; shorter than what the shell grants."""
+
+_log = logging.getLogger("slipstream.frontend")
+
+
+class FrontendService:
+    """Executor of the machine's effects, and `Gateway` of the HTTP handlers. Lives on one loop."""
+
+    def __init__(
+        self, machine: FrontendMachine, settings: AppSettings, host: str, port: int, model: str = ""
+    ) -> None:
+        """`model`: its name in the API; empty: as the workers say. `port` 0: any free one, which
+        is then in `port`."""
+        self.port = port
+        self._machine, self._host = machine, host
+        self._model = model
+        self._worker: WorkerInfo | None = None
+        self._streams: dict[RequestId, _Stream] = {}
+        self._calls: dict[str, asyncio.Future[DeliverCodec]] = {}
+        self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
+
+    # --- Executor ---
+
+    async def start(self, post: Callable[[Event], None]) -> None:
+        self._post = post
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._host, self.port).start()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                line = f"slipstream frontend: port {self.port} is taken by {holder(self.port)}"
+                raise StartError(line, PORT_ERROR) from None
+            reason = error.strerror or str(error)
+            line = f"slipstream frontend: cannot listen on {self._host}:{self.port}: {reason}"
+            raise StartError(line, 3) from None
+        self.port = self._runner.addresses[0][1]
+        _log.info("HTTP on %s:%d", self._host, self.port)
+
+    def execute(self, effect: Effect) -> None:
+        match effect:
+            case Deliver(request_id, item):
+                stream = self._streams.get(request_id)
+                if stream is not None:
+                    stream.put(item)
+            case DeliverCodec(call_id):
+                future = self._calls.pop(call_id, None)
+                if future is not None and not future.done():
+                    future.set_result(effect)
+            case _:
+                raise AssertionError(f"not for a frontend: {type(effect).__name__}")
+
+    async def close(self) -> None:
+        """After the machine's last word: sends what is written, then closes every connection."""
+        await self._runner.cleanup()
+
+    # --- Gateway ---
+
+    def status(self) -> ClusterStatus:
+        machine, membership = self._machine, self._machine.membership
+        reason = machine.unready(time.monotonic())
+        offered = [node.worker for node in membership.nodes.values() if node.worker is not None]
+        if offered:
+            # Kept: who asks for the model while every worker is away is told to come again.
+            self._worker = min(offered, key=lambda worker: worker.max_model_len)
+        worker = self._worker
+        return ClusterStatus(
+            ready=not reason,
+            draining=machine.draining,
+            reason=reason,
+            model=self._model or (worker.model if worker else ""),
+            max_model_len=worker.max_model_len if worker else 0,
+            vocab_size=worker.vocab_size if worker else 0,
+            nodes=list(membership.nodes.values()),
+            retry_after_s=machine.settings.retry_after_s,
+            running=self._summed("running"),
+            waiting=self._summed("waiting"),
+        )
+
+    def open(self, submission: Tokenize) -> "_Stream":
+        stream = _Stream(submission.request_id, self._closed)
+        self._streams[submission.request_id] = stream
+        self._post(Opened(submission))
+        return stream
+
+    async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec:
+        call_id = uuid.uuid4().hex
+        future: asyncio.Future[DeliverCodec] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        self._post(CodecAsked(call_id, prompt, tokens))
+        try:
+            return await future
+        finally:
+            self._calls.pop(call_id, None)
+
+    def metrics(self) -> bytes:
+        node = self._machine.membership.node
+        own = metrics(self._machine.statistics(), node.node_id, node.role)
+        registry = CollectorRegistry()
+        registry.register(_WorkerGauges(self._machine.load))
+        return own + generate_latest(registry)
+
+    def _summed(self, name: str) -> int:
+        return int(sum(gauges.get(name, 0) for gauges in self._machine.load.values()))
+
+    def _closed(self, request_id: RequestId) -> None:
+        del self._streams[request_id]
+        self._post(Closed(request_id))
+
+
+class _Stream:
+    """Items of one submission, from the machine to its handler. As long as its answer at most."""
+
+    __slots__ = ("_closed", "_items", "_on_close", "_over", "_request_id")
+
+    def __init__(self, request_id: RequestId, on_close: Callable[[RequestId], None]) -> None:
+        self._request_id, self._on_close = request_id, on_close
+        self._items: asyncio.Queue[StreamItem] = asyncio.Queue()
+        self._over = self._closed = False
+
+    def put(self, item: StreamItem) -> None:
+        self._items.put_nowait(item)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamItem:
+        if self._over:
+            raise StopAsyncIteration
+        item = await self._items.get()
+        ends = isinstance(item, TextDelta) and item.finish_reason is not None
+        self._over = ends or isinstance(item, Problem)
+        return item
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._on_close(self._request_id)
+
+
+class _WorkerGauges(Collector):
+    """What the scheduler says of itself and of the workers, once a second."""
+
+    def __init__(self, load: Mapping[NodeId, Mapping[str, float]]) -> None:
+        self._load = load
+
+    def collect(self) -> Iterator[Metric]:
+        values: defaultdict[str, list[tuple[NodeId, float]]] = defaultdict(list)
+        for node_id, gauges in self._load.items():
+            for name, value in gauges.items():
+                values[name].append((node_id, value))
+        for name, entries in sorted(values.items()):
+            family = GaugeMetricFamily(
+                f"slipstream_worker_{name}", name.replace("_", " "), labels=["node_id"]
+            )
+            for node_id, value in sorted(entries):
+                family.add_metric([node_id], value)
+            yield family

@@ -1,0 +1,57 @@
+"""`slipstream tokenizer`."""
+
+from pathlib import Path
+
+import msgspec
+
+from slipstream.config import StartError
+from slipstream.messages import NodeInfo
+from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.tokenizer.codec import CodecError, TokenizerCodec
+from slipstream.tokenizer.config import TokenizerConfig
+from slipstream.tokenizer.executor import EncodeExecutor
+from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+
+MODEL_ERROR = 4
+
+
+class _EosFile(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
+def run(config: TokenizerConfig) -> int:
+    """Runs until it is drained; the exit code. StartError 4: the model's tokenizer is unusable."""
+    folder = Path(config.model)
+    try:
+        codec = TokenizerCodec(folder)
+    except CodecError as error:
+        raise StartError(f"slipstream tokenizer: {error}", MODEL_ERROR) from None
+    settings = TokenizerSettings(
+        max_model_len=config.max_model_len, eos_token_ids=read_eos_token_ids(folder)
+    )
+    node = NodeInfo(
+        node_id=config.node_id,
+        role=config.role,
+        epoch=new_epoch(config),
+        address=config.advertise,
+        host=host_identity(),
+    )
+    machine = TokenizerMachine(node, settings, codec)
+    executor = EncodeExecutor(codec, config.threads, lambda: machine.limits().max_model_len)
+    return run_service(config, node, machine, executor)
+
+
+def read_eos_token_ids(folder: Path) -> frozenset[int]:
+    """As the workers read them: those of generation_config.json where it has any, else
+    config.json's. Only these two files are needed, not the weights. StartError 4: not JSON."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        try:
+            ids = msgspec.json.decode(file.read_bytes(), type=_EosFile).eos_token_id
+        except FileNotFoundError:
+            continue
+        except (OSError, msgspec.MsgspecError) as error:
+            raise StartError(f"slipstream tokenizer: {file}: {error}", MODEL_ERROR) from None
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()

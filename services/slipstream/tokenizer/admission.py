@@ -1,0 +1,58 @@
+"""Whether a request fits: its tokens the vocabulary, its length the context."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import ChatPrompt, NodeInfo, Tokenize
+from slipstream.types import SamplingParams
+
+
+class Limits(NamedTuple):
+    """What every worker can take; 0 and empty while there is none."""
+
+    max_model_len: int
+    vocab_size: int
+    kv_layout_id: str
+
+
+def limits(nodes: Iterable[NodeInfo], max_model_len: int) -> Limits:
+    """`max_model_len`: as set for this process; 0: the least of the workers'."""
+    offered = [node.worker for node in nodes if node.worker is not None]
+    return Limits(
+        max_model_len or min((worker.max_model_len for worker in offered), default=0),
+        min((worker.vocab_size for worker in offered), default=0),
+        min((worker.kv_layout_id for worker in offered), default=""),
+    )
+
+
+def unknown_token(tokens: Sequence[int], vocab_size: int) -> Problem | None:
+    for token_id in (min(tokens), max(tokens)):
+        if token_id < 0 or 0 < vocab_size <= token_id:
+            return unusable(f"Token id {token_id} is outside the vocabulary.")
+    return None
+
+
+def fitted(submission: Tokenize, num_prompt: int, max_model_len: int) -> SamplingParams | Problem:
+    """The sampling parameters with no more `max_tokens` than the context leaves, if that is
+    allowed."""
+    sampling = submission.sampling
+    if not max_model_len or num_prompt + sampling.max_tokens <= max_model_len:
+        return sampling
+    if submission.clamp_max_tokens and num_prompt < max_model_len:
+        return msgspec.structs.replace(sampling, max_tokens=max_model_len - num_prompt)
+    asked = 1 if submission.clamp_max_tokens else sampling.max_tokens
+    param = "messages" if isinstance(submission.prompt, ChatPrompt) else "prompt"
+    return Problem(
+        code=ErrorCode.CONTEXT_LENGTH,
+        message=f"This model's maximum context length is {max_model_len} tokens. However, you "
+        f"requested {num_prompt + asked} tokens ({num_prompt} in the {param}, {asked} in the "
+        f"completion). Please reduce the length of the {param} or completion.",
+        param=param,
+    )
+
+
+def unusable(message: str) -> Problem:
+    return Problem(code=ErrorCode.INVALID_VALUE, message=message, param="prompt")

@@ -1,0 +1,391 @@
+"""The tokenizer's machine: owner of every stream's journal and text.
+
+A stream goes: `Tokenize` -> encoded in a thread -> `Submit` -> spans of tokens -> deltas of text ->
+ended, and for a while remembered, so that a frontend that lost our last words can ask again.
+"""
+
+from collections import Counter, deque
+from typing import TypeAlias
+
+import msgspec
+
+from slipstream.core.machine import (
+    Drain,
+    Effect,
+    Encoded,
+    EncodePrompt,
+    Event,
+    Exit,
+    PeerDown,
+    PeerUp,
+    Received,
+    Send,
+    SetTimer,
+    TimerFired,
+)
+from slipstream.core.membership import Membership
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    SCHEDULER,
+    Cancel,
+    Codec,
+    Failed,
+    NodeInfo,
+    Resend,
+    Resume,
+    StreamAck,
+    StreamEnded,
+    TextDelta,
+    TextOut,
+    Tokenize,
+    TokensOut,
+    TokenSpan,
+)
+from slipstream.tokenizer.admission import Limits, fitted, limits, unknown_token, unusable
+from slipstream.tokenizer.codec_calls import CodecCalls
+from slipstream.tokenizer.detokenizer import TokenBytes
+from slipstream.tokenizer.stream import Stream
+from slipstream.types import NodeId, RequestId, unpack_tokens
+
+TICK_TIMER = "tick"
+TICK_S = 0.5
+EXIT_LINGER_S = 1.0
+"""After the last stream's end, so that its last words leave the process."""
+SUBMIT_BATCH_BYTES = 16 << 20
+"""How much is said to a scheduler that comes back before it has had time to read."""
+
+Deltas: TypeAlias = dict[NodeId, list[TextDelta]]
+
+
+class TokenizerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    max_model_len: int = 0
+    """Longest prompt plus answer; 0: the least of the workers'."""
+    eos_token_ids: frozenset[int] = frozenset()
+    max_streams: int = 4096
+    """Less than a session may hold unread, for all of them speak when a scheduler comes back."""
+    max_codec_calls: int = 256
+    max_codec_tokens: int = 1 << 18
+    ended_keep_s: float = 10.0
+    orphan_grace_s: float = 10.0
+    """How long streams outlive the session with their frontend."""
+    resend_after_s: float = 1.0
+
+
+class TokenizerMachine:
+    def __init__(self, node: NodeInfo, settings: TokenizerSettings, codec: TokenBytes) -> None:
+        self.settings = settings
+        self.membership = Membership(node)
+        self._codec = codec
+        self._calls = CodecCalls(codec, settings.max_codec_calls, settings.max_codec_tokens)
+        self._live: dict[RequestId, Stream] = {}
+        self._ended: dict[RequestId, Stream] = {}
+        """In the order of their ends."""
+        self._unsubmitted: deque[RequestId] = deque()
+        self._ticking = False
+        self._draining = False
+        self._exited = False
+        self._last_end_s = float("-inf")
+        self._counts: Counter[str] = Counter()
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        effects = self.membership.handle(event, now_s)
+        match event:
+            case Received(source, message):
+                effects += self._received(source, message, now_s)
+            case Encoded(key, tokens, problem):
+                if self._calls.owns(key):
+                    effects += self._calls.encoded(key, tokens, problem)
+                else:
+                    effects += self._encoded(key, list(tokens), problem, now_s)
+            case PeerUp(peer, _) if peer == SCHEDULER:
+                self._unsubmitted = deque(s.request_id for s in self._live.values() if s.encoded)
+                effects += self._submit_batch(now_s)
+            case PeerDown(peer):
+                for stream in self._live.values():
+                    if stream.frontend == peer and stream.orphaned_at_s is None:
+                        stream.orphaned_at_s = now_s
+                self._calls.forget(peer)
+            case Drain():
+                self._draining = True
+                effects += self.membership.drain(now_s)
+            case TimerFired(key) if key == TICK_TIMER:
+                self._ticking = False
+                effects += self._tick(now_s)
+        if not self._ticking and (
+            self._live or self._ended or (self._draining and not self._exited)
+        ):
+            self._ticking = True
+            effects.append(SetTimer(TICK_TIMER, now_s + TICK_S))
+        if self._done(now_s):
+            self._exited = True
+            effects.append(Exit())
+        return effects
+
+    def limits(self) -> Limits:
+        return limits(self.membership.nodes.values(), self.settings.max_model_len)
+
+    def statistics(self) -> dict[str, float]:
+        return {
+            "streams_live": float(len(self._live)),
+            "streams_encoding": sum(not stream.encoded for stream in self._live.values()),
+            "streams_orphaned": sum(s.orphaned_at_s is not None for s in self._live.values()),
+            "streams_ended": len(self._ended),
+            "codec_calls": len(self._calls),
+        } | {f"{name}_total": count for name, count in self._counts.items()}
+
+    def check(self) -> None:
+        assert not self._live.keys() & self._ended.keys()
+        assert len(self._live) <= self.settings.max_streams
+        assert len(self._ended) <= self.settings.max_streams
+        for stream in self._live.values():
+            assert stream.finish_reason is None and stream.problem is None
+            assert not stream.cancelled
+            stream.check()
+        for stream in self._ended.values():
+            assert stream.cancelled or stream.problem or stream.finish_reason is not None
+            stream.check()
+        assert self._ticking or not self._live
+        self._calls.check()
+
+    # --- Messages ---
+
+    def _received(self, source: NodeId, message: object, now_s: float) -> list[Effect]:
+        match message:
+            case Tokenize():
+                return self._tokenize(source, message, now_s)
+            case TokensOut(spans=spans):
+                return self._tokens(source, spans, now_s)
+            case Resume(request_id=request_id, attempt=attempt):
+                return self._resume(request_id, attempt, now_s)
+            case Cancel(request_id=request_id):
+                stream = self._live.get(request_id)
+                if stream is None or stream.frontend != source:
+                    return []
+                return self._cancel(stream, now_s)
+            case Failed(request_id=request_id, problem=problem):
+                stream = self._live.get(request_id)
+                return [] if stream is None else self._fail(stream, problem, now_s)
+            case Codec():
+                return self._calls.ask(source, message)
+        return []
+
+    def _tokenize(self, source: NodeId, message: Tokenize, now_s: float) -> list[Effect]:
+        known = self._live.get(message.request_id) or self._ended.get(message.request_id)
+        if known is not None and known.frontend != source:
+            return []
+        try:
+            accepted = unpack_tokens(message.accepted)
+        except ValueError:
+            return self._refuse(source, message, unusable("The accepted tokens are torn."))
+        if known is None:
+            return self._open(source, message, accepted, now_s)
+        # The scheduler may have raised our attempt without the frontend having heard of it, so that
+        # a lower one says no more than that a session was lost.
+        continues = known.tokens[: len(accepted)] == accepted and not known.cancelled
+        if message.attempt <= known.attempt and continues:
+            return self._say_again(known, len(accepted))
+        # A new attempt, or other tokens than ours: what workers still send of the old one is void.
+        attempt = max(message.attempt, known.attempt + 1)
+        del (self._live if message.request_id in self._live else self._ended)[message.request_id]
+        self._counts["restarts"] += 1
+        renewed = msgspec.structs.replace(message, attempt=attempt)
+        return self._open(source, renewed, accepted, now_s, known.prompt)
+
+    def _open(
+        self,
+        source: NodeId,
+        message: Tokenize,
+        accepted: list[int],
+        now_s: float,
+        prompt: list[int] | None = None,
+    ) -> list[Effect]:
+        if len(self._live) >= self.settings.max_streams:
+            text = f"All {self.settings.max_streams} streams of the tokenizer are in use."
+            full = Problem(code=ErrorCode.QUEUE_FULL, message=text, retry_after_s=1.0)
+            return self._refuse(source, message, full)
+        stream = Stream(
+            message,
+            source,
+            accepted,
+            self._codec,
+            self.settings.eos_token_ids,
+            now_s + message.timeout_s,
+        )
+        self._live[stream.request_id] = stream
+        self._counts["streams"] += 1
+        if prompt:
+            return self._begin(stream, prompt, now_s)
+        return [EncodePrompt(stream.request_id, message.prompt)]
+
+    def _say_again(self, stream: Stream, position: int) -> list[Effect]:
+        stream.orphaned_at_s = None
+        if stream.problem is not None:
+            failed = Failed(request_id=stream.request_id, problem=stream.problem)
+            return [Send(stream.frontend, failed)]
+        if not stream.encoded:
+            return []
+        self._counts["resyncs"] += 1
+        effects: list[Effect] = [Send(stream.frontend, stream.tokenized())]
+        if deltas := stream.again(position):
+            effects.append(Send(stream.frontend, TextOut(deltas=deltas)))
+        return effects
+
+    def _resume(self, request_id: RequestId, attempt: int, now_s: float) -> list[Effect]:
+        stream = self._live.get(request_id)
+        if stream is None:
+            return [Send(SCHEDULER, StreamEnded(request_id=request_id))]
+        if attempt > stream.attempt:
+            self._counts["resumes"] += 1
+            stream.attempt = attempt
+            stream.gap_worker = None
+        return [self._submission(stream, now_s)] if stream.encoded else []
+
+    # --- From a prompt to a submission ---
+
+    def _encoded(
+        self, request_id: RequestId, tokens: list[int], problem: Problem | None, now_s: float
+    ) -> list[Effect]:
+        stream = self._live.get(request_id)
+        if stream is None or stream.encoded:
+            return []
+        if problem is not None or not tokens:
+            return self._fail(stream, problem or unusable("The prompt has no tokens."), now_s)
+        return self._begin(stream, tokens, now_s)
+
+    def _begin(self, stream: Stream, prompt: list[int], now_s: float) -> list[Effect]:
+        max_model_len, vocab_size, _ = self.limits()
+        if problem := unknown_token(prompt + stream.tokens, vocab_size):
+            return self._fail(stream, problem, now_s)
+        sampling = fitted(stream.submission, len(prompt), max_model_len)
+        if isinstance(sampling, Problem):
+            return self._fail(stream, sampling, now_s)
+        self._counts["prompts"] += 1
+        self._counts["prompt_tokens"] += len(prompt)
+        replayed = len(stream.tokens)
+        stream.begin(prompt, sampling)
+        effects: list[Effect] = [Send(stream.frontend, stream.tokenized())]
+        if stream.finish_reason is None:
+            return effects + self._submit(stream, now_s)
+        effects.append(Send(stream.frontend, TextOut(deltas=stream.again(replayed))))
+        return effects + self._end(stream, now_s)
+
+    def _submit(self, stream: Stream, now_s: float) -> list[Effect]:
+        """A scheduler that is away gets all live streams as soon as it is back."""
+        return [self._submission(stream, now_s)] if self.membership.scheduler_up else []
+
+    def _submission(self, stream: Stream, now_s: float) -> Send:
+        return Send(SCHEDULER, stream.submit(self.limits().kv_layout_id, now_s))
+
+    def _submit_batch(self, now_s: float) -> list[Effect]:
+        effects: list[Effect] = []
+        num_bytes = 0
+        while self._unsubmitted and num_bytes < SUBMIT_BATCH_BYTES:
+            stream = self._live.get(self._unsubmitted.popleft())
+            if stream is not None and stream.encoded and self.membership.scheduler_up:
+                effects.append(self._submission(stream, now_s))
+                num_bytes += 5 * (len(stream.prompt) + len(stream.tokens))  # ids, and their hashes
+        return effects
+
+    # --- Tokens ---
+
+    def _tokens(self, source: NodeId, spans: list[TokenSpan], now_s: float) -> list[Effect]:
+        deltas: Deltas = {}
+        effects: list[Effect] = []
+        for span in spans:
+            effects += self._span(source, span, deltas, now_s)
+        said = [Send(frontend, TextOut(deltas=items)) for frontend, items in deltas.items()]
+        return [*said, *effects]
+
+    def _span(self, source: NodeId, span: TokenSpan, deltas: Deltas, now_s: float) -> list[Effect]:
+        stream = self._live.get(span.request_id)
+        if stream is None or span.attempt < stream.attempt:
+            return _acknowledged(source, span)
+        if span.attempt > stream.attempt or not stream.encoded:
+            return []
+        try:
+            tokens = unpack_tokens(span.tokens)
+        except ValueError:
+            self._counts["spans_malformed"] += 1
+            return []
+        have = len(stream.tokens)
+        if span.position > have:
+            if stream.gap_worker is not None:
+                return []
+            return [self._ask_again(stream, source, now_s)]
+        delta = stream.take(span, tokens)
+        if delta is None:
+            return []
+        deltas.setdefault(stream.frontend, []).append(delta)
+        self._counts["tokens"] += len(stream.tokens) - have
+        stream.gap_worker = None
+        if stream.finish_reason is None:
+            return []
+        return _acknowledged(source, span) + self._end(stream, now_s)
+
+    def _ask_again(self, stream: Stream, worker: NodeId, now_s: float) -> Send:
+        self._counts["resends"] += 1
+        stream.gap_worker = worker
+        stream.ask_again_at_s = now_s + self.settings.resend_after_s
+        return Send(
+            worker,
+            Resend(
+                request_id=stream.request_id, attempt=stream.attempt, position=len(stream.tokens)
+            ),
+        )
+
+    # --- Ends ---
+
+    def _tick(self, now_s: float) -> list[Effect]:
+        effects = self._submit_batch(now_s)
+        for stream in list(self._live.values()):
+            orphaned_at_s = stream.orphaned_at_s
+            if now_s >= stream.deadline_s:
+                text = "The request's time budget is used up."
+                late = Problem(code=ErrorCode.DEADLINE, message=text)
+                effects += self._fail(stream, late, now_s)
+            elif orphaned_at_s is not None and (
+                now_s >= orphaned_at_s + self.settings.orphan_grace_s
+            ):
+                effects += self._cancel(stream, now_s)
+            elif stream.gap_worker is not None and now_s >= stream.ask_again_at_s:
+                effects.append(self._ask_again(stream, stream.gap_worker, now_s))
+        for request_id, stream in list(self._ended.items()):
+            if now_s < stream.ended_at_s + self.settings.ended_keep_s:
+                break
+            del self._ended[request_id]
+        return effects
+
+    def _fail(self, stream: Stream, problem: Problem, now_s: float) -> list[Effect]:
+        stream.problem = problem
+        self._counts[f"failed_{problem.code.value}"] += 1
+        failed = Failed(request_id=stream.request_id, problem=problem)
+        return [Send(stream.frontend, failed), *self._end(stream, now_s)]
+
+    def _cancel(self, stream: Stream, now_s: float) -> list[Effect]:
+        stream.cancelled = True
+        self._counts["cancelled"] += 1
+        return self._end(stream, now_s)
+
+    def _end(self, stream: Stream, now_s: float) -> list[Effect]:
+        """However it has ended, the scheduler learns it here: some attempt may still run."""
+        del self._live[stream.request_id]
+        if len(self._ended) >= self.settings.max_streams:
+            del self._ended[next(iter(self._ended))]
+        stream.ended_at_s = self._last_end_s = now_s
+        self._ended[stream.request_id] = stream
+        return [Send(SCHEDULER, StreamEnded(request_id=stream.request_id))]
+
+    def _refuse(self, source: NodeId, message: Tokenize, problem: Problem) -> list[Effect]:
+        self._counts[f"failed_{problem.code.value}"] += 1
+        return [Send(source, Failed(request_id=message.request_id, problem=problem))]
+
+    def _done(self, now_s: float) -> bool:
+        waits = self._live or self._calls or now_s < self._last_end_s + EXIT_LINGER_S
+        return self._draining and not self._exited and not waits
+
+
+def _acknowledged(worker: NodeId, span: TokenSpan) -> list[Effect]:
+    """The worker may forget what it sent, as nobody will ask for it again."""
+    if span.finish_reason is None:
+        return []
+    return [Send(worker, StreamAck(request_id=span.request_id, attempt=span.attempt))]

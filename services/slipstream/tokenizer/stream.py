@@ -1,0 +1,212 @@
+"""One stream's journal and text: what was asked, which tokens came, what each of them shows."""
+
+import math
+from collections.abc import Sequence
+
+from slipstream.core.prefix import extend_hashes, namespace
+from slipstream.errors import Problem
+from slipstream.messages import Submit, TextDelta, TextLogprob, Tokenize, Tokenized, TokenSpan
+from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer, TokenBytes
+from slipstream.types import (
+    BlockHash,
+    FinishReason,
+    NodeId,
+    SamplingParams,
+    TokenLogprobs,
+    Usage,
+    pack_tokens,
+)
+
+
+class Stream:
+    """A request as it lives in the tokenizer.
+
+    `prompt` is empty until it is encoded. `tokens` are all output tokens, those that another
+    tokenizer had accepted included; `texts` holds what each of them made showable, so that any part
+    of the answer can be said again.
+    """
+
+    def __init__(
+        self,
+        submission: Tokenize,
+        frontend: NodeId,
+        accepted: list[int],
+        codec: TokenBytes,
+        eos_token_ids: frozenset[int],
+        deadline_s: float,
+    ) -> None:
+        self.submission = submission
+        self.request_id = submission.request_id
+        self.frontend = frontend
+        self.attempt = submission.attempt
+        self.deadline_s = deadline_s
+        self.sampling: SamplingParams = submission.sampling
+        self.prompt: list[int] = []
+        self.tokens: list[int] = accepted
+        self.texts: list[str] = []
+        self.logprobs: list[TextLogprob] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.problem: Problem | None = None
+        """Why it failed, if it did."""
+        self.cancelled = False
+        self.orphaned_at_s: float | None = None
+        self.gap_worker: NodeId | None = None
+        """Who was asked to say tokens again, until they come."""
+        self.ask_again_at_s = 0.0
+        self.ended_at_s = 0.0
+        self._codec = codec
+        self._stop_ids = frozenset(self.sampling.stop_token_ids)
+        self._eos_ids = frozenset() if self.sampling.ignore_eos else eos_token_ids
+        self._tail = ""
+        """What was held back until the end."""
+        self._cached_tokens: int | None = None
+        self._path = self._path_told = ""
+        self._hashes: list[BlockHash] = []
+        self._space = b""
+
+    @property
+    def encoded(self) -> bool:
+        return bool(self.prompt)
+
+    def begin(self, prompt: list[int], sampling: SamplingParams) -> None:
+        """The prompt is known: go through the accepted tokens, which may already be the end."""
+        self.prompt, self.sampling = prompt, sampling
+        self._detokenizer = Detokenizer(
+            self._codec,
+            prompt[-PROMPT_TAIL_TOKENS:],
+            sampling.stop,
+            sampling.include_stop_str_in_output,
+            sampling.skip_special_tokens,
+            sampling.min_tokens,
+        )
+        accepted, self.tokens = self.tokens, []
+        self._push(accepted, (), None)
+        if self.finish_reason is None and self.tokens:
+            last = self.tokens[-1]
+            if self._stops(last, len(self.tokens)):
+                self._finish(FinishReason.STOP, last)
+            elif len(self.tokens) >= sampling.max_tokens:
+                self._finish(FinishReason.LENGTH, None)
+
+    def take(self, span: TokenSpan, tokens: list[int]) -> TextDelta | None:
+        """What a span of this attempt brings, if it brings anything. `span.position` is not past
+        our end."""
+        start = len(self.tokens)
+        known = start - span.position
+        if self._cached_tokens is None:
+            self._cached_tokens = span.cached_tokens
+        self._path = span.path or self._path
+        self._push(tokens[known:], (span.logprobs or ())[known:], span.stop_token)
+        ends = span.finish_reason is not None and span.position + len(tokens) == len(self.tokens)
+        if ends and self.finish_reason is None and span.finish_reason is not None:
+            self._finish(span.finish_reason, span.stop_token)
+        if len(self.tokens) == start and self.finish_reason is None:
+            return None
+        return self._delta(start, len(self.tokens), last=self.finish_reason is not None)
+
+    def again(self, position: int) -> list[TextDelta]:
+        """Everything from `position` on, token by token: a frontend that knows some of it can skip
+        exactly that."""
+        singles = [self._delta(i, i + 1, last=False) for i in range(position, len(self.tokens))]
+        if self.finish_reason is not None:
+            singles.append(self._delta(len(self.tokens), len(self.tokens), last=True))
+        return singles
+
+    def tokenized(self) -> Tokenized:
+        return Tokenized(request_id=self.request_id, prompt_tokens=len(self.prompt))
+
+    def submit(self, kv_layout_id: str, now_s: float) -> Submit:
+        """To run from here on. Without a layout nobody could hold the blocks: no hashes."""
+        salt = self.submission.salt
+        space = namespace(kv_layout_id, salt)
+        if space != self._space:
+            self._space, self._hashes = space, []
+        if kv_layout_id:
+            extend_hashes(self._hashes, self.prompt + self.tokens, space)
+        return Submit(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            prompt=pack_tokens(self.prompt),
+            accepted=pack_tokens(self.tokens),
+            sampling=self.sampling,
+            timeout_s=max(0.0, self.deadline_s - now_s),
+            salt=salt,
+            block_hashes=b"".join(self._hashes),
+        )
+
+    def check(self) -> None:
+        if self.encoded:
+            assert len(self.texts) == len(self.tokens)
+            assert len(self.tokens) <= self.sampling.max_tokens or self.finish_reason is not None
+        if self.sampling.logprobs is not None:
+            assert len(self.logprobs) == len(self.texts)
+        assert self.problem is None or self.finish_reason is None
+
+    def _stops(self, token: int, num_output: int) -> bool:
+        """The workers' rule (`core.job.Job.settle`), for tokens that come without their word."""
+        stops = token in self._stop_ids or token in self._eos_ids
+        return stops and num_output > self.sampling.min_tokens
+
+    def _push(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], stop_token: int | None
+    ) -> None:
+        """Up to the end of `tokens`, or of the token that completes a stop string."""
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            silent = self._stops(token, len(self.tokens)) or (
+                token == stop_token and i == len(tokens) - 1
+            )
+            self.texts.append("" if silent else self._detokenizer.push(token))
+            if self.sampling.logprobs is not None:
+                given = logprobs[i] if i < len(logprobs) else TokenLogprobs(token, math.nan)
+                self.logprobs.append(self._with_text(given))
+            if self._detokenizer.stopped is not None:
+                self._finish(FinishReason.STOP, None)
+                return
+
+    def _finish(self, reason: FinishReason, stop_token: int | None) -> None:
+        self._tail = self._detokenizer.flush()
+        self.finish_reason = reason
+        if self._detokenizer.stopped is not None:
+            self.finish_reason, self.stop_reason = FinishReason.STOP, self._detokenizer.stopped
+        elif reason is FinishReason.STOP and stop_token in self._stop_ids:
+            self.stop_reason = stop_token
+
+    def _delta(self, start: int, end: int, *, last: bool) -> TextDelta:
+        """Tokens [start, end) and their text; the last one with the end of the stream."""
+        path = self._path if last or self._path != self._path_told else ""
+        self._path_told = path or self._path_told
+        wants = self.sampling.logprobs is not None
+        return TextDelta(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            position=start,
+            tokens=pack_tokens(self.tokens[start:end]),
+            text="".join(self.texts[start:end]) + (self._tail if last else ""),
+            logprobs=self.logprobs[start:end] if wants else None,
+            finish_reason=self.finish_reason if last else None,
+            stop_reason=self.stop_reason if last else None,
+            usage=self._usage() if last else None,
+            path=path,
+        )
+
+    def _usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.prompt),
+            completion_tokens=len(self.tokens),
+            cached_tokens=self._cached_tokens or 0,
+        )
+
+    def _with_text(self, entry: TokenLogprobs) -> TextLogprob:
+        return self._text_logprob(
+            entry.token_id,
+            entry.logprob,
+            tuple(self._text_logprob(token_id, logprob) for token_id, logprob in entry.top),
+        )
+
+    def _text_logprob(
+        self, token_id: int, logprob: float, top: tuple[TextLogprob, ...] = ()
+    ) -> TextLogprob:
+        raw = self._codec.token_bytes(token_id)
+        return TextLogprob(token_id, raw.decode("utf-8", "replace"), raw, logprob, top)
