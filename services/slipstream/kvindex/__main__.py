@@ -1,0 +1,24 @@
+"""`slipstream kvindex`: block events in, hints out, kept in Redis."""
+
+from slipstream.config import ConfigError
+from slipstream.kvindex.config import KvIndexConfig
+from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
+from slipstream.kvindex.store import RedisStore
+from slipstream.messages import NodeInfo
+from slipstream.runtime.shell import host_identity, new_epoch, run_service
+
+
+def run(config: KvIndexConfig) -> int:
+    try:
+        store = RedisStore(config.redis_url, config.redis_timeout_s, config.worker_ttl_s)
+    except ValueError as error:
+        raise ConfigError(f"slipstream kvindex: --redis-url: {error}") from None
+    node = NodeInfo(
+        node_id=config.node_id,
+        role=config.role,
+        epoch=new_epoch(config),
+        address=config.advertise,
+        host=host_identity(),
+    )
+    settings = KvIndexSettings(worker_ttl_s=config.worker_ttl_s)
+    return run_service(config, node, KvIndexMachine(node, settings), store)
