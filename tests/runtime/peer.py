@@ -167,6 +167,9 @@ class Hands:
         for number in range(POSTS):
             self.post(Closed(f"{thread}-{number}"))
 
+    def statistics(self) -> dict[str, float]:
+        return {"hands": 2}
+
     async def close(self) -> None:
         print("closed", flush=True)
 

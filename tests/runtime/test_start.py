@@ -88,6 +88,7 @@ def test_a_machine_that_is_not_ready_says_why(cluster: Cluster) -> None:
     until(lambda: asker.metric("peers_up") == 1, "a session")
     status, body = asker.get("/readyz")
     assert (status, json.loads(body)["reason"]) == (503, "was told so")
+    assert asker.metric("hands") == 2  # of the executor
 
 
 def test_a_taken_metrics_port_names_its_holder(cluster: Cluster) -> None:
@@ -116,8 +117,18 @@ def garbage(random: random.Random) -> list[bytes]:
     raw = bytearray(encode_header(header))
     if random.random() < 0.3:
         raw[random.randrange(len(raw))] = random.randrange(256)
-    nested = b"\x81\xa4type\xa5Hello" + b"\x91" * 100_000
-    return [bytes(raw), random.choice([b"", b"\x80", random.randbytes(50), nested])]
+    return [bytes(raw), random.choice([b"", b"\x80", random.randbytes(50)])]
+
+
+def nested(outermost: bytes) -> bytes:
+    """Deeper than any decoder follows."""
+    return outermost + b"\x91" * 100_000
+
+
+def evil_frames() -> list[list[bytes]]:
+    header = encode_header(FrameHeader(WIRE_VERSION, "evil", 1, "", 1, 0, 1, 0))
+    longer = bytes([header[0] + 1]) + header[1:]  # one more element than is known
+    return [[nested(longer), b""], [header, nested(b"\x82\xa4type\xa5Hello\xa1x")]]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -126,11 +137,14 @@ def test_garbage_is_counted_and_harms_nobody(cluster: Cluster, seed: int) -> Non
     until(lambda: echo.saw("Started"), "a start")
     noise = random.Random(seed)
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.SNDTIMEO, 10_000)
         dealer.connect(cluster.address("scheduler"))
         for _ in range(3000):
             dealer.send_multipart(garbage(noise))
-        dealer.send_multipart([b"\x91" * 100_000, b""])
-        until(lambda: echo.metric("bus_frames_received_total") >= 3001, "all of it")
+        for frame in evil_frames():
+            dealer.send_multipart(frame)
+        until(lambda: echo.metric("bus_frames_received_total") >= 3002, "all of it")
     assert echo.metric("bus_frames_malformed_total") > 500
     assert echo.process.poll() is None, echo.errors
     friend = cluster.asker("friend", questions=3)

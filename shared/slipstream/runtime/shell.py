@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import uvloop
 
@@ -82,6 +82,13 @@ class Executor(Protocol):
     async def close(self) -> None:
         """Called once, also if `start` failed or was cancelled."""
         ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An executor that has something to say in /metrics; keys as a machine's."""
+
+    def statistics(self) -> dict[str, float]: ...
 
 
 def run_service(
@@ -361,9 +368,10 @@ class _Shell:
         return ""
 
     def _statistics(self) -> dict[str, float]:
-        bus = self._bus
+        bus, executor = self._bus, self._executor
         return {
             **self._machine.statistics(),
+            **(executor.statistics() if isinstance(executor, Measured) else {}),
             "peers_up": len(self._witness.up),
             "events_total": self._witness.events,
             "timers": len(self._timers),
