@@ -289,6 +289,24 @@ async def test_whoever_replaces_later_takes_over(redis: RedisServer, store: Stor
         redis.client.flushall()
 
 
+async def test_a_worker_that_comes_back_is_not_swept(
+    redis: RedisServer, store: StoreClient
+) -> None:
+    """Told that it is gone and, in the same epoch, that it is there."""
+    many = tuple(number.to_bytes(16, "big") for number in range(3000))
+    for number in range(30):
+        await store.apply(replace(1, *many))
+        store.store.execute(StoreForget("w", 5))
+        for _ in range(number * 3):
+            await asyncio.sleep(0)
+        store.store.execute(replace(2, *many))
+        await store.store.idle()
+        done = store.events.get_nowait()
+        assert isinstance(done, StoreDone) and done.ok
+        if not done.gap:
+            assert len(await holders(store.apply, *many)) == len(many)
+
+
 async def test_a_dead_redis_is_an_answer(redis: RedisServer, store: StoreClient) -> None:
     await store.apply(replace(1, A))
     redis.kill()

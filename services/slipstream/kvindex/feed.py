@@ -76,7 +76,8 @@ class Feed:
         """The operation under way has ended."""
         self.op_id = ""
         if ok and not gap:
-            self._ask_after_s = ASK_FIRST_S
+            if self.in_step:
+                self._ask_after_s = ASK_FIRST_S
         elif not any(isinstance(waiting, StoreReplace) for waiting in self.queue):
             self.lost(now_s)
 
