@@ -308,12 +308,12 @@ class FrontendMachine:
         return request if request is not None and request.tokenizer == source else None
 
     def _delta(self, source: NodeId, delta: TextDelta) -> list[Effect]:
-        """Takes what follows on what the client has. What was said before is skipped; a gap is what
-        got lost with a session, and is said again in answer to our `Tokenize`."""
+        """Takes what follows on what the client has. What was said before is skipped; what is ahead
+        of a loss, be it of tokens or of `Tokenized`, is said again in answer to our `Tokenize`."""
         request = self._of(source, delta.request_id)
         if request is None or delta.attempt < request.attempt:
             return []
-        if delta.position != request.num_accepted:
+        if delta.position != request.num_accepted or not request.prompt_tokens_told:
             self._counts["deltas_skipped"] += 1
             return []
         request.attempt_seen = max(request.attempt_seen, delta.attempt)
