@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from slipstream.core.machine import (
     Closed,
     Deliver,
+    Effect,
     Encoded,
     EncodePrompt,
     Event,
@@ -28,7 +29,9 @@ from slipstream.frontend.machine import FrontendMachine, FrontendSettings
 from slipstream.messages import (
     SCHEDULER,
     AnyMessage,
+    ChatPrompt,
     Peers,
+    Prompt,
     Resend,
     Resume,
     StreamAck,
@@ -253,13 +256,16 @@ class World:
                         self.send(node, to, message)
                     case SetTimer(key, at_s):
                         self.timers[node, key] = at_s
-                    case EncodePrompt(key, TextPrompt(text=text)):
-                        pending.append(Encoded(key, tuple(ids(text))))
-                    case Deliver(request_id, item):
-                        self.answers[request_id].take(item)
+                    case EncodePrompt(key, prompt):
+                        pending.append(Encoded(key, tuple(ids(_text(prompt)))))
                     case _:
-                        raise AssertionError(effect)
+                        self.execute(effect)
             machine.check()
+
+    def execute(self, effect: Effect) -> None:
+        """What the frontend's shell would do."""
+        assert isinstance(effect, Deliver), effect
+        self.answers[effect.request_id].take(effect.item)
 
     def run(self, seconds: float) -> None:
         end_s = self.now_s + seconds
@@ -292,3 +298,12 @@ class World:
         node = plain(name, Role.TOKENIZER, self.epochs[name])
         self.tokenizers[name] = TokenizerMachine(node, settings, ByteCodec())
         self.handle(name, Started())
+
+
+def _text(prompt: Prompt) -> str:
+    match prompt:
+        case TextPrompt(text=text):
+            return text
+        case ChatPrompt(messages=messages):
+            return str(messages[-1]["content"])
+    raise AssertionError(prompt)
