@@ -114,6 +114,8 @@ def test_only_segments_of_dead_processes_of_this_node_are_removed(
     assert living.path.exists()
     assert all(path.exists() for path in others)
     assert not any(path.exists() for path in ours)
+    assert remove_dead_segments(str(tmp_path), "/elsewhere/r1", "prefill") == [name("prefill")]
+    assert all(path.exists() for path in others if path != name("prefill"))
 
 
 def test_no_room_is_one_line_with_both_numbers(

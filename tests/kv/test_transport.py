@@ -274,9 +274,11 @@ def test_a_living_socket_is_not_taken_over(
     first = make("ipc", ours, "x")
     with pytest.raises(StartError, match="in use"):
         make("ipc", ours, "x")
-    assert Path(first.advertise().removeprefix("ipc://")).exists()
+    path = Path(first.advertise().removeprefix("ipc://"))
+    assert path.stat().st_mode & 0o777 == 0o600
     first.close()
-    Path(first.advertise().removeprefix("ipc://")).touch()  # as a killed process leaves it
+    assert not path.exists()
+    path.touch()  # as a killed process leaves it
     make("ipc", ours, "x")
 
 

@@ -82,6 +82,9 @@ class BusServer:
             self._socket.close()
             raise StartError(f"slipstream: KV socket {bind}: {error}", IN_USE) from None
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.path = Path(bind.removeprefix("ipc://")) if bind.startswith("ipc://") else None
+        if self.path is not None:
+            self.path.chmod(0o600)
         self._thread = threading.Thread(target=self._serve, name="kv-bus", daemon=True)
         self._thread.start()
 
@@ -203,6 +206,8 @@ class BusTransport:
         for connection in sockets:
             connection.close()
         self._context.term()  # wakes the server and all readers, and waits until they are gone
+        if self._server.path is not None:
+            self._server.path.unlink(missing_ok=True)  # ZeroMQ leaves it behind
 
     def _take(self, peer: NodeInfo) -> "zmq.Socket[bytes]":
         """A connection that nobody uses; the taker puts it back or closes it."""
