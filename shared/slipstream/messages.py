@@ -79,6 +79,8 @@ class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
 
     request_id: RequestId
     attempt: int
+    waits: bool = False
+    """It cannot go on without another worker: half of a hand-over."""
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -266,6 +268,8 @@ class Submit(Message, kw_only=True, frozen=True):
 
     request_id: RequestId
     attempt: int
+    repeated: bool = False
+    """Said before, in an earlier session: this attempt may run already."""
     prompt: bytes
     accepted: bytes = b""
     sampling: SamplingParams

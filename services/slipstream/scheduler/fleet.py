@@ -45,7 +45,8 @@ class Fleet:
     def workers(self) -> list[NodeInfo]:
         """Workers of the cluster's model that take something new."""
         nodes = self.nodes.values()
-        return [node for node in nodes if _fingerprint(node) == self._model and not node.draining]
+        same = [node for node in nodes if node.worker and _fingerprint(node) == self._model]
+        return [node for node in same if not node.draining]
 
     def largest_pool_blocks(self) -> int:
         """0 without workers."""
@@ -82,5 +83,5 @@ class Fleet:
 
 
 def _fingerprint(node: NodeInfo) -> str:
-    """What a worker serves; no other service has one."""
-    return node.worker.kv_layout_id.partition("/")[0] if node.worker is not None else " none"
+    """What a worker serves; empty for any other service."""
+    return node.worker.kv_layout_id.partition("/")[0] if node.worker is not None else ""

@@ -165,7 +165,9 @@ class SchedulerMachine:
         effects = self.fleet.announce()
         for live in hello.live if first else ():
             request = self._current(live.request_id, live.attempt)
-            if request is not None and request.state is State.RECOVERING:
+            if live.waits:
+                effects.append(Send(source, _drop(live.request_id, live.attempt)))
+            elif request is not None and request.state is State.RECOVERING:
                 self._adopt(request, source)
             elif self._recovering:
                 known, _ = self._reports.get(live.request_id, (0, source))
@@ -188,7 +190,7 @@ class SchedulerMachine:
         return effects
 
     def _recovered(self) -> list[Effect]:
-        """Whoever was silent so far is passed over: its attempts are fenced off by the next one."""
+        """Attempts that nobody has reported so far are fenced off by the next one."""
         self._recovering = False
         unknown = [r for r in self.requests.values() if r.state is State.RECOVERING]
         return [effect for request in unknown for effect in self._resume(request)]
@@ -238,15 +240,13 @@ class SchedulerMachine:
         self.counters["accepted"] += 1
         self.requests[submit.request_id] = request
         attempt, worker = self._reports.pop(submit.request_id, (0, ""))
-        if attempt == submit.attempt:
+        if submit.repeated and attempt == submit.attempt:
             self._adopt(request, worker)
             return []
-        if self._recovering:
-            if attempt:
-                self._reports[submit.request_id] = (attempt, worker)
-            return []
         effects: list[Effect] = [Send(worker, _drop(submit.request_id, attempt))] if attempt else []
-        return effects + self._start(request, now_s)
+        if not submit.repeated:
+            return effects + self._start(request, now_s)
+        return effects if self._recovering else effects + self._resume(request)
 
     def _refusal(self, request: Request, now_s: float) -> Problem | None:
         """Why a request that is not known yet is not taken. One that has begun always is."""

@@ -10,7 +10,7 @@ from slipstream.types import NodeId, RequestId
 
 class State(StrEnum):
     RECOVERING = "recovering"
-    """Submitted to a young scheduler: perhaps it runs somewhere."""
+    """Submitted again to a young scheduler: perhaps it runs somewhere."""
     LOCATING = "locating"
     QUEUED = "queued"
     RESUMING = "resuming"

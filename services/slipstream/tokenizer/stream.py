@@ -64,6 +64,8 @@ class Stream:
         self._path = self._path_told = ""
         self._hashes: list[BlockHash] = []
         self._space = b""
+        self._submitted = 0
+        """The last attempt that was submitted."""
 
     @property
     def encoded(self) -> bool:
@@ -124,9 +126,11 @@ class Stream:
             self._space, self._hashes = space, []
         if kv_layout_id:
             extend_hashes(self._hashes, self.prompt + self.tokens, space)
+        repeated, self._submitted = self._submitted == self.attempt, self.attempt
         return Submit(
             request_id=self.request_id,
             attempt=self.attempt,
+            repeated=repeated,
             prompt=pack_tokens(self.prompt),
             accepted=pack_tokens(self.tokens),
             sampling=self.sampling,

@@ -6,7 +6,7 @@ from slipstream.core.job import Job, blocks_for
 from slipstream.core.lease import LeaseTable
 from slipstream.core.machine import BatchDone, Row
 from slipstream.messages import KvReady
-from slipstream.types import BLOCK_TOKENS, Epoch, RequestId, TokenLogprobs
+from slipstream.types import BLOCK_TOKENS, Epoch, NodeId, RequestId, TokenLogprobs
 
 
 class Lender:
@@ -61,6 +61,15 @@ class Lender:
                 lease = self.table.end(lease_id)
                 assert lease is not None
                 self.pool.release(lease.blocks)
+
+    def reader_down(self, reader: NodeId) -> list[tuple[RequestId, int]]:
+        """End the leases of a peer that fell silent: which attempts they were for."""
+        lost = [lease for lease in self.table.live.values() if lease.reader == reader]
+        for lease in lost:
+            self.table.end(lease.lease_id)
+            self.pool.release(lease.blocks)
+        keys = [lease.lease_id.rpartition("/") for lease in lost]
+        return [(request_id, int(attempt)) for request_id, _, attempt in keys]
 
     def lapse(self, now_s: float) -> list[str]:
         """End what nobody renewed; the ids."""

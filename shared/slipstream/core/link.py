@@ -7,6 +7,9 @@ before is
 on its way) and `Down` (it ended; what was said last may be lost). That is the whole failure model
 they need, and it is one piece of code instead of a retry per message.
 
+Methods are generators: the caller may `send` between two outputs, and what it says after a `Down`
+belongs to the next session.
+
 A session is a pair of numbers, one drawn by each side, larger at each new beginning and larger than
 those of any earlier process of that name. A frame names both. Rules:
   - a frame of an older session is dropped; if its sender cannot know better, it is told to
@@ -139,7 +142,10 @@ class Link:
                 yield self._transmit(session, 0, b"", now_s, peer_session=0)
                 return
             yield from self._adopt(session, header, now_s)
-            session = self._sessions[peer]
+            adopted = self._sessions.get(peer)
+            if adopted is None or adopted.remote != header.session:
+                return  # whoever was told has ended it again
+            session = adopted
         if header.peer_session not in (0, session.local):
             return
         session.heard_s = now_s
@@ -152,6 +158,8 @@ class Link:
     def wake(self, now_s: float) -> Iterator[Output]:
         """Do what is due: acknowledge, resend, ping, give up."""
         for session in list(self._sessions.values()):
+            if self._sessions.get(session.peer) is not session:
+                continue  # closed by what was said in between
             if now_s >= session.heard_s + self.dead_s:  # as in next_wake_s, to the last bit
                 if session.remote or session.unacked:
                     yield self._close(session)
@@ -205,10 +213,11 @@ class Link:
             # It forgot its own side only, after it had taken ours up afresh: ours goes on.
             self._floors[session.peer] = max(self._floors.get(session.peer, 0), session.remote)
             session.expected, session.early = 1, {}
+            session.remote, session.heard_s = header.session, now_s
             yield Down(session.peer)
         elif session.remote:
             yield self._close(session)
-            session = self._open(session.peer, now_s)
+            session = self._sessions.get(session.peer) or self._open(session.peer, now_s)
         session.remote = header.session
         session.heard_s = now_s
         session.ack_at_s = now_s
@@ -226,7 +235,7 @@ class Link:
     def _in_order(self, session: _Session, seq: int, payload: bytes) -> Iterator[Output]:
         if seq >= session.expected and len(session.early) < EARLY_FRAMES_MAX:
             session.early[seq] = payload
-        while session.expected in session.early:
+        while session.expected in session.early and self._sessions.get(session.peer) is session:
             payload = session.early.pop(session.expected)
             session.expected += 1
             yield Arrived(session.peer, payload)

@@ -5,7 +5,7 @@ pure, so the simulator runs the very bytes that a real bus would carry.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import msgspec
@@ -48,7 +48,7 @@ class Node:
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """One event in, everything that follows from it out."""
-        return list(self._run([event], now_s))
+        return list(self._run(event, now_s))
 
     def receive(self, header: bytes, payload: bytes, now_s: float) -> list[Action]:
         """One frame from the bus. A malformed one is counted and dropped."""
@@ -75,33 +75,35 @@ class Node:
     def _absorb(
         self, outputs: Iterator[Transmit | Up | Down | Arrived], now_s: float
     ) -> Iterator[Action]:
-        events: list[Event] = []
+        """Tell the machine each thing before the link does the next: a word that the machine says
+        now must not be taken for one that a session still to be closed has swallowed."""
         for output in outputs:
             match output:
                 case Transmit():
                     yield output
                 case Up(peer, epoch):
-                    events.append(PeerUp(peer, epoch))
+                    yield from self._run(PeerUp(peer, epoch), now_s)
                 case Down(peer):
-                    events.append(PeerDown(peer))
+                    yield from self._run(PeerDown(peer), now_s)
                 case Arrived(peer, payload):
-                    events += self._decoded(peer, payload)
-        yield from self._run(events, now_s)
+                    event = self._decoded(peer, payload)
+                    if event is not None:
+                        yield from self._run(event, now_s)
 
-    def _decoded(self, peer: NodeId, payload: bytes) -> list[Event]:
+    def _decoded(self, peer: NodeId, payload: bytes) -> Received | None:
         try:
             message = self._decode(payload)
         except _MALFORMED:
             self.frames_malformed += 1
-            return []
+            return None
         if isinstance(message, Peers):
             for node in message.nodes:
                 if node.node_id != self.info.node_id:
                     self.link.know(node.node_id, node.address, node.epoch)
-        return [Received(peer, message)]
+        return Received(peer, message)
 
-    def _run(self, events: Sequence[Event], now_s: float) -> Iterator[Action]:
-        queue = deque(events)
+    def _run(self, event: Event, now_s: float) -> Iterator[Action]:
+        queue = deque([event])
         while queue:
             for effect in self.machine.handle(queue.popleft(), now_s):
                 if not isinstance(effect, Send):

@@ -7,11 +7,14 @@ from slipstream.core.machine import Effect, Send
 from slipstream.messages import TokensOut, TokenSpan
 from slipstream.types import NodeId, RequestId
 
+REPEAT_S = 2.0
+
 
 @dataclass(slots=True, eq=False)
 class _Ended:
     job: Job
     until_s: float
+    repeat_s: float
 
 
 class TokenLog:
@@ -20,8 +23,6 @@ class TokenLog:
     def __init__(self, keep_s: float, ended_max: int = 16_384):
         self.keep_s, self.ended_max = keep_s, ended_max
         self.ended: dict[RequestId, _Ended] = {}
-        self.unheard = 0
-        """Streams whose end nobody acknowledged in time."""
         self._staged: dict[NodeId, list[TokenSpan]] = {}
 
     def stage(self, job: Job) -> None:
@@ -31,10 +32,7 @@ class TokenLog:
 
     def end(self, job: Job, now_s: float) -> None:
         """The job is gone, its tokens stay until `acknowledge`."""
-        if len(self.ended) >= self.ended_max:
-            del self.ended[next(iter(self.ended))]
-            self.unheard += 1
-        self.ended[job.request_id] = _Ended(job, now_s + self.keep_s)
+        self.ended[job.request_id] = _Ended(job, now_s + self.keep_s, now_s + REPEAT_S)
 
     def acknowledge(self, request_id: RequestId, attempt: int) -> None:
         """The tokenizer has the end of this attempt, or wants nothing of it."""
@@ -42,11 +40,15 @@ class TokenLog:
         if ended is not None and ended.job.attempt <= attempt:
             del self.ended[request_id]
 
-    def expire(self, now_s: float) -> None:
-        over = [key for key, ended in self.ended.items() if ended.until_s <= now_s]
-        for request_id in over:
-            del self.ended[request_id]
-        self.unheard += len(over)
+    def tick(self, now_s: float) -> list[Job]:
+        """Says every end again that nobody has acknowledged; the jobs that are given up."""
+        over = [e.job for e in self.ended.values() if e.until_s <= now_s]
+        over += [e.job for e in list(self.ended.values())[: -self.ended_max]]
+        for ended in self.ended.values():
+            if ended.repeat_s <= now_s:
+                ended.repeat_s = now_s + REPEAT_S
+                self.repeat(ended.job, 0)
+        return over
 
     def flush(self) -> list[Effect]:
         """One message for each tokenizer that has something to hear."""

@@ -13,6 +13,7 @@ from slipstream.core.batching import Batcher
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, unfit
 from slipstream.core.lender import Lender
+from slipstream.core.load import load_of
 from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
@@ -56,7 +57,6 @@ from slipstream.messages import (
     Resend,
     SnapshotRequest,
     StreamAck,
-    WorkerLoad,
 )
 from slipstream.messages import Started as JobStarted
 from slipstream.types import BLOCK_TOKENS, BlockId, NodeId, RequestId
@@ -109,7 +109,7 @@ class WorkerMachine:
         return effects
 
     def statistics(self) -> dict[str, float]:
-        load = self._load()
+        load = load_of(self)
         gauges = msgspec.structs.asdict(load)
         counters = gauges.pop("counters")
         return {**gauges, **counters}
@@ -126,7 +126,7 @@ class WorkerMachine:
             expected.update(lease.blocks)
         for block, count in enumerate(self.pool.references):
             assert count == expected[block], f"block {block}: {count} held, {expected[block]} known"
-        load = self._load()
+        load = load_of(self)
         assert load.blocks_free + load.blocks_used + load.blocks_leased == self.info.num_blocks
         assert len(self._early) <= EARLY_MAX
 
@@ -157,8 +157,7 @@ class WorkerMachine:
                         self.log.repeat(job, 0)
             case PeerDown(peer):
                 self.reporter.peer_down(peer)
-                lost = self.receiver.source_down(peer)
-                return [effect for job in lost for effect in self._fail(job, "prefill_lost")]
+                return self._half_lost(peer)
             case Drain():
                 self._draining = True
                 return self.membership.drain(now_s)
@@ -219,10 +218,9 @@ class WorkerMachine:
         return effects
 
     def _announced(self, message: KvReady, now_s: float) -> list[Effect]:
-        if message.request_id in self.receiver.live:
+        job = self.jobs.get(message.request_id)
+        if job is not None and job.attempt >= message.attempt:
             return self.receiver.announced(message)
-        if message.request_id in self.jobs:
-            return []
         _, early = self._early.setdefault(message.request_id, (now_s + EARLY_KEEP_S, []))
         early.append(message)
         if len(self._early) > EARLY_MAX:
@@ -318,11 +316,15 @@ class WorkerMachine:
         self.batcher.remove(job)
 
     def _fail(self, job: Job, cause: str, problem: Problem | None = None) -> list[Effect]:
+        dropped = self._drop(job.request_id, job.attempt)
+        return dropped + self._failed(job.request_id, job.attempt, cause, problem)
+
+    def _failed(
+        self, request_id: RequestId, attempt: int, cause: str, problem: Problem | None = None
+    ) -> list[Effect]:
         self.failures[cause.partition(":")[0]] += 1
-        failed = AttemptFailed(
-            request_id=job.request_id, attempt=job.attempt, cause=cause, problem=problem
-        )
-        return [*self._drop(job.request_id, job.attempt), Send(SCHEDULER, failed)]
+        failed = AttemptFailed(request_id=request_id, attempt=attempt, cause=cause, problem=problem)
+        return [Send(SCHEDULER, failed)]
 
     def _drop(self, request_id: RequestId, attempt: int) -> list[Effect]:
         """Forget every attempt up to this one."""
@@ -338,58 +340,36 @@ class WorkerMachine:
         self.log.acknowledge(request_id, attempt)
         return effects
 
+    def _half_lost(self, peer: NodeId) -> list[Effect]:
+        """What waits for this peer's word, or it for ours, goes on nowhere."""
+        lost = self.receiver.source_down(peer)
+        effects = [effect for job in lost for effect in self._fail(job, "prefill_lost")]
+        for job in [job for job in self.jobs.values() if job.handover == peer]:
+            effects += self._fail(job, "decode_lost")
+        for request_id, attempt in self.lender.reader_down(peer):
+            effects += self._failed(request_id, attempt, "decode_lost")
+        return effects
+
     # --- Time -------------------------------------------------------------------------------------
 
     def _tick(self, now_s: float) -> list[Effect]:
         self.lender.lapse(now_s)
-        self.log.expire(now_s)
         while self._early and next(iter(self._early.values()))[0] <= now_s:
             self._early.popitem(last=False)
-        effects: list[Effect] = [SetTimer("tick", now_s + TICK_S), Send(SCHEDULER, self._load())]
+        effects: list[Effect] = [SetTimer("tick", now_s + TICK_S), Send(SCHEDULER, load_of(self))]
+        for job in self.log.tick(now_s):
+            effects += self._fail(job, "unheard")
         for job in list(self.jobs.values()):
             if now_s > job.deadline_s + DEADLINE_SLACK_S:
                 effects += self._fail(job, "deadline")
         return effects
 
     def _live(self) -> list[LiveRequest]:
-        """Attempts that go on, or have ended unheard, even if the scheduler has just forgotten
-        them: not those that wait for another worker's word."""
-        waits = {key for key, handover in self.receiver.live.items() if handover.last is None}
-        here = [job for job in self.jobs.values() if job.request_id not in waits]
-        jobs = [job for job in here if job.handover is None]
-        jobs += [ended.job for ended in self.log.ended.values()]
-        return [LiveRequest(job.request_id, job.attempt) for job in jobs]
-
-    def _load(self) -> WorkerLoad:
-        leased = self.lender.table.leased_blocks()
-        free, waiting = self.pool.num_empty, self.batcher.waiting
-        return WorkerLoad(
-            steps=self.batcher.steps,
-            running=len(self.jobs) - len(waiting),
-            waiting=len(waiting),
-            waiting_tokens=self.batcher.waiting_tokens,
-            blocks_free=free,
-            blocks_used=self.info.num_blocks - free - len(leased),
-            blocks_cached=self.pool.count_hashed() - self.pool.count_hashed(leased),
-            blocks_leased=len(leased),
-            counters=self._counters(),
-        )
-
-    def _counters(self) -> dict[str, float]:
-        return {
-            "blocks_pulled_total": self.receiver.blocks_pulled,
-            "blocks_quarantined": sum(
-                len(handover.job.block_ids) for handover in self.receiver.zombies.values()
-            ),
-            "leases_lapsed_total": self.lender.table.lapsed,
-            "preemptions_total": self.batcher.preemptions,
-            "prefix_hit_tokens_total": self.batcher.hit_tokens,
-            "prefix_query_tokens_total": self.batcher.queried_tokens,
-            "index_claims_wrong_total": self.claimed_wrong,
-            "streams_unheard_total": self.log.unheard,
-            **{f"handover_{cause}_total": n for cause, n in self.receiver.failures.items()},
-            **{f"attempts_failed_{cause}_total": n for cause, n in self.failures.items()},
-        }
+        """All attempts, and those that have ended unheard, even by a scheduler that began anew."""
+        halves = {key for key, handover in self.receiver.live.items() if handover.last is None}
+        halves |= {job.request_id for job in self.jobs.values() if job.handover is not None}
+        jobs = [*self.jobs.values(), *(ended.job for ended in self.log.ended.values())]
+        return [LiveRequest(job.request_id, job.attempt, job.request_id in halves) for job in jobs]
 
     def _empty(self) -> bool:
         held = self.jobs or self.log.ended or self.lender.table.live or self.receiver.zombies

@@ -1,0 +1,359 @@
+"""One run: a cluster, clients, faults, and at the end an account of every request and block."""
+
+from dataclasses import dataclass, field
+from random import Random
+
+from sim.device import EOS, VOCAB, right_answer
+from sim.faults import Faults
+from sim.world import Process, World, random_prompt
+from slipstream.core import machine as m
+from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.errors import ErrorCode, Problem
+from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
+from slipstream.messages import (
+    SCHEDULER,
+    NodeInfo,
+    TextDelta,
+    Tokenize,
+    TokenPrompt,
+    WorkerInfo,
+)
+from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
+from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
+from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.types import FinishReason, NodeId, Role, SamplingParams, pack_tokens, unpack_tokens
+
+MAX_MODEL_LEN = 256
+TIMEOUT_S = 300.0
+QUIET_S = 150.0
+"""Longest time after the last fault until everything has ended and nothing is held."""
+REFUSALS = {ErrorCode.NOT_READY, ErrorCode.QUEUE_FULL, ErrorCode.DRAINING}
+
+
+class Letters:
+    """A codec whose tokens are letters."""
+
+    special_ids = frozenset({EOS})
+    strip_leading = 0
+    vocab_size = VOCAB
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([ord("a") + token_id % 26])
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode()
+
+
+@dataclass
+class Client:
+    """One HTTP request, and what its caller has seen of the answer."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    expected: list[int]
+    reason: FinishReason
+    text: str
+    frontend: NodeId = ""
+    tokens: list[int] = field(default_factory=list)
+    shown: str = ""
+    ended: str = ""
+    closes_after: int | None = None
+
+    @classmethod
+    def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
+        prompt = random_prompt(rng, stems, longest=150)
+        sampling = SamplingParams(
+            max_tokens=rng.choice((1, 1, 2, 5, 12, 40)),
+            seed=rng.randrange(100),
+            temperature=rng.choice((0.0, 1.0)),
+            min_tokens=rng.choice((0, 0, 3)),
+            ignore_eos=rng.random() < 0.3,
+            logprobs=rng.choice((None, None, 0)),
+            stop=tuple(rng.choice(("ab", "q", "xyz", "e")) for _ in range(rng.choice((0, 0, 1)))),
+        )
+        tokens, reason = right_answer(prompt, sampling)
+        expected, text, reason = _shown(prompt, tokens, reason, sampling)
+        client = cls(f"r{number}", prompt, sampling, expected, reason, text)
+        if rng.random() < 0.12:
+            client.closes_after = rng.randrange(0, 6)
+        return client
+
+    def see(self, item: int | TextDelta | Problem) -> None:
+        """What arrives at the caller must be the right answer, from its beginning, once."""
+        if isinstance(item, int):
+            assert item == len(self.prompt)
+            return
+        assert not self.ended, f"{self.request_id} went on after its end: {item}"
+        if isinstance(item, Problem):
+            assert item.code in REFUSALS and not self.tokens, f"{self.request_id}: {item}"
+            self.ended = item.code
+            return
+        assert item.position == len(self.tokens), f"{self.request_id}: {item}"
+        new = unpack_tokens(item.tokens)
+        self.tokens += new
+        self.shown += item.text
+        assert self.tokens == self.expected[: len(self.tokens)], (
+            f"{self.request_id}: wrong token {self.tokens} for {self.expected}"
+        )
+        assert self.text.startswith(self.shown), f"{self.request_id}: {self.shown} / {self.text}"
+        if self.sampling.logprobs is not None and new:
+            got = [logprob.token_id for logprob in item.logprobs or []]
+            assert got == new, f"{self.request_id}: logprobs of {got} for {new}"
+        if item.finish_reason is not None:
+            whole = self.tokens == self.expected and self.shown == self.text
+            assert whole and item.finish_reason == self.reason, f"{self.request_id}: {item}"
+            assert item.usage is not None
+            assert item.usage.prompt_tokens == len(self.prompt)
+            assert item.usage.completion_tokens == len(self.tokens)
+            self.ended = "done"
+
+
+def _shown(
+    prompt: list[int], tokens: list[int], reason: FinishReason, sampling: SamplingParams
+) -> tuple[list[int], str, FinishReason]:
+    """Tokens and text as a caller gets them, stop strings applied."""
+    detokenizer = Detokenizer(
+        Letters(),
+        prompt[-PROMPT_TAIL_TOKENS:],
+        stop=sampling.stop,
+        min_tokens=sampling.min_tokens,
+    )
+    text = ""
+    for count, token in enumerate(tokens, 1):
+        if reason is FinishReason.STOP and count == len(tokens):
+            break  # the end-of-sequence token is counted and not shown
+        text += detokenizer.push(token)
+        if detokenizer.stopped is not None:
+            return tokens[:count], text, FinishReason.STOP
+    return tokens, text + detokenizer.flush(), reason
+
+
+class Cluster:
+    def __init__(self, seed: int):
+        rng = Random(seed)
+        self.seed, self.rng = seed, rng
+        self.faults = Faults.draw(Random(rng.random()))
+        self.world = World(seed, self.faults, Random(rng.random()))
+        self.disaggregation = rng.choice(("always", "always", "never"))
+        self.layout = self._draw_layout()
+        self.num_blocks = rng.choice((16, 24, 64))
+        self.max_num_seqs = rng.choice((1, 3, 8))
+        self.budget_tokens = rng.choice((16, 48, 256))
+        stems = [[rng.randrange(1, VOCAB) for _ in range(150)] for _ in range(3)]
+        self.clients = {
+            client.request_id: client
+            for client in (Client.draw(rng, n, stems) for n in range(rng.randrange(6, 20)))
+        }
+        for node_id in self.layout:
+            self.world.at(rng.uniform(0.0, 0.3), lambda node_id=node_id: self._start(node_id))
+        for client in self.clients.values():
+            self.world.at(rng.uniform(1.0, 8.0), lambda client=client: self._open(client))
+        self._plan_faults()
+
+    def _draw_layout(self) -> dict[NodeId, Role]:
+        counts = {
+            Role.SCHEDULER: (1,),
+            Role.KVINDEX: (0, 1, 1, 2),
+            Role.TOKENIZER: (1, 2),
+            Role.FRONTEND: (1, 2),
+            Role.PREFILL: (1, 2),
+            Role.DECODE: (1, 2),
+        }
+        layout: dict[NodeId, Role] = {}
+        for role, choices in counts.items():
+            for index in range(self.rng.choice(choices)):
+                layout[SCHEDULER if role is Role.SCHEDULER else f"{role}-{index}"] = role
+        return layout
+
+    # --- Processes --------------------------------------------------------------------------------
+
+    def _start(self, node_id: NodeId) -> None:
+        if node_id in self.world.processes:
+            return
+        role = self.layout[node_id]
+        worker = None
+        if role in (Role.PREFILL, Role.DECODE):
+            worker = WorkerInfo(
+                model="fake",
+                kv_layout_id="fake/float32/l1",
+                num_blocks=self.num_blocks,
+                block_bytes=128,
+                max_model_len=MAX_MODEL_LEN,
+                vocab_size=VOCAB,
+                max_num_seqs=self.max_num_seqs,
+                prefill_budget_tokens=self.budget_tokens,
+                accept_decode=role is Role.DECODE or self.disaggregation == "never",
+            )
+        epoch = int((self.world.now_s + 1.0) * 1e9)
+        info = NodeInfo(node_id=node_id, role=role, epoch=epoch, address=node_id, worker=worker)
+        Process(self.world, info, self._machine(info), self._deliver)
+
+    def _machine(self, info: NodeInfo) -> m.Machine:
+        match info.role:
+            case Role.SCHEDULER:
+                settings = SchedulerSettings(disaggregation=self.disaggregation, max_migrations=100)
+                return SchedulerMachine(info, settings)
+            case Role.TOKENIZER:
+                eos = frozenset({EOS})
+                return TokenizerMachine(info, TokenizerSettings(eos_token_ids=eos), Letters())
+            case Role.FRONTEND:
+                return FrontendMachine(info, FrontendSettings())
+            case Role.KVINDEX:
+                return KvIndexMachine(info, KvIndexSettings())
+        return WorkerMachine(info, WorkerSettings(eos_token_ids=(EOS,)))
+
+    # --- Clients ----------------------------------------------------------------------------------
+
+    def _open(self, client: Client) -> None:
+        """Comes back until a frontend takes the request, as a client with retries does."""
+        frontends = [n for n, r in self.layout.items() if r is Role.FRONTEND]
+        process = self.world.processes.get(self.rng.choice(frontends))
+        client.ended = ""
+        if process is None:
+            self.world.at(self.world.now_s + 0.5, lambda: self._open(client))
+            return
+        client.frontend = process.info.node_id
+        submission = Tokenize(
+            request_id=client.request_id,
+            prompt=TokenPrompt(tokens=pack_tokens(client.prompt)),
+            sampling=client.sampling,
+            timeout_s=TIMEOUT_S,
+        )
+        process.post(m.Opened(submission))
+
+    def _deliver(self, effect: m.Deliver) -> None:
+        client = self.clients[effect.request_id]
+        if client.ended in ("closed", "cut off"):
+            return  # nobody reads any more
+        client.see(effect.item)
+        if client.ended in REFUSALS:
+            client.request_id = self._renamed(client)
+            self.world.at(self.world.now_s + 0.5, lambda: self._open(client))
+        elif client.ended:
+            self._close(client, client.ended)
+        elif client.closes_after is not None and len(client.tokens) >= client.closes_after:
+            self._close(client, "closed")
+
+    def _renamed(self, client: Client) -> str:
+        """Each try over HTTP is a request of its own."""
+        del self.clients[client.request_id]
+        name = client.request_id + "'"
+        self.clients[name] = client
+        return name
+
+    def _close(self, client: Client, how: str) -> None:
+        client.ended = how
+        process = self.world.processes.get(client.frontend)
+        if process is not None:
+            self.world.at(self.world.now_s, lambda: process.post(m.Closed(client.request_id)))
+
+    # --- Faults -----------------------------------------------------------------------------------
+
+    def _plan_faults(self) -> None:
+        rng, faults = self.rng, self.faults
+        for kind, action in (
+            ("crash", self._crash),
+            ("pause", self._pause),
+            ("partition", self._partition),
+            ("drain", self._drain),
+        ):
+            if kind in faults.active:
+                for _ in range(rng.randrange(1, 4)):
+                    node_id = rng.choice(list(self.layout))
+                    at_s = rng.uniform(0.8, faults.until_s)
+                    self.world.at(at_s, lambda action=action, node_id=node_id: action(node_id))
+
+    def _crash(self, node_id: NodeId) -> None:
+        process = self.world.processes.get(node_id)
+        if process is not None:
+            self.faults.counts["crash"] += 1
+            process.kill()
+            self._gone(node_id)
+
+    def _drain(self, node_id: NodeId) -> None:
+        """SIGTERM, and ten seconds later what a supervisor does then."""
+        process = self.world.processes.get(node_id)
+        if process is None or self.layout[node_id] is Role.SCHEDULER:
+            return
+        self.faults.counts["drain"] += 1
+        process.post(m.Drain())
+
+        def end() -> None:
+            if process.alive:
+                process.kill()
+            if self.world.processes.get(node_id) is None:
+                self._gone(node_id)
+
+        self.world.at(self.world.now_s + 10.0, end)
+
+    def _gone(self, node_id: NodeId) -> None:
+        """Its connections break; the supervisor starts it again."""
+        for client in self.clients.values():
+            if client.frontend == node_id and not client.ended:
+                client.ended = "cut off"
+        delay_s = self.rng.choice((0.05, 0.5, 2.0, 6.0))
+        self.world.at(self.world.now_s + delay_s, lambda: self._start(node_id))
+
+    def _pause(self, node_id: NodeId) -> None:
+        process = self.world.processes.get(node_id)
+        if process is not None:
+            self.faults.counts["pause"] += 1
+            process.frozen_until_s = self.world.now_s + self.rng.choice((0.3, 2.0, 4.0, 14.0))
+
+    def _partition(self, node_id: NodeId) -> None:
+        others = [other for other in self.layout if other != node_id]
+        cut = self.rng.sample(others, self.rng.randrange(1, len(others) + 1))
+        until_s = self.world.now_s + self.rng.choice((0.5, 2.0, 5.0, 12.0))
+        for other in cut:
+            self.world.cut[frozenset((node_id, other))] = until_s
+
+    # --- The account ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Everything must have ended, and nothing be held, some time after the last fault."""
+        end_s = max(self.faults.until_s, 8.0) + QUIET_S
+        while self.world.now_s < end_s:
+            self.world.run(self.world.now_s + 2.0)
+            if self.world.now_s > max(self.faults.until_s, 8.0) + 10.0 and not self.unsettled():
+                return
+        unsettled = self.unsettled()
+        assert not unsettled, "; ".join(unsettled)
+
+    def unsettled(self) -> list[str]:
+        """What is not as it should be at rest."""
+        found = [
+            f"{client.request_id} has not ended: {len(client.tokens)} of {len(client.expected)}"
+            for client in self.clients.values()
+            if not client.ended or client.ended in REFUSALS
+        ]
+        for node_id in self.layout:
+            process = self.world.processes.get(node_id)
+            if process is None:
+                found.append(f"{node_id} is not there")
+                continue
+            held = {k: v for k, v in _held(process).items() if v}
+            if held:
+                found.append(f"{node_id} holds {held}")
+        return found
+
+
+def _held(process: Process) -> dict[str, float]:
+    machine, statistics = process.machine, process.machine.statistics()
+    match machine:
+        case WorkerMachine():
+            return {
+                "referenced": sum(map(bool, machine.pool.references)),
+                "leased": statistics["blocks_leased"],
+                "used - cached": statistics["blocks_used"] - statistics["blocks_cached"],
+                "jobs": len(machine.jobs),
+                "ended": len(machine.log.ended),
+            }
+        case SchedulerMachine():
+            return {"requests": len(machine.requests)}
+        case TokenizerMachine():
+            return {"streams": statistics["streams_live"]}
+        case FrontendMachine():
+            return {"requests": statistics["requests_live"]}
+    return {}
