@@ -7,7 +7,6 @@ from slipstream.core.machine import PeerDown, PeerUp
 from slipstream.messages import (
     SCHEDULER,
     Resume,
-    StreamAck,
     StreamEnded,
     Submit,
     TextDelta,
