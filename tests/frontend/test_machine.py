@@ -272,6 +272,16 @@ def test_who_waits_asks_again_after_the_cool_down(rig: Rig) -> None:
     assert (again.to, again.message.attempt) == (T0, 1024)
 
 
+def test_many_large_requests_move_piece_by_piece() -> None:
+    rig = Rig(T0)
+    for i in range(4):
+        rig.open(submission(f"r{i}", "x" * (10 << 20)))
+    rig.peers(T0, T1)
+    rig.handle(PeerDown(T0))
+    assert len(rig.effects) == 2
+    assert len(rig.pass_time(0.6)) == 2
+
+
 def test_who_waits_can_leave(rig: Rig) -> None:
     rig.handle(PeerDown(T0))
     rig.handle(Closed("r"))

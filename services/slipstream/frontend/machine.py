@@ -46,6 +46,11 @@ from slipstream.types import ATTEMPTS_PER_MOVE, Epoch, NodeId, RequestId, Role
 
 TICK_TIMER = "tick"
 TICK_S = 0.5
+MOVE_BATCH_BYTES = 16 << 20
+"""How much is moved at a time: a session that holds too much unread is ended."""
+
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class FrontendSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,9 +268,13 @@ class FrontendMachine:
 
     def _place_waiting(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = []
+        num_bytes = 0
         for request in self._requests.values():
+            if num_bytes >= MOVE_BATCH_BYTES:
+                break  # the next tick goes on
             if not request.tokenizer and not request.ended:
                 effects += self._place(request, now_s)
+                num_bytes += len(_encode(request.submission)) + len(request.accepted)
         return effects
 
     def _lost(self, peer: NodeId, now_s: float) -> list[Effect]:
