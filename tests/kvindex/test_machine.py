@@ -352,7 +352,7 @@ def test_torn_hashes_are_mended_by_a_snapshot(message: BlockEvents | Snapshot) -
     bench.settle()
     bench.say(message)
     assert bench.requests() == 1
-    assert bench.machine.statistics()["malformed_total"] == 1
+    assert bench.machine.statistics()["index_malformed_total"] == 1
 
 
 def test_a_torn_question_has_no_answer() -> None:

@@ -163,6 +163,13 @@ async def test_forgetting_an_old_epoch_leaves_the_living_one(ask: Ask) -> None:
     assert await ask(batch(2, (C,), epoch=6)) == GOOD
 
 
+async def test_each_block_has_its_own_holders(ask: Ask) -> None:
+    await ask(replace(1, A, B, C, F, worker="v", epoch=9))
+    await ask(replace(1, A, B, D, E, F))
+    both, v, w = {"v": 9, "w": 5}, {"v": 9}, {"w": 5}
+    assert await holders(ask) == (both, both, v, w, w, both)
+
+
 async def test_a_question_without_content_is_a_probe(ask: Ask) -> None:
     assert await ask(StoreFind("p", "", ())) == StoreDone("p", ok=True)
     assert await ask(StoreAlive("w", 5)) is None

@@ -119,7 +119,7 @@ class KvIndexMachine:
         return effects
 
     def statistics(self) -> dict[str, float]:
-        totals = {f"{name}_total": float(count) for name, count in self._counts.items()}
+        totals = {f"index_{name}_total": float(count) for name, count in self._counts.items()}
         return {
             **totals,
             "store_up": float(self.store_up),

@@ -137,8 +137,10 @@ class RedisStore:
             await self._redis.ping()
             return StoreDone(effect.op_id, ok=True)
         keys = [_key(effect.kv_layout_id, block_hash) for block_hash in effect.hashes]
-        found = await self._find_script([], keys)
-        return StoreDone(effect.op_id, ok=True, holders=tuple(map(_holders, found)))
+        holders: list[dict[NodeId, Epoch]] = []
+        for entries in await self._find_script([], keys):
+            holders.append(_holders(entries) if entries else holders[-1])
+        return StoreDone(effect.op_id, ok=True, holders=tuple(holders))
 
     async def _forget(self, worker: NodeId, epoch: Epoch) -> None:
         epochs = await self._forget_script([f"w:{worker}", f"kve:{worker}"], [epoch])
