@@ -3,19 +3,19 @@
 The bus below may lose, repeat, delay and reorder frames. A session numbers the frames of each
 direction, acknowledges, resends, and ends when the peer is silent for `dead_s`, or has begun anew.
 Machines above see exactly-once messages and two events: `Up` (a session began; nothing said
-before is
-on its way) and `Down` (it ended; what was said last may be lost). That is the whole failure model
-they need, and it is one piece of code instead of a retry per message.
+before the last `Down` is on its way) and `Down` (it ended; what was said last may be lost). That is
+the whole failure model they need, and it is one piece of code instead of a retry per message.
 
 Methods are generators: the caller may `send` between two outputs, and what it says after a `Down`
 belongs to the next session.
 
 A session is a pair of numbers, one drawn by each side, larger at each new beginning and larger than
-those of any earlier process of that name. A frame names both. Rules:
-  - a frame of an older session is dropped; if its sender cannot know better, it is told to
-    begin anew;
-  - a larger number from the peer means that it began anew: what was in flight is void, `Down`,
-    `Up`;
+those of any earlier process of that name. A frame names both, the peer's as 0 while unknown. Rules:
+  - a session is up once the peer has named our number; what came before that is held back until
+    then, for it may be an echo of the past;
+  - a frame with a smaller number than the peer's latest is dropped;
+  - a larger number means that the peer began anew: `Down` if we were up, and a new number of ours;
+  - a peer that speaks of an older number of ours is told the new one, with 0 for its own;
   - a session that ended here is never taken up again (`_floors`).
 Any traffic is a sign of life; a ping fills silences.
 """
@@ -73,6 +73,8 @@ class _Session:
     sent_s: float = 0.0
     remote: int = 0
     """The peer's number; 0 until it has spoken."""
+    up: bool = False
+    """The peer has named our number beside its own: both mean the same session."""
     next_seq: int = 1
     unacked: deque[tuple[int, bytes]] = field(default_factory=deque)
     unacked_bytes: int = 0
@@ -137,23 +139,28 @@ class Link:
         if header.session < session.remote:
             return
         if header.session > session.remote:
+            if session.up:  # the peer has begun anew: what was in flight is void
+                yield self._close(session)
+                session = self._sessions.get(peer) or self._open(peer, now_s)
             current = header.peer_session in (0, session.local)
             if header.session <= self._floors.get(peer, 0) or not current:
                 yield self._transmit(session, 0, b"", now_s, peer_session=0)
                 return
-            yield from self._adopt(session, header, now_s)
-            adopted = self._sessions.get(peer)
-            if adopted is None or adopted.remote != header.session:
-                return  # whoever was told has ended it again
-            session = adopted
+            session.remote, session.expected, session.early = header.session, 1, {}
+            session.heard_s = session.ack_at_s = now_s
         if header.peer_session not in (0, session.local):
             return
         session.heard_s = now_s
         if header.peer_session:
             self._acknowledged(session, header.ack, now_s)
+            if not session.up:
+                session.up = True
+                yield Up(peer, header.epoch)
         if header.seq:
             session.ack_at_s = session.ack_at_s or now_s + ACK_DELAY_S
-            yield from self._in_order(session, header.seq, payload)
+            if header.seq >= session.expected and len(session.early) < EARLY_FRAMES_MAX:
+                session.early[header.seq] = payload
+        yield from self._in_order(session)
 
     def wake(self, now_s: float) -> Iterator[Output]:
         """Do what is due: acknowledge, resend, ping, give up."""
@@ -161,10 +168,9 @@ class Link:
             if self._sessions.get(session.peer) is not session:
                 continue  # closed by what was said in between
             if now_s >= session.heard_s + self.dead_s:  # as in next_wake_s, to the last bit
-                if session.remote or session.unacked:
-                    yield self._close(session)
-                else:
-                    del self._sessions[session.peer]
+                down = self._close(session)
+                if session.up or session.unacked:
+                    yield down
                 continue
             if session.unacked and now_s >= session.resend_at_s:
                 session.resend_after_s = min(2 * session.resend_after_s, RESEND_MAX_S)
@@ -207,22 +213,6 @@ class Link:
         del self._sessions[session.peer]
         return Down(session.peer)
 
-    def _adopt(self, session: _Session, header: FrameHeader, now_s: float) -> Iterator[Output]:
-        """The peer began a session: take its number, and decide whether ours still holds."""
-        if session.remote and header.peer_session == session.local:
-            # It forgot its own side only, after it had taken ours up afresh: ours goes on.
-            self._floors[session.peer] = max(self._floors.get(session.peer, 0), session.remote)
-            session.expected, session.early = 1, {}
-            session.remote, session.heard_s = header.session, now_s
-            yield Down(session.peer)
-        elif session.remote:
-            yield self._close(session)
-            session = self._sessions.get(session.peer) or self._open(session.peer, now_s)
-        session.remote = header.session
-        session.heard_s = now_s
-        session.ack_at_s = now_s
-        yield Up(session.peer, header.epoch)
-
     def _acknowledged(self, session: _Session, ack: int, now_s: float) -> None:
         progress = False
         while session.unacked and session.unacked[0][0] <= ack:
@@ -232,10 +222,14 @@ class Link:
             session.resend_after_s = RESEND_FIRST_S
             session.resend_at_s = now_s + RESEND_FIRST_S
 
-    def _in_order(self, session: _Session, seq: int, payload: bytes) -> Iterator[Output]:
-        if seq >= session.expected and len(session.early) < EARLY_FRAMES_MAX:
-            session.early[seq] = payload
-        while session.expected in session.early and self._sessions.get(session.peer) is session:
+    def _in_order(self, session: _Session) -> Iterator[Output]:
+        """What has arrived without a gap. Until the peer is known to mean this session, it waits:
+        it may be the echo of one that is over."""
+        while (
+            session.up
+            and session.expected in session.early
+            and self._sessions.get(session.peer) is session
+        ):
             payload = session.early.pop(session.expected)
             session.expected += 1
             yield Arrived(session.peer, payload)

@@ -99,7 +99,7 @@ class WorkerMachine:
         self._eos = frozenset(settings.eos_token_ids)
         self._plan: BatchPlan | None = None
         self._draining = False
-        self._early: OrderedDict[RequestId, tuple[float, list[KvReady]]] = OrderedDict()
+        self._early: OrderedDict[tuple[RequestId, int], tuple[float, list[KvReady]]] = OrderedDict()
         """Announcements that overtook their `Decode`: they come from another sender."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
@@ -210,7 +210,7 @@ class WorkerMachine:
             self.claimed_wrong += max(0, message.claimed_blocks - there)
         if isinstance(message, Decode) and message.prefill is not None:
             self.receiver.expect(job, message.prefill, message.prefill_epoch)
-            _, early = self._early.pop(job.request_id, (0.0, []))
+            _, early = self._early.pop(job.key, (0.0, []))
             for announcement in early:
                 effects += self.receiver.announced(announcement)
         else:
@@ -221,7 +221,8 @@ class WorkerMachine:
         job = self.jobs.get(message.request_id)
         if job is not None and job.attempt >= message.attempt:
             return self.receiver.announced(message)
-        _, early = self._early.setdefault(message.request_id, (now_s + EARLY_KEEP_S, []))
+        key = message.request_id, message.attempt
+        _, early = self._early.setdefault(key, (now_s + EARLY_KEEP_S, []))
         early.append(message)
         if len(self._early) > EARLY_MAX:
             self._early.popitem(last=False)
