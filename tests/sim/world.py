@@ -83,7 +83,8 @@ class World:
         for _ in range(copies):
             arrival_s = self.now_s + 0.0002 + rng.expovariate(2000.0)
             if faults.strikes("delay", 0.1, self.now_s):
-                arrival_s += rng.uniform(0.0, 2.5)
+                # Most are late; some come back from the dead, after both ends have given up.
+                arrival_s += rng.uniform(0.0, 2.5) if rng.random() < 0.9 else rng.uniform(2.5, 12.0)
             way = (source, frame.address)
             if arrival_s < self._last_arrival.get(way, 0.0):
                 faults.counts["reordering"] += 1
