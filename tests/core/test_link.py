@@ -1,4 +1,4 @@
-"""Two links over a bus that loses, repeats, delays and reorders: exactly once, in order, or Down."""
+"""Two links over a bus that loses, repeats, delays, reorders: exactly once, in order, or Down."""
 
 import heapq
 import itertools
