@@ -349,10 +349,10 @@ MIB = 1 << 20
     ("settings", "max_model_len", "memory", "shm", "blocks"),
     [
         ({"kv_cache_bytes": 100 * MIB}, 1600, 0, 0, 100),  # asked for: no other limit
-        ({}, 8192, 100 * GIB, 100 * GIB, 64 * 128),  # 2048 tokens for each of 64
-        ({}, 1600, 100 * GIB, 100 * GIB, 64 * 100),  # no more than they can use
+        ({}, 8192, 100 * GIB, 100 * GIB, 64 * 64),  # 1024 tokens for each of 64
+        ({}, 800, 100 * GIB, 100 * GIB, 64 * 50),  # no more than they can use
         ({"max_num_seqs": 1}, 8192, 100 * GIB, 100 * GIB, 512),  # one request must fit
-        ({}, 8192, 4 * GIB, 100 * GIB, 1024),  # a quarter
+        ({}, 8192, 8 * GIB, 100 * GIB, 1024),  # an eighth
         ({}, 8192, 100 * GIB, 2 * GIB, 1024),  # a half
     ],
 )
@@ -371,7 +371,7 @@ def test_size_of_the_pool(
 )
 def test_a_pool_for_less_than_one_request_is_refused(settings: dict[str, int], words: str) -> None:
     with pytest.raises(StartError, match=words) as raised:
-        choose_num_blocks(config(**settings), MIB, 1600, 200 * MIB, GIB)
+        choose_num_blocks(config(**settings), MIB, 1600, 400 * MIB, GIB)
     assert raised.value.exit_code == 6
     assert "\n" not in str(raised.value)
 

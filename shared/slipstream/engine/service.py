@@ -33,9 +33,9 @@ from slipstream.runtime.shell import host_identity, new_epoch, run_service
 from slipstream.types import BLOCK_TOKENS, Epoch
 
 MODEL_ERROR = 4
-MEMORY_SHARE = 0.25
+MEMORY_SHARE = 0.125
 SHM_SHARE = 0.5
-USUAL_TOKENS = 2048
+USUAL_TOKENS = 1024
 """Tokens of a request that an unasked-for pool is sized for."""
 _NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
@@ -116,7 +116,7 @@ def choose_num_blocks(
         usual = -(-min(USUAL_TOKENS, max_model_len) // BLOCK_TOKENS) * config.max_num_seqs
         num_blocks = min(max(usual, needed), limit // block_bytes)
         why = (
-            f"{format_bytes(limit)} for KV blocks (sized automatically: a quarter of "
+            f"{format_bytes(limit)} for KV blocks (sized automatically: an eighth of "
             f"{format_bytes(memory_free)} free memory, half of {format_bytes(shm_free)} free in "
             f"{config.shm_dir})"
         )
