@@ -181,6 +181,6 @@ def test_a_record_is_one_line(
         assert "planted" in second["traceback"]
         assert json.loads(lines[0])["node_id"] == "decode-0"
     else:
-        assert lines[0].endswith(" info decode-0 two\\nlines 7")
-        assert lines[1].endswith(" error decode-0 failed")
+        assert lines[0].endswith(" info two\\nlines 7")
+        assert lines[1].endswith(" error failed")
         assert lines[-1] == "ValueError: planted"

@@ -71,12 +71,13 @@ def ask(host: str, port: int) -> Answer:
 async def until_ready(
     host: str, ports: Sequence[int], expected: Collection[str], phase: Callable[[str], None]
 ) -> Readyz:
-    """Waits until every frontend says that it is ready; calls `phase` with what is missing."""
+    """Waits until every frontend is ready and sees all of `expected`; calls `phase` with what is
+    missing."""
     last = Readyz()
     for index, port in enumerate(ports):
         while True:
             answer = await asyncio.to_thread(ask, host, port)
-            if answer.ready and answer.body is not None:
+            if answer.ready and answer.body is not None and not _absent(answer.body, expected):
                 last = answer.body
                 break
             phase(_missing(f"frontend-{index}", answer.body, expected))
@@ -87,11 +88,14 @@ async def until_ready(
 def _missing(frontend: str, body: Readyz | None, expected: Collection[str]) -> str:
     if body is None:
         return f"waiting for {frontend}"
-    here = {node.node_id for node in body.nodes}
-    absent = sorted(set(expected) - here) if here else []
-    if absent:
+    absent = _absent(body, expected)
+    if absent and body.nodes:
         return "waiting for " + ", ".join(absent)
     return f"waiting: {body.reason or body.status or 'not ready'}"
+
+
+def _absent(body: Readyz, expected: Collection[str]) -> list[str]:
+    return sorted(set(expected) - {node.node_id for node in body.nodes})
 
 
 def ready_block(

@@ -106,7 +106,7 @@ async def _until_ready(
     config = layout.config
     services = [child.spec for child in supervisor.children if child.spec.role != REDIS]
     expected = [spec.node_id for spec in services if spec.role != "scheduler"]
-    last_phase = ""
+    last_phase = "waiting for " + ", ".join(expected)
 
     def phase(text: str) -> None:
         nonlocal last_phase

@@ -34,7 +34,7 @@ class Witness:
         match event:
             case PeerUp(peer, epoch):
                 self.up.add(peer)
-                log.info("peer %s up, epoch %d", peer, epoch)
+                log.debug("peer %s up, epoch %d", peer, epoch)
             case PeerDown(peer):
                 self._on_down(peer)
                 if peer in self.up:
