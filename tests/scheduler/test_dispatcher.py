@@ -1,0 +1,155 @@
+"""The queue: in order, onto workers, by what is true now."""
+
+import random
+
+import pytest
+
+from scheduler.rig import WORKING, node, submit
+from slipstream.core.machine import Effect, Send
+from slipstream.messages import Decode, Hello, NodeInfo, Prefill
+from slipstream.scheduler.dispatcher import Dispatcher
+from slipstream.scheduler.fleet import Fleet
+from slipstream.scheduler.request import Request, State
+
+
+class Desk:
+    def __init__(self, *nodes: NodeInfo, disaggregated: bool = True):
+        self.fleet = Fleet()
+        for info in nodes or [node(node_id, epoch=5) for node_id in WORKING]:
+            self.fleet.hello(info.node_id, Hello(node=info))
+        self.dispatcher = Dispatcher(self.fleet, disaggregated)
+        self.live: list[Request] = []
+
+    def add(self, request_id: str, migrations: int = 0, **fields: object) -> Request:
+        message = submit(request_id, **fields)  # type: ignore[arg-type]
+        request = Request(message, "tokenizer-0", 100.0, message.attempt, State.LOCATING)
+        request.migrations = migrations
+        self.live.append(request)
+        self.dispatcher.enqueue(request)
+        return request
+
+    def dispatch(self, now_s: float = 0.0) -> list[Effect]:
+        return self.dispatcher.dispatch(self.live, now_s)
+
+    def end(self, request: Request) -> None:
+        self.live.remove(request)
+
+    @property
+    def queued(self) -> list[str]:
+        return list(self.dispatcher.queue)
+
+
+def said(effects: list[Effect]) -> list[tuple[str, Decode | Prefill]]:
+    messages = [(send.to, send.message) for send in effects if isinstance(send, Send)]
+    assert len(messages) == len(effects)
+    return messages  # type: ignore[return-value]
+
+
+def test_a_pair_is_told_the_reader_first() -> None:
+    desk = Desk()
+    request = desk.add("r", prompt=40, accepted=2, attempt=3)
+    request.hints = {"prefill-0": 2, "decode-0": 1}
+    (to, decode), (source, prefill) = said(desk.dispatch(now_s=30.0))
+    assert isinstance(decode, Decode) and isinstance(prefill, Prefill)
+    assert (to, source) == ("decode-0", "prefill-0")
+    assert (decode.prefill, decode.prefill_epoch, prefill.decode) == ("prefill-0", 5, "decode-0")
+    assert (decode.claimed_blocks, prefill.claimed_blocks) == (0, 2), "for who looks for them"
+    for message in (decode, prefill):
+        assert (message.attempt, message.tokenizer, message.timeout_s) == (3, "tokenizer-0", 70.0)
+        assert (len(message.prompt), len(message.accepted)) == (160, 8)
+    assert (request.state, request.workers) == (State.PREFILLING, {"prefill-0", "decode-0"})
+    assert desk.queued == [] and desk.dispatcher.placed == {"apart": 1}
+
+
+def test_one_worker_is_told_that_it_is_alone() -> None:
+    desk = Desk(disaggregated=False)
+    request = desk.add("r")
+    request.hints = {"decode-0": 1}
+    ((to, decode),) = said(desk.dispatch(now_s=200.0))
+    assert isinstance(decode, Decode) and to == "decode-0"
+    assert (decode.prefill, decode.prefill_epoch, decode.claimed_blocks) == (None, 0, 1)
+    assert decode.timeout_s == 0.0, "never negative"
+    assert (request.state, request.workers) == (State.DECODING, {"decode-0"})
+    assert desk.dispatcher.placed == {"alone": 1}
+
+
+def test_what_was_given_counts_at_once() -> None:
+    desk = Desk(*(node(f"{role}-{n}") for role in ("prefill", "decode") for n in (0, 1)))
+    first, second = desk.add("a"), desk.add("b")
+    desk.dispatch()
+    assert first.workers == {"prefill-0", "decode-0"}
+    assert second.workers == {"prefill-1", "decode-1"}
+
+
+def test_nobody_overtakes() -> None:
+    desk = Desk()
+    running = desk.add("running", prompt=100)
+    desk.dispatch()
+    large, small = desk.add("large", prompt=200), desk.add("small", prompt=1)
+    assert desk.dispatch() == [] and desk.queued == ["large", "small"]
+    desk.end(running)
+    desk.dispatch()
+    assert large.state is State.PREFILLING and small.state is State.PREFILLING
+
+
+@pytest.mark.parametrize("begun", [{"accepted": 1}, {"migrations": 1}])
+def test_what_has_begun_goes_first(begun: dict[str, int]) -> None:
+    desk = Desk(node("tokenizer-0"))
+    desk.add("a")
+    desk.add("begun", **begun)
+    assert desk.dispatch() == [] and desk.queued == ["begun", "a"]
+
+
+def test_a_finished_stream_makes_room_before_it_is_acknowledged() -> None:
+    desk = Desk(node("decode-0", max_num_seqs=1))
+    first = desk.add("a")
+    desk.dispatch()
+    second = desk.add("b")
+    assert desk.dispatch() == []
+    first.state = State.FINISHING
+    desk.dispatch()
+    assert second.state is State.DECODING
+
+
+def test_who_drains_gets_nothing_and_is_no_reason_to_stumble() -> None:
+    desk = Desk()
+    desk.add("a")
+    desk.dispatch()
+    for worker in ("prefill-0", "decode-0"):
+        desk.fleet.hello(worker, Hello(node=node(worker, epoch=5, draining=True)))
+    waits = desk.add("b")
+    assert desk.dispatch() == [] and waits.state is State.QUEUED
+
+
+def test_who_was_removed_is_not_placed() -> None:
+    desk = Desk()
+    desk.dispatcher.remove(desk.add("r"))
+    desk.dispatcher.remove(desk.live[0])
+    assert desk.dispatch() == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_queues_are_placed_in_order_and_within_what_workers_hold(seed: int) -> None:
+    draw = random.Random(seed)
+    names = [*(f"prefill-{n}" for n in range(2)), *(f"decode-{n}" for n in range(3))]
+    desk = Desk(
+        *(node(name, num_blocks=draw.choice((8, 20)), max_num_seqs=3) for name in names),
+        disaggregated=draw.random() < 0.7,
+    )
+    waiting: list[str] = []
+    for number in range(60):
+        waiting.append(f"r{number}")
+        desk.add(f"r{number}", prompt=draw.randrange(1, 120))
+        placed = [message.request_id for _, message in said(desk.dispatch())]
+        order = list(dict.fromkeys(placed))
+        assert order == waiting[: len(order)]
+        del waiting[: len(order)]
+        assert desk.queued == waiting
+        for info in desk.fleet.workers():
+            held = [request for request in desk.live if info.node_id in request.workers]
+            blocks = sum(request.num_blocks for request in held)
+            assert info.worker is not None and len(held) <= 3
+            assert len(held) == 1 or blocks <= info.worker.num_blocks
+        for request in list(desk.live):
+            if request.workers and draw.random() < 0.3:
+                desk.end(request)
