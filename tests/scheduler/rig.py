@@ -18,10 +18,12 @@ from slipstream.errors import Problem
 from slipstream.messages import (
     SCHEDULER,
     AnyMessage,
+    Drop,
     Failed,
     Hello,
     LiveRequest,
     NodeInfo,
+    Resume,
     Submit,
     WorkerInfo,
 )
@@ -30,7 +32,8 @@ from slipstream.types import NodeId, Role, SamplingParams
 
 M = TypeVar("M")
 
-WORKING = ("tokenizer-0", "prefill-0", "decode-0")
+TOKENIZER, PREFILL, DECODE, INDEX = "tokenizer-0", "prefill-0", "decode-0", "kvindex-0"
+WORKING = (TOKENIZER, PREFILL, DECODE)
 """The smallest cluster that serves."""
 
 
@@ -86,6 +89,14 @@ def submit(
         timeout_s=timeout_s,
         block_hashes=hashes,
     )
+
+
+def drop(*nodes: str, attempt: int = 1) -> list[tuple[str, Drop]]:
+    return [(name, Drop(request_id="r", attempt=attempt)) for name in nodes]
+
+
+def resume(attempt: int, request_id: str = "r", to: str = TOKENIZER) -> tuple[str, Resume]:
+    return to, Resume(request_id=request_id, attempt=attempt)
 
 
 class Rig:

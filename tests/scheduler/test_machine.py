@@ -1,0 +1,414 @@
+"""A request's way through the scheduler, from its submission to its end."""
+
+import pytest
+
+from scheduler.rig import (
+    DECODE,
+    INDEX,
+    PREFILL,
+    TOKENIZER,
+    WORKING,
+    Rig,
+    drop,
+    node,
+    resume,
+    submit,
+)
+from slipstream.core.machine import Drain
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    AttemptFailed,
+    ClusterLoad,
+    Decode,
+    Drop,
+    Failed,
+    Finished,
+    Hello,
+    Locate,
+    Located,
+    Peers,
+    Prefill,
+    Resume,
+    Started,
+    StreamEnded,
+    Submit,
+    WorkerLoad,
+)
+from slipstream.scheduler.machine import ORPHAN_GRACE_S
+from slipstream.types import ATTEMPTS_PER_MOVE
+
+STARTED = Started(request_id="r", attempt=1)
+FINISHED = Finished(request_id="r", attempt=1)
+ENDED = StreamEnded(request_id="r")
+
+
+def broken(attempt: int = 1, cause: str = "step", problem: Problem | None = None) -> AttemptFailed:
+    return AttemptFailed(request_id="r", attempt=attempt, cause=cause, problem=problem)
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig(*WORKING)
+
+
+@pytest.fixture
+def running(rig: Rig) -> Rig:
+    """`r` is at both of its workers."""
+    rig.submit()
+    assert [to for to, _ in rig.sent] == [DECODE, PREFILL]
+    return rig
+
+
+def decoding(rig: Rig) -> Rig:
+    rig.submit()
+    rig.hear(DECODE, STARTED)
+    return rig
+
+
+# --- The way --------------------------------------------------------------------------------------
+
+
+def test_from_submission_to_end(rig: Rig) -> None:
+    rig.submit()
+    assert rig.state() == "prefilling"
+    assert (rig.one(Decode)[0], rig.one(Prefill)[0]) == (DECODE, PREFILL)
+    rig.hear(DECODE, STARTED)
+    assert rig.state() == "decoding" and rig.machine.requests["r"].workers == {DECODE}
+    rig.hear(DECODE, FINISHED)
+    assert rig.state() == "finishing" and rig.sent == []
+    rig.hear(TOKENIZER, ENDED)
+    assert rig.state() == "" and rig.sent == [], "the worker keeps the tokens until they are heard"
+    assert (rig.count("requests_accepted_total"), rig.count("requests_ended_total")) == (1, 1)
+
+
+def test_a_stream_that_its_first_token_ends_is_withdrawn_from_the_reader(running: Rig) -> None:
+    running.hear(PREFILL, FINISHED)
+    assert running.sent == drop(DECODE)
+    assert running.state() == "finishing" and running.machine.requests["r"].workers == {PREFILL}
+
+
+@pytest.mark.parametrize("said", [(), (STARTED,)], ids=["prefilling", "decoding"])
+def test_a_stream_that_its_tokenizer_ends_is_dropped(
+    running: Rig, said: tuple[Started, ...]
+) -> None:
+    for message in said:
+        running.hear(DECODE, message)
+    running.hear("tokenizer-9", ENDED)
+    assert running.state() and running.sent == [], "not its own"
+    running.hear(TOKENIZER, ENDED)
+    assert running.sent == drop(DECODE, *(() if said else (PREFILL,)))
+    assert running.state() == ""
+
+
+def test_it_waits_for_workers_and_then_goes(rig: Rig) -> None:
+    rig.lose(DECODE)
+    rig.submit()
+    assert rig.state() == "queued" and not rig.all(Prefill)
+    rig.join(node("decode-1"))
+    assert rig.state() == "prefilling" and rig.one(Decode)[0] == "decode-1"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (PREFILL, STARTED),
+        ("decode-9", STARTED),
+        (DECODE, Started(request_id="r", attempt=2)),
+        ("decode-9", FINISHED),
+        (DECODE, Finished(request_id="r", attempt=2)),
+        ("decode-9", broken()),
+        (DECODE, broken(attempt=2)),
+        (DECODE, Located(request_id="r", attempt=1, blocks={DECODE: 1})),
+        ("decode-9", Hello(node=node("decode-8"))),
+        (TOKENIZER, submit()),
+        (TOKENIZER, StreamEnded(request_id="other")),
+    ],
+)
+def test_old_strange_and_repeated_words_change_nothing(
+    running: Rig, source: str, message: Submit
+) -> None:
+    before = running.machine.statistics()
+    running.hear(source, message)
+    assert running.sent == [] and running.machine.statistics() == before
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def test_a_full_house_says_when_to_come_back() -> None:
+    rig = Rig(*WORKING, max_requests=2)
+    rig.submit("a")
+    rig.submit("b")
+    rig.submit("r")
+    problem = rig.problem()
+    assert problem.code is ErrorCode.QUEUE_FULL and problem.retry_after_s == 5.0
+    assert "2 requests are live, the limit is 2" in problem.message and rig.state() == ""
+    rig.submit("begun", accepted=3)
+    assert rig.state("begun") == "queued" or rig.all(Decode), "what has begun is always taken"
+    rig.hear(TOKENIZER, StreamEnded(request_id="a"))
+    rig.hear(TOKENIZER, StreamEnded(request_id="b"))
+    rig.submit("r")
+    assert rig.state() == "prefilling"
+    assert rig.count("requests_refused_queue_full_total") == 1
+
+
+def test_what_no_pool_holds_is_refused_with_both_numbers(rig: Rig) -> None:
+    rig.submit(prompt=200, max_tokens=56)
+    assert rig.state() == "prefilling"
+    rig.submit("large", prompt=200, max_tokens=57)
+    problem = rig.problem()
+    assert problem.code is ErrorCode.CONTEXT_LENGTH
+    assert "17 KV blocks" in problem.message and "has 16" in problem.message
+
+
+def test_who_drains_takes_nothing_new_and_leaves_when_all_is_done(running: Rig) -> None:
+    running.handle(Drain())
+    assert not running.exits
+    running.submit("new")
+    assert running.problem().code is ErrorCode.DRAINING
+    running.hear(DECODE, STARTED)
+    running.hear(DECODE, FINISHED)
+    assert not running.exits
+    running.hear(TOKENIZER, ENDED)
+    assert running.exits
+
+
+# --- Time -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said", "state", "told"),
+    [
+        ((TOKENIZER,), (), "queued", ()),
+        (WORKING, (), "prefilling", (DECODE, PREFILL)),
+        (WORKING, (STARTED,), "decoding", (DECODE,)),
+        (WORKING, (STARTED, FINISHED), "finishing", (DECODE,)),
+        (WORKING, (broken(),), "resuming", ()),
+    ],
+)
+def test_a_deadline_ends_it_wherever_it_is(
+    nodes: tuple[str, ...], said: tuple[Submit, ...], state: str, told: tuple[str, ...]
+) -> None:
+    rig = Rig(*nodes)
+    rig.submit(timeout_s=30.0)
+    for message in said:
+        rig.hear(DECODE, message)
+    rig.pass_time(29.9)
+    assert rig.state() == state
+    rig.pass_time(0.5)
+    problem = rig.problem()
+    assert problem.code is ErrorCode.DEADLINE and f"30 s; it was {state}" in problem.message
+    assert rig.all(Drop) == drop(*told) and rig.state() == ""
+
+
+def test_nobody_may_ask_for_more_than_the_longest_time() -> None:
+    rig = Rig(*WORKING, max_request_timeout_s=10.0)
+    rig.submit(timeout_s=1000.0)
+    assert rig.one(Decode)[1].timeout_s == 10.0
+
+
+def test_a_stream_outlives_its_tokenizer_for_a_while(rig: Rig) -> None:
+    decoding(rig).lose(TOKENIZER)
+    rig.pass_time(ORPHAN_GRACE_S - 0.1)
+    assert rig.state() == "decoding"
+    rig.submit(repeated=True)
+    assert rig.sent == [], "it runs on"
+    rig.pass_time(ORPHAN_GRACE_S)
+    assert rig.state() == "decoding"
+    rig.lose("tokenizer-9")
+    rig.join(node(TOKENIZER))
+    rig.lose(TOKENIZER)
+    rig.pass_time(ORPHAN_GRACE_S + 0.5)
+    assert rig.state() == "" and rig.all(Drop) == drop(DECODE)
+    assert rig.count("requests_orphaned_total") == 1
+
+
+def test_frontends_hear_the_gauges_once_a_second(running: Rig) -> None:
+    running.join(node("frontend-0"))
+    running.join(node("frontend-1", draining=True))
+    blocks = {f"blocks_{name}": 4 for name in ("free", "used", "cached", "leased")}
+    load = WorkerLoad(steps=7, running=1, waiting=0, waiting_tokens=0, **blocks)
+    running.hear(DECODE, load)
+    running.hear("decode-9", load)
+    running.pass_time(3.0)
+    said = running.all(ClusterLoad)
+    assert [to for to, _ in said] == ["frontend-0"] * 3
+    gauges = said[-1][1].gauges
+    assert gauges.keys() == {DECODE, "scheduler"}
+    assert gauges[DECODE]["steps"] == 7 and gauges["scheduler"]["requests_prefilling"] == 1
+
+
+# --- Retries --------------------------------------------------------------------------------------
+
+
+def test_a_lost_worker_moves_its_requests(running: Rig) -> None:
+    running.join(node("decode-1"))
+    running.lose(DECODE)
+    assert running.all(Drop) == drop(PREFILL)
+    assert running.one(Resume) == resume(2) and running.state() == "resuming"
+    assert all(DECODE in peers.gone for _, peers in running.all(Peers))
+    running.submit(attempt=2, accepted=4)
+    to, decode = running.one(Decode)
+    assert (to, decode.attempt, len(decode.accepted)) == ("decode-1", 2, 16)
+    running.hear(DECODE, STARTED)
+    assert running.state() == "prefilling", "an old attempt's word"
+
+
+def test_a_lost_prefill_worker_is_no_matter_once_the_stream_runs(rig: Rig) -> None:
+    decoding(rig).lose(PREFILL)
+    assert rig.state() == "decoding" and not rig.all(Resume)
+
+
+def test_an_end_that_nobody_heard_dies_with_its_worker(rig: Rig) -> None:
+    decoding(rig).hear(DECODE, FINISHED)
+    rig.lose(DECODE)
+    assert rig.one(Resume) == resume(2) and rig.state() == "resuming"
+
+
+def test_a_failed_attempt_is_followed_by_the_next(running: Rig) -> None:
+    running.hear(PREFILL, broken())
+    assert running.sent == [*drop(DECODE, PREFILL), resume(2)]
+    running.hear(PREFILL, broken())
+    assert running.sent == [], "once"
+
+
+def test_what_can_go_on_nowhere_ends(running: Rig) -> None:
+    problem = Problem(code=ErrorCode.INVALID_VALUE, message="No such token.")
+    running.hear(DECODE, broken(problem=problem))
+    assert running.problem() == problem and running.state() == ""
+    assert running.all(Drop) == drop(DECODE, PREFILL)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_a_request_that_every_worker_fails_ends(limit: int) -> None:
+    rig = Rig(*WORKING, max_migrations=limit)
+    for attempt in range(1, limit + 2):
+        assert rig.state() in ("", "resuming")
+        rig.submit(attempt=attempt)
+        rig.hear(DECODE, broken(attempt, cause="step: out of memory"))
+    problem = rig.problem()
+    assert problem.code is ErrorCode.MIGRATIONS and rig.state() == ""
+    assert all(
+        text in problem.message for text in (f"{limit + 1} workers", f"is {limit} ", "step:")
+    )
+
+
+def test_attempts_never_run_into_those_of_the_next_move() -> None:
+    rig = Rig(*WORKING, max_migrations=100)
+    rig.submit(attempt=ATTEMPTS_PER_MOVE - 1)
+    rig.hear(DECODE, broken(ATTEMPTS_PER_MOVE - 1))
+    assert rig.problem().code is ErrorCode.MIGRATIONS
+
+
+# --- Submissions again ----------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_missed_the_news_hears_it_again(running: Rig) -> None:
+    running.hear(DECODE, broken())
+    running.submit(repeated=True)
+    assert running.sent == [resume(2)] and running.state() == "resuming"
+    assert running.count("requests_migrated_total") == 1
+
+
+def test_a_tokenizer_that_fell_behind_begins_a_new_attempt(running: Rig) -> None:
+    running.hear(DECODE, broken())
+    running.submit(attempt=2)
+    running.submit(attempt=1, repeated=True)
+    assert running.sent == [*drop(DECODE, PREFILL, attempt=2), resume(3)]
+
+
+def test_of_two_tokenizers_with_one_stream_the_later_one_counts(running: Rig) -> None:
+    moved = ATTEMPTS_PER_MOVE
+    running.submit(attempt=moved, accepted=2, source="tokenizer-1")
+    assert running.all(Drop) == drop(DECODE, PREFILL)
+    assert running.one(Decode)[1].tokenizer == "tokenizer-1"
+    for attempt in (1, 2):
+        running.submit(attempt=attempt, repeated=True)
+        assert running.sent == [], "the frontend has moved away from there"
+    running.hear(TOKENIZER, ENDED)
+    assert running.state() == "prefilling"
+    running.hear(DECODE, broken(moved))
+    assert running.one(Resume) == resume(moved + 1, to="tokenizer-1")
+
+
+def test_what_has_ended_well_is_not_run_again_under_the_same_number(running: Rig) -> None:
+    running.hear(TOKENIZER, ENDED)
+    running.submit(repeated=True)
+    assert running.sent == [resume(2)] and running.state() == ""
+    running.submit(attempt=2)
+    assert running.state() == "prefilling"
+
+
+def test_what_has_failed_fails_again_in_the_same_words(rig: Rig) -> None:
+    rig.submit(timeout_s=1.0)
+    rig.pass_time(2.0)
+    problem = rig.problem()
+    rig.submit(repeated=True)
+    assert rig.sent == [(TOKENIZER, Failed(request_id="r", problem=problem))]
+    rig.pass_time(61.0)
+    rig.submit()
+    assert rig.state() == "prefilling", "nobody remembers"
+
+
+# --- The index ------------------------------------------------------------------------------------
+
+HASHES = bytes(range(64))
+
+
+def test_hints_lead_to_the_worker_that_holds_the_prefix() -> None:
+    rig = Rig(*WORKING, "prefill-1", INDEX)
+    rig.submit(prompt=65, hashes=HASHES)
+    to, locate = rig.one(Locate)
+    assert (to, locate.block_hashes, locate.kv_layout_id) == (INDEX, HASHES, "fake/float32/l1")
+    assert rig.state() == "locating"
+    rig.hear(INDEX, Located(request_id="r", attempt=2, blocks={}))
+    assert rig.state() == "locating"
+    rig.hear(INDEX, Located(request_id="r", attempt=1, blocks={"prefill-1": 4, "gone": 9}))
+    to, prefill = rig.one(Prefill)
+    assert (to, prefill.claimed_blocks) == ("prefill-1", 4)
+
+
+def test_with_a_stride_the_end_of_each_group_stands_for_it() -> None:
+    rig = Rig(*WORKING, "prefill-1", INDEX, index_stride=2)
+    rig.submit(prompt=65, hashes=HASHES)
+    assert rig.one(Locate)[1].block_hashes == HASHES[16:32] + HASHES[48:]
+    rig.hear(INDEX, Located(request_id="r", attempt=1, blocks={"prefill-1": 2}))
+    assert rig.one(Prefill)[1].claimed_blocks == 4
+
+
+def test_a_silent_index_is_not_waited_for() -> None:
+    rig = Rig(*WORKING, INDEX, locate_timeout_s=0.05)
+    rig.submit(hashes=HASHES)
+    rig.pass_time(0.04)
+    assert rig.state() == "locating"
+    rig.pass_time(0.02)
+    assert rig.state() == "prefilling" and rig.one(Prefill)[1].claimed_blocks == 0
+    rig.hear(INDEX, Located(request_id="r", attempt=1, blocks={PREFILL: 4}))
+    assert rig.sent == [], "too late"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hashes", "settings"),
+    [
+        (WORKING, HASHES, {}),
+        ((*WORKING, INDEX), b"", {}),
+        ((*WORKING, INDEX), HASHES, {"locate_timeout_s": 0.0}),
+        ((*WORKING, INDEX), HASHES[:16], {"index_stride": 2}),
+    ],
+    ids=["absent", "no full block", "off", "fewer blocks than the stride"],
+)
+def test_without_an_index_or_a_question_it_is_placed_at_once(
+    nodes: tuple[str, ...], hashes: bytes, settings: dict[str, float]
+) -> None:
+    rig = Rig(*nodes, **settings)
+    rig.submit(hashes=hashes)
+    assert rig.state() == "prefilling"
+
+
+def test_indexes_are_asked_in_turn() -> None:
+    rig = Rig(*WORKING, INDEX, "kvindex-1")
+    asked = []
+    for number in range(4):
+        rig.submit(f"r{number}", hashes=HASHES)
+        asked.append(rig.one(Locate)[0])
+    assert asked[0] != asked[1] and asked[:2] == asked[2:]
