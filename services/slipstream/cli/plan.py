@@ -18,8 +18,14 @@ from slipstream.types import Role
 REDIS = "redis"
 _NEVER_INHERITED = ("node_id", "listen", "advertise", "scheduler", "metrics_host", "config")
 _WORKERS = (Role.PREFILL, Role.DECODE)
-_WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000"}
-"""glibc would give each step's tensors back to the kernel, and take fresh pages for the next."""
+_WORKER_ENV = {
+    # glibc would give each step's tensors back to the kernel, and take fresh pages for the next.
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "10000000000",
+    # Threads that spin at barriers take the cores which the other workers compute on: with one
+    # process more than there are cores, a step took three to ten times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _DECIDED_HERE = (
     {"model", "served_model_name", "port", "metrics_port", "run_dir", "redis_url", "threads"}
     | {"accept_decode", "record"}
