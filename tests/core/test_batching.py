@@ -128,6 +128,17 @@ def test_a_prefix_is_computed_once() -> None:
     assert (bench.batcher.hit_tokens, bench.batcher.queried_tokens) == (96, 49 + 49 + 58 + 49)
 
 
+def test_the_last_token_is_computed_in_any_case() -> None:
+    """Its logits are what is wanted, and no block keeps those."""
+    bench = Bench(budget_tokens=256)
+    for name in ("a", "again"):
+        bench.add(name, prompt_of(48), max_tokens=1, ignore_eos=True)
+        ((start, end),) = bench.step().values()
+        assert start < end == 48
+    assert output(bench.ended[0]) == output(bench.ended[1])
+    assert start >= 32, "all but the last block were there"
+
+
 def test_what_an_earlier_attempt_made_counts_as_cached_prompt_at_most() -> None:
     bench = Bench(budget_tokens=256)
     bench.add("a", prompt_of(40), max_tokens=30, ignore_eos=True)
@@ -167,6 +178,7 @@ def test_the_youngest_is_preempted_and_goes_on_where_it_was() -> None:
     old, young = jobs
     assert (old.preemptions, young.preemptions) == (0, 1)
     assert list(bench.batcher.waiting) == [young, late], "back to the head of the queue"
+    assert bench.batcher.waiting_tokens == len(young.tokens) + len(late.tokens) + 1
     bench.run()
     assert bench.ended == [old, young, late]
     for job in bench.ended:

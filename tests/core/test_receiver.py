@@ -210,6 +210,11 @@ def test_a_malformed_announcement_is_not_read(desk: Desk, message: KvReady) -> N
     assert_recomputes(desk, "malformed")
 
 
+def test_more_blocks_than_the_prompt_has_are_not_read_either(desk: Desk) -> None:
+    assert desk.announce(ready(0, 2, block_ids=[21, 22, 23, 24], digests=b"x" * 64)) == []
+    assert desk.held == 0 and not desk.receiver.recompute, "the first token is still to come"
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"attempt": 2}, {"epoch": 8}, {"first_block": 1}, {"request_id": "other"}],
@@ -312,6 +317,14 @@ def test_hand_overs_wait_for_all_of_their_blocks_and_hold_none_meanwhile() -> No
     desk.pulled([21])
     assert reads(desk.receiver.retry()) == (THERE, 3)
     assert desk.receiver.retry() == []
+
+
+def test_who_waits_for_blocks_does_not_hold_those_that_are_cached_here() -> None:
+    desk = Desk(num_blocks=4)
+    cached, others = desk.cache(2), desk.pool.allocate(2) or []
+    assert desk.announce(ready()) == [] and desk.held == 2
+    desk.pool.release(others)
+    assert reads(desk.receiver.retry()) == ([23], 1) and desk.job.block_ids[:2] == cached
 
 
 def test_every_lease_is_renewed_with_one_message_to_each_source(desk: Desk) -> None:
