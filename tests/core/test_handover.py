@@ -71,6 +71,7 @@ def test_prefill_hands_over_and_decode_goes_on(source: Worker, early: bool) -> N
     assert relay(target, source, Release) == 1
     relay(source, target, Released)
     assert target.to(SCHEDULER) == [Started(request_id="r", attempt=1)]
+    assert len(target.machine.pool.hashes()) == 2, "a prefix finds what came from there"
     assert target.run()[-1] == Finished(request_id="r", attempt=1)
     assert source.held == 0 and target.held == 0
     target.said = source.said + target.said

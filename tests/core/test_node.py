@@ -260,3 +260,20 @@ def test_a_silent_peer_is_down_when_the_node_wakes(wire: Wire) -> None:
         assert wire.now_s <= 103.0
         node.wake(wire.now_s)
     assert node.next_wake_s() == float("inf"), "it waits for nobody"
+
+
+def test_a_word_to_a_peer_that_is_just_being_lost_is_lost_with_it(wire: Wire) -> None:
+    """PeerDown means that nothing said before it is still on its way."""
+    wire.start("tokenizer-1", epoch=1)
+    node, machine = wire.nodes[FRONTEND], wire.machines[FRONTEND]
+    node.link.know("tokenizer-1", "tokenizer-1", 0)
+    for peer in (TOKENIZER, "tokenizer-1"):
+        wire.say(FRONTEND, peer, words("a"))
+    machine.answer = lambda event: (
+        [Send("tokenizer-1", words("late"))] if event == PeerDown(TOKENIZER) else []
+    )
+    node.wake(wire.now_s + 10.0)
+    assert machine.events[-2:] == [PeerDown(TOKENIZER), PeerDown("tokenizer-1")]
+    wire.now_s += 10.0
+    wire.say(FRONTEND, "tokenizer-1", words("new"))
+    assert wire.machines["tokenizer-1"].heard() == ["a", "new"]

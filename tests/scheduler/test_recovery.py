@@ -77,6 +77,20 @@ def test_a_tokenizer_may_come_later_than_the_grace(young: Rig) -> None:
     assert young.sent == [] and young.state() == "decoding"
 
 
+def test_of_two_reports_the_later_attempt_counts(young: Rig) -> None:
+    young.join(node("decode-1"), LiveRequest("r", 2))
+    young.join(node(DECODE), RUNS)
+    young.submit(attempt=2, repeated=True)
+    assert young.machine.requests["r"].workers == {"decode-1"}
+
+
+def test_a_number_that_is_submitted_for_the_first_time_is_no_report_of_it(young: Rig) -> None:
+    """What runs there has that number from a stream of an earlier life."""
+    young.join(node(DECODE), RUNS)
+    young.submit()
+    assert young.sent[0] == drop(DECODE)[0] and young.state() == "prefilling"
+
+
 def test_half_a_hand_over_has_lost_its_other_half(young: Rig) -> None:
     young.submit(repeated=True)
     young.join(node(DECODE), LiveRequest("r", 1, waits=True))
