@@ -136,6 +136,7 @@ class Cluster:
         self.seed, self.rng = seed, rng
         self.faults = Faults.draw(Random(rng.random()))
         self.world = World(seed, self.faults, Random(rng.random()))
+        self.world.exited = self._gone
         self.disaggregation = rng.choice(("always", "always", "never"))
         self.layout = self._draw_layout()
         self.num_blocks = rng.choice((16, 24, 64))
@@ -202,7 +203,7 @@ class Cluster:
                 return FrontendMachine(info, FrontendSettings())
             case Role.KVINDEX:
                 return KvIndexMachine(info, KvIndexSettings())
-        return WorkerMachine(info, WorkerSettings(eos_token_ids=(EOS,)))
+        return WorkerMachine(info, WorkerSettings(eos_token_ids=(EOS,), step_timeout_s=20.0))
 
     # --- Clients ----------------------------------------------------------------------------------
 

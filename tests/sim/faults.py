@@ -15,6 +15,7 @@ KINDS = (
     "lie",
     "corruption",
     "step_failure",
+    "hang",
     "store_outage",
     "drain",
 )

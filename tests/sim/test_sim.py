@@ -108,6 +108,7 @@ BUGS: dict[str, Plant] = {
     "the scheduler has no tick": _without_timer(SchedulerMachine, "tick"),
     "the scheduler waits for the index for ever": _without_timer(SchedulerMachine, "locate"),
     "the scheduler recovers for ever": _without_timer(SchedulerMachine, "recovered"),
+    "a step may hang for ever": _without_timer(WorkerMachine, "step"),
     "the tokenizer has no tick": _without_timer(TokenizerMachine, "tick"),
 }
 

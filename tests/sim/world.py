@@ -47,6 +47,8 @@ class World:
         self.events = 0
         self.trace = 0
         """Running checksum of all that happened: two runs of one seed must agree."""
+        self.exited: Callable[[NodeId], None] = lambda node_id: None
+        """A process has ended by itself: its supervisor wants to know."""
         self.show: Callable[[str], None] | None = None
         """Where to tell every event and what came of it, for one's eyes."""
         self.processes: dict[NodeId, Process] = {}
@@ -182,8 +184,10 @@ class Process:
                 self.later(0.001, m.Encoded(request_id, tokens))
             case m.Deliver() | m.DeliverCodec():
                 self.deliver(action)
-            case m.Exit():
+            case m.Exit(fault):
                 self.kill()
+                if fault:
+                    world.exited(self.info.node_id)
             case _:
                 self._store(action)
 
@@ -212,7 +216,8 @@ class Process:
             outputs, digests = device.run(plan)
             self.post(m.BatchDone(plan.step, outputs, digests, elapsed_s))
 
-        self._unless_frozen(elapsed_s, finish)
+        if not world.faults.strikes("hang", 0.002, world.now_s):
+            self._unless_frozen(elapsed_s, finish)
 
     def _unless_frozen(self, delay_s: float, action: Callable[[], None]) -> None:
         """A thread of this process: stops with it, dies with it."""

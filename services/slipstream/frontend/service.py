@@ -28,7 +28,7 @@ from slipstream.errors import Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
-from slipstream.messages import Prompt, TextDelta, Tokenize, WorkerInfo
+from slipstream.messages import SCHEDULER, Prompt, TextDelta, Tokenize, WorkerInfo
 from slipstream.runtime.metrics import metrics
 from slipstream.runtime.ports import PORT_ERROR, holder
 from slipstream.types import NodeId, RequestId
@@ -182,11 +182,12 @@ class _WorkerGauges(Collector):
     def collect(self) -> Iterator[Metric]:
         values: defaultdict[str, list[tuple[NodeId, float]]] = defaultdict(list)
         for node_id, gauges in self._load.items():
+            kind = "scheduler" if node_id == SCHEDULER else "worker"
             for name, value in gauges.items():
-                values[name].append((node_id, value))
+                values[f"{kind}_{name}"].append((node_id, value))
         for name, entries in sorted(values.items()):
             family = GaugeMetricFamily(
-                f"slipstream_worker_{name}", name.replace("_", " "), labels=["node_id"]
+                f"slipstream_{name}", name.replace("_", " "), labels=["node_id"]
             )
             for node_id, value in sorted(entries):
                 family.add_metric([node_id], value)

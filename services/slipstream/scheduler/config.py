@@ -29,9 +29,6 @@ class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_f
     locate_timeout_s: Annotated[
         float, Meta(ge=0, le=60, description="Wait for the index before placing by load alone.")
     ] = 0.05
-    worker_timeout_s: Annotated[
-        float, Meta(gt=0, le=3600, description="Silence after which a worker's requests move.")
-    ] = 3.0
     recovery_grace_s: Annotated[
         float, Meta(ge=0, le=600, description="After a start: wait for the workers' reports.")
     ] = 2.0

@@ -131,6 +131,10 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     pull_timeout_s: Annotated[
         Seconds, Meta(description="Longest wait for blocks of a peer before recomputing.")
     ] = 10.0
+    step_timeout_s: Annotated[
+        Seconds,
+        Meta(description="Longest step of the model; a worker that hangs longer starts anew."),
+    ] = 120.0
     transports: Transports = "shm,bus"
     shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[

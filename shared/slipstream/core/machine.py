@@ -299,7 +299,9 @@ class StoreForget(_Record, frozen=True):
 
 
 class Exit(_Record, frozen=True):
-    """Drained: the process may end."""
+    """Drained: the process may end. With `fault` it must, for it can do nothing useful any more."""
+
+    fault: str = ""
 
 
 Effect: TypeAlias = (

@@ -6,6 +6,7 @@ ends in `_settle`: collect what became ready, plan the next step, say what there
 """
 
 from collections import Counter, OrderedDict
+from itertools import chain
 
 import msgspec
 
@@ -18,6 +19,7 @@ from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
     BatchPlan,
+    CancelTimer,
     Drain,
     Effect,
     Event,
@@ -74,6 +76,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 10.0
     renew_s: float = 2.0
     pull_timeout_s: float = 10.0
+    step_timeout_s: float = 120.0
     enable_prefix_caching: bool = True
 
 
@@ -146,6 +149,8 @@ class WorkerMachine:
                 return self._tick(now_s)
             case TimerFired("renew"):
                 return [*self.receiver.renew(), SetTimer("renew", now_s + self.settings.renew_s)]
+            case TimerFired("step"):
+                return [Exit(f"no step has ended for {self.settings.step_timeout_s:g} s")]
             case Started():
                 return [
                     SetTimer("tick", now_s + TICK_S),
@@ -234,7 +239,7 @@ class WorkerMachine:
         plan, self._plan = self._plan, None
         assert plan is not None and plan.step == done.step
         outputs = {(output.request_id, output.attempt): output for output in done.outputs}
-        effects: list[Effect] = []
+        effects: list[Effect] = [CancelTimer("step")]
         for job, row in self.batcher.land(plan):
             if row.sample and not self._append(job, outputs.get(job.key)):
                 problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
@@ -280,8 +285,8 @@ class WorkerMachine:
     def _batch_failed(self, step: int, cause: str) -> list[Effect]:
         plan, self._plan = self._plan, None
         assert plan is not None and plan.step == step
-        jobs = self.batcher.crash()
-        return [effect for job in jobs for effect in self._fail(job, f"step: {cause}")]
+        failed = [self._fail(job, f"step: {cause}") for job in self.batcher.crash()]
+        return [CancelTimer("step"), *chain.from_iterable(failed)]
 
     def _settle(self, now_s: float) -> list[Effect]:
         effects = self.receiver.retry()
@@ -302,7 +307,7 @@ class WorkerMachine:
         plan = self.batcher.plan()
         if plan is not None:
             self._plan = plan
-            effects.append(RunBatch(plan))
+            effects += [RunBatch(plan), SetTimer("step", now_s + self.settings.step_timeout_s)]
         effects += self.log.flush()
         effects += self.reporter.flush(now_s)
         if self._draining and self._empty():

@@ -226,6 +226,7 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
         lease_s=config.lease_s,
         renew_s=config.renew_s,
         pull_timeout_s=config.pull_timeout_s,
+        step_timeout_s=config.step_timeout_s,
         enable_prefix_caching=config.enable_prefix_caching,
     )
 

@@ -46,6 +46,7 @@ from slipstream.runtime.witness import Witness
 from slipstream.types import Epoch, Role
 
 DRAIN_TIMED_OUT = 1
+FAULT = 75
 BUG = 70
 """Exit code after an exception in a machine. Half an event may have happened, so it must not go on;
 the supervisor starts it anew."""
@@ -322,9 +323,12 @@ class _Shell:
                     self._timers.set(key, at_s)
                 case CancelTimer(key):
                     self._timers.cancel(key)
-                case Exit():
-                    log.info("drained" if self._draining else "ends: the machine is done")
-                    self._end(0)
+                case Exit(fault):
+                    if fault:
+                        log.error("ends: %s", fault)
+                    else:
+                        log.info("drained" if self._draining else "ends: the machine is done")
+                    self._end(FAULT if fault else 0)
                 case _:
                     assert self._executor is not None, f"no executor for {type(action).__name__}"
                     self._executor.execute(action)
