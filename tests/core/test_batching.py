@@ -95,8 +95,9 @@ def test_a_row_samples_only_where_its_tokens_end() -> None:
 def test_prompts_share_the_budget_and_streams_are_not_held_up_by_it() -> None:
     bench = Bench(budget_tokens=40)
     bench.add("a", prompt_of(30, 1), ignore_eos=True)
-    bench.add("b", prompt_of(60, 2), ignore_eos=True)
+    second = bench.add("b", prompt_of(60, 2), ignore_eos=True)
     assert bench.step() == {"a": (0, 30)}, "10 tokens are left, not a block"
+    assert second.block_ids == [], "who waits holds none"
     assert bench.step() == {"a": (30, 31), "b": (0, 32)}
     assert bench.step() == {"a": (31, 32), "b": (32, 60)}
     assert bench.step() == {"a": (32, 33), "b": (60, 61)}

@@ -205,7 +205,7 @@ def test_load_twice_a_second_counts_each_block_once(source: Worker, worker: Work
     assert len(loads) == 4
     load = loads[-1]
     assert (load.running, load.waiting, load.waiting_tokens) == (1, 0, 8)
-    assert load.blocks_leased == 3, "those that s hit among them"
+    assert (load.blocks_leased, load.blocks_cached) == (3, 0), "s has hit two: leased goes first"
     assert load.blocks_free + load.blocks_used + load.blocks_leased == 16
     source.run()
     source.handle(m.PeerDown("decode-0"))

@@ -81,6 +81,16 @@ def test_what_was_given_counts_at_once() -> None:
     assert second.workers == {"prefill-1", "decode-1"}
 
 
+def test_what_is_cached_at_its_worker_is_no_load_there() -> None:
+    desk = Desk(*(node(f"{role}-{n}") for role in ("prefill", "decode") for n in (0, 1)))
+    desk.add("a", prompt=100).hints = {"prefill-0": 6}
+    desk.add("b", prompt=20)
+    desk.dispatch()
+    third = desk.add("c", prompt=20)
+    desk.dispatch()
+    assert third.prefill == "prefill-0", "4 tokens wait there, 20 at the other"
+
+
 def test_nobody_overtakes() -> None:
     desk = Desk()
     running = desk.add("running", prompt=100)
