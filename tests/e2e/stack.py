@@ -1,5 +1,6 @@
 """A real stack, started by `slipstream serve` as a user would, and looked at from outside."""
 
+import json
 import os
 import re
 import shutil
@@ -9,17 +10,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.runtime.record import read
+from slipstream.types import unpack_tokens
 
 T = TypeVar("T")
 PATIENCE_S = 120.0
 """Far more than anything needs; only a failing test waits so long."""
+REPORTS_S = 2.5
+"""Workers report twice a second, the scheduler tells the frontends once."""
 SHM = Path("/dev/shm")
 _NODE_ID = re.compile(r"--node-id (\S+)")
 
@@ -42,7 +48,8 @@ def free_port() -> int:
 class Stack:
     """Float32 and a small pool, unless the settings say otherwise: `Stack(decode=2)`."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, wait: bool = True, **settings: Any) -> None:
+        """`wait`: for READY; if not, `until_ready` is the test's to call."""
         self.base = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
         self.records = self.base / "records"
         self.port = free_port()
@@ -52,7 +59,7 @@ class Stack:
             "run_dir": self.base,
             "record": self.records,
             "dtype": "float32",
-            "threads": 1,
+            "threads": 2,
             "max_model_len": 2048,
             "kv_cache_bytes": "128MiB",
             **settings,
@@ -60,6 +67,8 @@ class Stack:
         flags = [word for k, v in wanted.items() for word in (f"--{k.replace('_', '-')}", str(v))]
         self._log = (self.base / "log").open("w")
         self._seen: set[psutil.Process] = set()
+        self._expected: frozenset[str] = frozenset()
+        self._answers: dict[str, list[dict[str, Any]]] = {}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "slipstream.cli.main", "serve", *flags],
             stdin=subprocess.DEVNULL,
@@ -70,14 +79,18 @@ class Stack:
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             },
         )
-        try:
-            until(lambda: "\nREADY " in self.log or self.process.poll() is not None, "READY")
-            assert self.process.poll() is None, self.log
-            (self.run_dir,) = self.base.glob("slipstream-*")
-            self.pids()
-        except BaseException:
-            self.kill()
-            raise
+        if wait:
+            try:
+                self.until_ready()
+            except BaseException:
+                self.kill()
+                raise
+
+    def until_ready(self) -> None:
+        until(lambda: "\nREADY " in self.log or self.process.poll() is not None, "READY")
+        assert self.process.poll() is None, self.log
+        (self.run_dir,) = self.base.glob("slipstream-*")
+        self._expected = frozenset(self.pids())
 
     @property
     def log(self) -> str:
@@ -109,11 +122,109 @@ class Stack:
         """Shared memory of this run."""
         return sorted(SHM.glob(f"slipstream-{self.run_dir.name}-*"))
 
-    def close(self) -> None:
-        """SIGTERM; then nothing of it may be left."""
+    def kill_child(self, node_id: str) -> None:
+        """SIGKILL to one process."""
+        os.kill(self.pids()[node_id], signal.SIGKILL)
+
+    def until_whole(self) -> None:
+        """Every process lives, the cluster says that it is ready, and all blocks are free."""
+        until(lambda: self.pids().keys() == self._expected, "all processes")
+        until(self.serves, "ready")
+        self.until_settled()
+
+    def serves(self) -> bool:
+        """Whether /readyz says so, and knows every service but the scheduler."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as reply:
+                nodes = {node["node_id"] for node in json.load(reply)["nodes"]}
+        except OSError:
+            return False
+        return self._expected <= nodes | {"serve", "redis", "scheduler-0"}
+
+    def gauges(self) -> dict[tuple[str, str], float]:
+        """(node id, name) -> value of everything on the frontend's /metrics that has a node."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as reply:
+            text = reply.read().decode()
+        return {
+            (sample.labels["node_id"], sample.name.removeprefix("slipstream_")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if "node_id" in sample.labels
+        }
+
+    def worker(self, name: str) -> dict[str, float]:
+        """Node id -> what each worker says of itself under this name."""
+        wanted = f"worker_{name}"
+        return {node: value for (node, name), value in self.gauges().items() if name == wanted}
+
+    def unsettled(self) -> list[str]:
+        """What is not as it must be at rest."""
+        try:
+            gauges = self.gauges()
+        except OSError as error:
+            return [str(error)]
+        found = []
+        for node in sorted(n for n in self._expected if n.startswith(("prefill-", "decode-"))):
+            of = {name: v for (owner, name), v in gauges.items() if owner == node}
+            if not of:
+                found.append(f"{node} is silent")
+                continue
+            if of["worker_blocks_used"] != of["worker_blocks_cached"]:
+                found.append(
+                    f"{node}: {of['worker_blocks_used']:g} blocks used, "
+                    f"{of['worker_blocks_cached']:g} cached"
+                )
+            zero = ("blocks_leased", "blocks_quarantined", "running", "waiting")
+            found += [f"{node}: {name}" for name in zero if of[f"worker_{name}"]]
+        for (node, name), value in gauges.items():
+            state = name.startswith("scheduler_requests_") and not name.endswith("_total")
+            if value and (state or name in ("requests_live", "requests_unclosed", "codec_calls")):
+                found.append(f"{node}: {name} {value:g}")
+        return found
+
+    def until_settled(self) -> None:
+        """Nothing runs and nothing is held, by numbers that are newer than this call."""
+        since_s = time.monotonic()
+        deadline_s = since_s + PATIENCE_S
+        while time.monotonic() < since_s + REPORTS_S or not self._reported(since_s + 1.0):
+            found = self.unsettled()
+            if found:
+                since_s = time.monotonic()
+                assert since_s < deadline_s, f"{found}\n{self.log}"
+            time.sleep(0.1)
+
+    def _reported(self, since_s: float) -> bool:
+        """Whether the scheduler has told its numbers since; the clock is the recordings'."""
+        return any(
+            now_s >= since_s and name == "Received" and fields["message"]["type"] == "ClusterLoad"
+            for now_s, name, fields in self.story("frontend-0")
+        )
+
+    def answer_tokens(self, answer_id: str) -> list[int]:
+        """Token ids of an answer that has ended, as the frontend's machine handed them to HTTP."""
+        packed = [delta.get("tokens", b"") for delta in self._deltas(answer_id)]
+        return unpack_tokens(b"".join(packed))
+
+    def path(self, answer_id: str) -> str:
+        """Workers of an answer that has ended: `prefill-0>decode-0`."""
+        return str(self._deltas(answer_id)[-1]["path"])
+
+    def _deltas(self, answer_id: str) -> list[dict[str, Any]]:
+        if answer_id not in self._answers:
+            told: dict[str, list[dict[str, Any]]] = {}
+            for _, name, fields in self.story("frontend-0"):
+                if name == "Deliver" and isinstance(fields["item"], dict):
+                    told.setdefault(fields["request_id"].removesuffix("-0"), []).append(
+                        fields["item"]
+                    )
+            self._answers = {key: all for key, all in told.items() if "finish_reason" in all[-1]}
+        return self._answers[answer_id]
+
+    def close(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """A signal; then nothing of it may be left."""
         try:
             self.pids()
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(by)
             assert self.process.wait(PATIENCE_S) == 0, self.log
             left = [process for process in self._seen if process.is_running()]
             assert not left, left
