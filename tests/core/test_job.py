@@ -2,6 +2,7 @@
 
 import re
 
+import msgspec
 import pytest
 
 from core.builders import decode, job_of, prefill, sampling_of, worker_info
@@ -95,16 +96,24 @@ def test_a_span_counts_positions_from_the_first_output_token_of_all_attempts() -
 def test_who_fits_no_worker_learns_both_numbers(
     message: Decode, code: ErrorCode | None, says: str
 ) -> None:
-    problem = unfit(job_of(message), worker_info(num_blocks=3))
+    problem = unfit(message, worker_info(num_blocks=3))
     assert (problem.code if problem else None) == code
     assert problem is None or re.search(says, problem.message)
 
 
 def test_the_context_bounds_the_answer_where_the_pool_does_not() -> None:
-    job = job_of(decode(prompt=[1] * 30, max_tokens=1000))
-    assert unfit(job, worker_info(num_blocks=3, max_model_len=48)) is None, "it ends at 48 tokens"
-    problem = unfit(job, worker_info(num_blocks=3, max_model_len=30))
+    message = decode(prompt=[1] * 30, max_tokens=1000)  # it ends at 48 tokens
+    assert unfit(message, worker_info(num_blocks=3, max_model_len=48)) is None, (
+        "it ends at 48 tokens"
+    )
+    problem = unfit(message, worker_info(num_blocks=3, max_model_len=30))
     assert problem is not None and "holds 30 tokens" in problem.message
+
+
+def test_torn_token_ids_fit_nowhere() -> None:
+    torn = msgspec.structs.replace(decode(prompt=[1]), accepted=b"abc")
+    problem = unfit(torn, worker_info())
+    assert problem is not None and problem.code is ErrorCode.INVALID_VALUE
 
 
 def test_blocks_for() -> None:

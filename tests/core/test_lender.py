@@ -87,9 +87,10 @@ def test_digests_of_full_blocks_are_kept_for_the_next_reader(desk: Desk) -> None
 def test_a_lease_outlives_its_job_and_ends_at_the_readers_word(desk: Desk) -> None:
     job = desk.lent()
     assert desk.held == 3 and desk.lender.table.leased_blocks() == set(job.block_ids)
-    assert desk.lender.release("r/1", 5.0)
+    assert not desk.lender.release("r/1", "decode-1", 4.0), "it is not the reader"
+    assert desk.lender.release("r/1", "decode-0", 5.0)
     assert desk.held == 0
-    assert not desk.lender.release("r/1", 5.0), "said again: nobody vouches for it"
+    assert not desk.lender.release("r/1", "decode-0", 5.0), "said again: nobody vouches for it"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_only_a_lease_that_lived_all_the_time_is_ok(
     desk.lent()
     for now_s in renewed_s:
         desk.lender.table.renew("r/1", now_s)
-    assert desk.lender.release("r/1", released_s) == ok
+    assert desk.lender.release("r/1", "decode-0", released_s) == ok
     assert desk.held == 0
 
 
@@ -117,7 +118,7 @@ def test_a_lease_that_nobody_renews_lapses_and_frees_its_blocks(desk: Desk) -> N
     desk.lent(request_id="s", now_s=1.0)
     assert desk.lender.lapse(10.5) == ["r/1"]
     assert desk.held == 3 and desk.lender.table.lapsed == 1
-    assert not desk.lender.release("r/1", 10.5)
+    assert not desk.lender.release("r/1", "decode-0", 10.5)
 
 
 def test_no_lease_lapses_before_the_last_chunk(desk: Desk) -> None:

@@ -64,7 +64,7 @@ class Desk:
         return blocks
 
     def announce(self, message: KvReady) -> list[Effect]:
-        return self.receiver.announced(message)
+        return self.receiver.announced("prefill-0", message)
 
     def pulled(self, blocks: list[int], error: str | None = None) -> list[Effect]:
         """The READ in flight ends; `blocks`: whose bytes it found."""
@@ -319,6 +319,17 @@ def test_hand_overs_wait_for_all_of_their_blocks_and_hold_none_meanwhile() -> No
     assert desk.receiver.retry() == []
 
 
+def test_the_digest_of_what_was_here_stays_our_own(desk: Desk) -> None:
+    """Equal tokens, but perhaps not equal bytes: the source's digest is not that of our block."""
+    (block,) = desk.cache(1)
+    desk.pool.digests[block] = b"x" * 16
+    desk.announce(ready())
+    desk.pulled(THERE[1:])
+    desk.receiver.released("r/1", True)
+    known = [desk.pool.digests[block] for block in desk.job.block_ids]
+    assert known == [b"x" * 16, *digests(THERE[1:2]), None], "none of the block that still fills"
+
+
 def test_who_waits_for_blocks_does_not_hold_those_that_are_cached_here() -> None:
     desk = Desk(num_blocks=4)
     cached, others = desk.cache(2), desk.pool.allocate(2) or []
@@ -335,6 +346,8 @@ def test_every_lease_is_renewed_with_one_message_to_each_source(desk: Desk) -> N
     other = job_of(decode("t", range(NUM_TOKENS), source="prefill-1"))
     desk.receiver.expect(other, "prefill-1", 8)
     desk.announce(ready(request_id="t", lease_id="t/1", epoch=8))
+    assert not desk.receiver.live["t"].lease_id, "somebody else says so"
+    desk.receiver.announced("prefill-1", ready(request_id="t", lease_id="t/1", epoch=8))
     assert desk.receiver.renew() == [
         Send("prefill-0", Renew(lease_ids=["r/1", "s/1"])),
         Send("prefill-1", Renew(lease_ids=["t/1"])),

@@ -93,6 +93,14 @@ def test_a_foreign_model_takes_no_part() -> None:
     assert foreign in peers(fleet).nodes, "it is told who is there, and may drain"
 
 
+def test_a_model_goes_with_its_last_worker() -> None:
+    fleet = fleet_of("decode-0", "decode-1")
+    for name in ("decode-0", "decode-1"):
+        fleet.down(name)
+        say(fleet, node(name, kv_layout_id=FOREIGN))
+    assert [worker.node_id for worker in fleet.workers()] == ["decode-0", "decode-1"]
+
+
 def test_a_cluster_without_workers_takes_any_model() -> None:
     fleet = fleet_of(*WORKING)
     fleet.down("prefill-0")

@@ -53,13 +53,30 @@ def test_a_fresh_submission_does_not_wait(young: Rig) -> None:
     assert young.state() == "prefilling"
 
 
-@pytest.mark.parametrize("attempt", [1, 3], ids=["older", "newer"])
-def test_an_attempt_that_its_tokenizer_does_not_mean_is_dropped(young: Rig, attempt: int) -> None:
-    young.join(node(DECODE), LiveRequest("r", attempt))
+def test_an_older_attempt_than_its_tokenizer_means_is_dropped(young: Rig) -> None:
+    young.join(node(DECODE), RUNS)
     young.submit(attempt=2, repeated=True)
-    assert young.sent == drop(DECODE, attempt=attempt)
+    assert young.sent == drop(DECODE)
     young.pass_time(3.0)
     assert resume(3) in young.sent
+
+
+def test_a_moved_stream_is_adopted_whoever_submits_first(young: Rig) -> None:
+    """The tokenizer that the frontend has left does not know that, and says what it has."""
+    young.join(node(DECODE), LiveRequest("r", 1024))
+    young.submit(repeated=True)
+    assert young.sent == []
+    young.submit(attempt=1024, repeated=True, source="tokenizer-1")
+    young.pass_time(2.0 + ORPHAN_GRACE_S + 1.0)
+    assert young.sent == [] and young.machine.requests["r"].workers == {DECODE}
+
+
+def test_a_moved_stream_is_adopted_whoever_reports_last(young: Rig) -> None:
+    young.submit(repeated=True)
+    young.submit(attempt=1024, repeated=True, source="tokenizer-1")
+    young.join(node(DECODE), LiveRequest("r", 1024))
+    young.pass_time(2.0 + ORPHAN_GRACE_S + 1.0)
+    assert young.sent == [] and young.machine.requests["r"].workers == {DECODE}
 
 
 def test_what_no_tokenizer_asks_for_is_dropped_in_the_end(young: Rig) -> None:

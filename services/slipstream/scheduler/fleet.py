@@ -34,8 +34,9 @@ class Fleet:
             self._gone[peer] = node.epoch
             if len(self._gone) > GONE_MAX:
                 del self._gone[next(iter(self._gone))]
-            if not any(other.worker for other in self.nodes.values()):
-                self._model = ""
+            left = [_fingerprint(other) for other in self.nodes.values() if other.worker]
+            if self._model not in left:
+                self._model = left[0] if left else ""
         return node
 
     def of_role(self, role: Role) -> list[NodeId]:

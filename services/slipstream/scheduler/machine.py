@@ -27,10 +27,9 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     AttemptFailed,
     ClusterLoad,
-    Drop,
-    Failed,
     Finished,
     Hello,
+    LiveRequest,
     Locate,
     Located,
     NodeInfo,
@@ -40,10 +39,11 @@ from slipstream.messages import (
     WorkerLoad,
 )
 from slipstream.messages import Started as JobStarted
+from slipstream.scheduler.admission import refusal
 from slipstream.scheduler.dispatcher import Dispatcher
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import Past
-from slipstream.scheduler.request import Request, State
+from slipstream.scheduler.request import Request, State, drop, failed
 from slipstream.types import ATTEMPTS_PER_MOVE, NodeId, RequestId, Role
 
 TICK_S = 0.25
@@ -166,16 +166,24 @@ class SchedulerMachine:
         for live in hello.live if first else ():
             request = self._current(live.request_id, live.attempt)
             if live.waits:
-                effects.append(Send(source, _drop(live.request_id, live.attempt)))
+                effects.append(Send(source, drop(live.request_id, live.attempt)))
             elif request is not None and request.state is State.RECOVERING:
                 self._adopt(request, source)
             elif self._recovering:
-                known, _ = self._reports.get(live.request_id, (0, source))
-                if live.attempt > known:
-                    self._reports[live.request_id] = (live.attempt, source)
+                effects += self._reported(live, source)
             elif request is None or source not in request.workers:
-                effects.append(Send(source, _drop(live.request_id, live.attempt)))
+                effects.append(Send(source, drop(live.request_id, live.attempt)))
         return effects
+
+    def _reported(self, live: LiveRequest, source: NodeId) -> list[Effect]:
+        """Perhaps a tokenizer asks for it. Of two attempts only the newer can be asked for."""
+        known = self._reports.get(live.request_id)
+        said = (live.attempt, source)
+        self._reports[live.request_id] = said if known is None else max(known, said)
+        if known is None or known[1] == source:
+            return []
+        attempt, worker = min(known, said)
+        return [Send(worker, drop(live.request_id, attempt))]
 
     def _peer_down(self, peer: NodeId, now_s: float) -> list[Effect]:
         if self.fleet.down(peer) is None:
@@ -198,10 +206,12 @@ class SchedulerMachine:
     def _drop_reports(self) -> list[Effect]:
         """No tokenizer wanted these."""
         reports, self._reports = self._reports, {}
-        return [
-            Send(worker, _drop(request_id, attempt))
-            for request_id, (attempt, worker) in reports.items()
-        ]
+        effects: list[Effect] = []
+        for request_id, (attempt, worker) in reports.items():
+            request = self._current(request_id, attempt)
+            if request is None or worker not in request.workers:
+                effects.append(Send(worker, drop(request_id, attempt)))
+        return effects
 
     # --- A request's way --------------------------------------------------------------------------
 
@@ -214,60 +224,58 @@ class SchedulerMachine:
                 return []  # the frontend has moved the stream away from there
             request.orphan_s = None
             if request.state is State.RESUMING:
-                return [Send(source, _resume(request))]
+                return [Send(source, request.resumption())]
             return self._retry(request, "tokenizer_behind", now_s)
-        resumed = submit.attempt == request.attempt and request.state is State.RESUMING
         request.orphan_s = None
-        if submit.attempt == request.attempt and not resumed:
+        newer = submit.attempt > request.attempt
+        if not newer and request.state is not State.RESUMING:
             return []
         effects = self._withdraw(request)
         request.submit, request.tokenizer, request.attempt = submit, source, submit.attempt
-        return effects + self._start(request, now_s)
+        return effects + (self._begin if newer else self._start)(request, now_s)
 
     def _accept(self, source: NodeId, submit: Submit, now_s: float) -> list[Effect]:
         tombstone = self.past.find(submit.request_id)
         if tombstone is not None and submit.attempt <= tombstone.attempt:
             if tombstone.problem is not None:
-                return [Send(source, _failed(submit.request_id, tombstone.problem))]
+                return [Send(source, failed(submit.request_id, tombstone.problem))]
             again = Resume(request_id=submit.request_id, attempt=tombstone.attempt + 1)
             return [Send(source, again)]
-        timeout_s = min(submit.timeout_s, self.settings.max_request_timeout_s)
-        request = Request(submit, source, now_s + timeout_s, submit.attempt, State.RECOVERING)
-        problem = self._refusal(request, now_s)
+        problem = refusal(
+            submit,
+            self.fleet,
+            live=len(self.requests),
+            max_requests=self.settings.max_requests,
+            draining=self._draining,
+        )
         if problem is not None:
             self.counters[f"refused_{problem.code}"] += 1
-            return [Send(source, _failed(submit.request_id, problem))]
+            if problem.code is ErrorCode.QUEUE_FULL:
+                retry_after_s = self.past.retry_after_s(now_s)
+                problem = msgspec.structs.replace(problem, retry_after_s=retry_after_s)
+            return [Send(source, failed(submit.request_id, problem))]
         self.counters["accepted"] += 1
+        timeout_s = min(submit.timeout_s, self.settings.max_request_timeout_s)
+        request = Request(submit, source, now_s + timeout_s, submit.attempt, State.RECOVERING)
         self.requests[submit.request_id] = request
-        attempt, worker = self._reports.pop(submit.request_id, (0, ""))
-        if submit.repeated and attempt == submit.attempt:
-            self._adopt(request, worker)
-            return []
-        effects: list[Effect] = [Send(worker, _drop(submit.request_id, attempt))] if attempt else []
+        return self._begin(request, now_s)
+
+    def _begin(self, request: Request, now_s: float) -> list[Effect]:
+        """Start what is fresh. What may run somewhere is adopted, or fenced off by the next
+        attempt."""
+        submit = request.submit
+        attempt, worker = self._reports.get(submit.request_id, (0, ""))
+        effects: list[Effect] = []
+        if 0 < attempt <= submit.attempt:
+            del self._reports[submit.request_id]
+            if submit.repeated and attempt == submit.attempt:
+                self._adopt(request, worker)
+                return []
+            effects.append(Send(worker, drop(submit.request_id, attempt)))
         if not submit.repeated:
             return effects + self._start(request, now_s)
+        request.state = State.RECOVERING
         return effects if self._recovering else effects + self._resume(request)
-
-    def _refusal(self, request: Request, now_s: float) -> Problem | None:
-        """Why a request that is not known yet is not taken. One that has begun always is."""
-        submit = request.submit
-        if self._draining:
-            return Problem(code=ErrorCode.DRAINING, message="The server is stopping.")
-        if len(self.requests) >= self.settings.max_requests and not submit.accepted:
-            return Problem(
-                code=ErrorCode.QUEUE_FULL,
-                message=f"{len(self.requests)} requests are live, the limit is "
-                f"{self.settings.max_requests} (--max-requests). Try again later.",
-                retry_after_s=self.past.retry_after_s(now_s),
-            )
-        most = self.fleet.largest_pool_blocks()
-        if 0 < most < request.num_blocks_most:
-            return Problem(
-                code=ErrorCode.CONTEXT_LENGTH,
-                message=f"Prompt and answer need {request.num_blocks_most} KV blocks; the largest "
-                f"worker has {most} (--kv-cache-bytes). Shorten the prompt or max_tokens.",
-            )
-        return None
 
     def _start(self, request: Request, now_s: float) -> list[Effect]:
         """Ask the index, if there is something to ask and somebody to be asked; then queue."""
@@ -314,15 +322,15 @@ class SchedulerMachine:
         # Ended by its first token: nothing comes to the decode worker.
         idle = [] if request.decode in (None, source) else [request.decode]
         request.state, request.prefill, request.decode = State.FINISHING, None, source
-        return [Send(node, _drop(request.request_id, request.attempt)) for node in idle]
+        return [Send(node, drop(request.request_id, request.attempt)) for node in idle]
 
-    def _attempt_failed(self, source: NodeId, failed: AttemptFailed, now_s: float) -> list[Effect]:
-        request = self._current(failed.request_id, failed.attempt)
+    def _attempt_failed(self, source: NodeId, message: AttemptFailed, now_s: float) -> list[Effect]:
+        request = self._current(message.request_id, message.attempt)
         if request is None or source not in request.workers:
             return []
-        if failed.problem is not None:
-            return self._fail(request, failed.problem, now_s)
-        return self._retry(request, failed.cause, now_s)
+        if message.problem is not None:
+            return self._fail(request, message.problem, now_s)
+        return self._retry(request, message.cause, now_s)
 
     def _retry(self, request: Request, cause: str, now_s: float) -> list[Effect]:
         """The attempt is lost. Everybody drops it, and the tokenizer submits the next one."""
@@ -341,19 +349,19 @@ class SchedulerMachine:
     def _resume(self, request: Request) -> list[Effect]:
         request.attempt += 1
         request.state = State.RESUMING
-        return [Send(request.tokenizer, _resume(request))]
+        return [Send(request.tokenizer, request.resumption())]
 
     def _withdraw(self, request: Request) -> list[Effect]:
         """Take it from the queue and from its workers."""
         self.dispatcher.remove(request)
         workers = [node for node in sorted(request.workers) if node in self.fleet.nodes]
         request.prefill = request.decode = None
-        return [Send(node, _drop(request.request_id, request.attempt)) for node in workers]
+        return [Send(node, drop(request.request_id, request.attempt)) for node in workers]
 
     def _fail(self, request: Request, problem: Problem, now_s: float) -> list[Effect]:
         self.counters[f"failed_{problem.code}"] += 1
-        failed = Send(request.tokenizer, _failed(request.request_id, problem))
-        return [failed, *self._end(request, now_s, problem)]
+        told = Send(request.tokenizer, failed(request.request_id, problem))
+        return [told, *self._end(request, now_s, problem)]
 
     def _end(self, request: Request, now_s: float, problem: Problem | None = None) -> list[Effect]:
         """It is over. A worker that has finished it keeps its tokens until they are heard."""
@@ -386,15 +394,3 @@ class SchedulerMachine:
             load = ClusterLoad(gauges=gauges)
             effects += [Send(node, load) for node in self.fleet.of_role(Role.FRONTEND)]
         return effects
-
-
-def _drop(request_id: RequestId, attempt: int) -> Drop:
-    return Drop(request_id=request_id, attempt=attempt)
-
-
-def _failed(request_id: RequestId, problem: Problem) -> Failed:
-    return Failed(request_id=request_id, problem=problem)
-
-
-def _resume(request: Request) -> Resume:
-    return Resume(request_id=request.request_id, attempt=request.attempt)

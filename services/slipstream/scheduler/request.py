@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from slipstream.core.job import blocks_for
-from slipstream.messages import Submit
+from slipstream.errors import Problem
+from slipstream.messages import Drop, Failed, Resume, Submit
 from slipstream.types import NodeId, RequestId
 
 
@@ -51,10 +52,17 @@ class Request:
         return blocks_for(self.num_tokens + 1)
 
     @property
-    def num_blocks_most(self) -> int:
-        return blocks_for(len(self.submit.prompt) // 4 + self.submit.sampling.max_tokens)
-
-    @property
     def workers(self) -> set[NodeId]:
         """Who may hold something of the current attempt."""
         return {node for node in (self.prefill, self.decode) if node is not None}
+
+    def resumption(self) -> Resume:
+        return Resume(request_id=self.request_id, attempt=self.attempt)
+
+
+def drop(request_id: RequestId, attempt: int) -> Drop:
+    return Drop(request_id=request_id, attempt=attempt)
+
+
+def failed(request_id: RequestId, problem: Problem) -> Failed:
+    return Failed(request_id=request_id, problem=problem)

@@ -81,8 +81,6 @@ class Batcher:
                 budget -= end - job.num_computed
             if budget < BLOCK_TOKENS:
                 break
-        # A later job's hunger may have preempted an earlier row's job: only itself or younger ones.
-        rows = [(job, end) for job, end in rows if job in self.running]
         if not rows:
             return None
         self.steps += 1
@@ -206,6 +204,5 @@ class Batcher:
         """Blocks that will be announced after this step and whose digest is not known."""
         if job.handover is None:
             return []
-        last = blocks_for(end) if end == len(job.tokens) else end // BLOCK_TOKENS
-        blocks = job.block_ids[job.announced_blocks : last]
+        blocks = job.block_ids[job.announced_blocks : blocks_for(end)]
         return [block for block in blocks if self.pool.digests[block] is None]

@@ -117,17 +117,23 @@ class Job:
         )
 
 
-def unfit(job: Job, worker: WorkerInfo) -> Problem | None:
-    """Why a job can run on no worker like this one. The front door has checked it too."""
-    wanted = min(job.num_prompt + job.sampling.max_tokens, worker.max_model_len)
-    if len(job.tokens) >= worker.max_model_len or blocks_for(wanted) > worker.num_blocks:
+def unfit(message: Prefill | Decode, worker: WorkerInfo) -> Problem | None:
+    """Why a request can run on no worker like this one. The front door has checked it too."""
+    try:
+        prompt, accepted = unpack_tokens(message.prompt), unpack_tokens(message.accepted)
+    except ValueError:
+        return Problem(code=ErrorCode.INVALID_VALUE, message="Torn token ids.", param="prompt")
+    max_tokens = message.sampling.max_tokens
+    wanted = min(len(prompt) + max_tokens, worker.max_model_len)
+    full = len(prompt) + len(accepted) >= worker.max_model_len
+    if full or blocks_for(wanted) > worker.num_blocks:
         limit = min(worker.max_model_len, worker.num_blocks * BLOCK_TOKENS)
         return Problem(
             code=ErrorCode.CONTEXT_LENGTH,
-            message=f"A worker holds {limit} tokens of one request. This one has "
-            f"{job.num_prompt} in the prompt and asks for {job.sampling.max_tokens} more.",
+            message=f"A worker holds {limit} tokens of one request. This one has {len(prompt)} in "
+            f"the prompt and asks for {max_tokens} more.",
         )
-    if not job.tokens or not all(0 <= token < worker.vocab_size for token in job.tokens):
+    if not prompt or not all(0 <= token < worker.vocab_size for token in prompt + accepted):
         return Problem(
             code=ErrorCode.INVALID_VALUE,
             message=f"Token ids must be in [0, {worker.vocab_size}), at least one.",

@@ -22,7 +22,7 @@ class Lender:
         """What the reader learns after this step. With the last chunk the lease begins to run."""
         assert job.handover is not None
         last = row.sample
-        end = blocks_for(job.num_computed) if last else job.num_computed // BLOCK_TOKENS
+        end = blocks_for(job.num_computed)  # chunks end on block boundaries, all but the last
         blocks = job.block_ids[job.announced_blocks : end]
         digests = [self._digest(job, block, done) for block in blocks]
         lease_id = f"{job.request_id}/{job.attempt}"
@@ -45,11 +45,12 @@ class Lender:
             cached_tokens=job.cached_tokens or 0,
         )
 
-    def release(self, lease_id: str, now_s: float) -> bool:
+    def release(self, lease_id: str, reader: NodeId, now_s: float) -> bool:
         """End a lease at its reader's word; whether it was alive until now."""
-        lease = self.table.end(lease_id)
-        if lease is None:
+        lease = self.table.live.get(lease_id)
+        if lease is None or lease.reader != reader:
             return False
+        self.table.end(lease_id)
         self.pool.release(lease.blocks)
         return lease.expires_s > now_s
 

@@ -1,6 +1,6 @@
 """A service's view of the cluster: says Hello to the scheduler, keeps what `Peers` tells."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 
@@ -86,7 +86,3 @@ class Membership:
             known = self.nodes.get(node_id)
             if known is not None and known.epoch <= epoch:
                 del self.nodes[node_id]
-
-
-def workers(nodes: Sequence[NodeInfo]) -> list[NodeInfo]:
-    return [node for node in nodes if node.worker is not None]

@@ -30,6 +30,7 @@ class Handover:
     digests: list[bytes] = field(default_factory=list)
     last: KvReady | None = None
     hits: int = 0
+    """Blocks that were cached here and are not read; their bytes are our own."""
     pulled: int = 0
     pulling: str = ""
     """Id of the READ in flight."""
@@ -60,10 +61,12 @@ class Receiver:
     def expect(self, job: Job, source: NodeId, epoch: Epoch) -> None:
         self.live[job.request_id] = Handover(job, source, epoch)
 
-    def announced(self, message: KvReady) -> list[Effect]:
+    def announced(self, source: NodeId, message: KvReady) -> list[Effect]:
         """One more chunk is in the source's memory."""
         handover = self.live.get(message.request_id)
         if handover is None or handover.job.attempt != message.attempt:
+            return []
+        if source != handover.source:
             return []
         if message.epoch != handover.epoch or message.first_block != len(handover.sources):
             return []
@@ -111,9 +114,8 @@ class Receiver:
         assert last is not None
         del self.live[job.request_id]
         job.num_computed = len(job.tokens)
-        for index, block in enumerate(job.block_ids):
-            if (index + 1) * BLOCK_TOKENS <= job.num_computed:
-                self.pool.digests[block] = handover.digests[index]
+        for index in range(handover.hits, job.num_computed // BLOCK_TOKENS):
+            self.pool.digests[job.block_ids[index]] = handover.digests[index]
         self._take_first_token(handover)
         self.ready.append(job)
         return []

@@ -7,6 +7,7 @@ ends in `_settle`: collect what became ready, plan the next step, say what there
 
 from collections import Counter, OrderedDict
 from itertools import chain
+from typing import TypeAlias
 
 import msgspec
 
@@ -71,6 +72,9 @@ DEADLINE_SLACK_S = 5.0
 """A worker ends what is overdue by itself only if the scheduler did not."""
 
 
+_Announced: TypeAlias = tuple[NodeId, RequestId, int]
+
+
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     lease_s: float = 10.0
@@ -102,7 +106,7 @@ class WorkerMachine:
         self._eos = frozenset(settings.eos_token_ids)
         self._plan: BatchPlan | None = None
         self._draining = False
-        self._early: OrderedDict[tuple[RequestId, int], tuple[float, list[KvReady]]] = OrderedDict()
+        self._early: OrderedDict[_Announced, tuple[float, list[KvReady]]] = OrderedDict()
         """Announcements that overtook their `Decode`: they come from another sender."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
@@ -175,13 +179,13 @@ class WorkerMachine:
             case Drop():
                 return self._drop(message.request_id, message.attempt)
             case KvReady():
-                return self._announced(message, now_s)
+                return self._announced(source, message, now_s)
             case Renew():
                 for lease_id in message.lease_ids:
                     self.lender.table.renew(lease_id, now_s)
             case Release():
                 mine = message.epoch == self.membership.node.epoch
-                ok = mine and self.lender.release(message.lease_id, now_s)
+                ok = mine and self.lender.release(message.lease_id, source, now_s)
                 return [Send(source, Released(lease_id=message.lease_id, ok=ok))]
             case Released():
                 return self.receiver.released(message.lease_id, message.ok)
@@ -203,30 +207,29 @@ class WorkerMachine:
         if known is not None and known.attempt >= message.attempt:
             return []
         effects = [] if known is None else self._drop(known.request_id, known.attempt)
-        node = self.membership.node
-        space = namespace(self.info.kv_layout_id, message.salt)
-        job = Job.of(message, space, node.node_id, now_s)
-        self.jobs[job.request_id] = job
-        problem = unfit(job, self.info)
+        problem = unfit(message, self.info)
         if problem is not None:
-            return effects + self._fail(job, "unfit", problem)
+            return effects + self._failed(message.request_id, message.attempt, "unfit", problem)
+        space = namespace(self.info.kv_layout_id, message.salt)
+        job = Job.of(message, space, self.membership.node.node_id, now_s)
+        self.jobs[job.request_id] = job
         if message.claimed_blocks:
             there = len(self.pool.match(job.full_hashes(len(job.tokens))))
             self.claimed_wrong += max(0, message.claimed_blocks - there)
         if isinstance(message, Decode) and message.prefill is not None:
             self.receiver.expect(job, message.prefill, message.prefill_epoch)
-            _, early = self._early.pop(job.key, (0.0, []))
+            _, early = self._early.pop((message.prefill, *job.key), (0.0, []))
             for announcement in early:
-                effects += self.receiver.announced(announcement)
+                effects += self.receiver.announced(message.prefill, announcement)
         else:
             self.batcher.add(job)
         return effects
 
-    def _announced(self, message: KvReady, now_s: float) -> list[Effect]:
+    def _announced(self, source: NodeId, message: KvReady, now_s: float) -> list[Effect]:
         job = self.jobs.get(message.request_id)
         if job is not None and job.attempt >= message.attempt:
-            return self.receiver.announced(message)
-        key = message.request_id, message.attempt
+            return self.receiver.announced(source, message)
+        key = source, message.request_id, message.attempt
         _, early = self._early.setdefault(key, (now_s + EARLY_KEEP_S, []))
         early.append(message)
         if len(self._early) > EARLY_MAX:
