@@ -25,8 +25,8 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def twin() -> Iterator[Stack]:
     """Two prefill workers with small steps. Tests may kill parts of it and wait until it is whole
-    again."""
-    stack = Stack(prefill=2, prefill_budget_tokens=128)
+    again. The index may be slow: on a machine that is busy with other tests it is."""
+    stack = Stack(prefill=2, prefill_budget_tokens=128, locate_timeout_s=5.0)
     yield stack
     stack.close()
 

@@ -48,7 +48,7 @@ def free_port() -> int:
 class Stack:
     """Float32 and a small pool, unless the settings say otherwise: `Stack(decode=2)`."""
 
-    def __init__(self, wait: bool = True, **settings: Any) -> None:
+    def __init__(self, wait: bool = True, locate_timeout_s: float = 0.05, **settings: Any) -> None:
         """`wait`: for READY; if not, `until_ready` is the test's to call."""
         self.base = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
         self.records = self.base / "records"
@@ -77,6 +77,7 @@ class Stack:
             env={
                 **{k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")},
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "SLIPSTREAM_LOCATE_TIMEOUT_S": str(locate_timeout_s),
             },
         )
         if wait:
@@ -134,12 +135,15 @@ class Stack:
 
     def serves(self) -> bool:
         """Whether /readyz says so, and knows every service but the scheduler."""
+        return self._expected <= self.epochs().keys() | {"serve", "redis", "scheduler-0"}
+
+    def epochs(self) -> dict[str, int]:
+        """Node id -> epoch of what the frontend knows about; nothing while it is not ready."""
         try:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as reply:
-                nodes = {node["node_id"] for node in json.load(reply)["nodes"]}
+                return {node["node_id"]: node["epoch"] for node in json.load(reply)["nodes"]}
         except OSError:
-            return False
-        return self._expected <= nodes | {"serve", "redis", "scheduler-0"}
+            return {}
 
     def gauges(self) -> dict[tuple[str, str], float]:
         """(node id, name) -> value of everything on the frontend's /metrics that has a node."""

@@ -99,6 +99,7 @@ async def test_every_prompt_over_the_bus(reference: Reference, bus_stack: Stack)
     await check_handed_over(bus_stack, reference, "bus")
 
 
+@pytest.mark.slow
 async def test_every_prompt_in_one_pool(reference: Reference, one_pool_stack: Stack) -> None:
     told = await cold_and_warm(one_pool_stack, reference)
     assert {one_pool_stack.path(answer.id) for _, answer in told} <= {"prefill-0", "decode-0"}
