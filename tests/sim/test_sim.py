@@ -22,7 +22,7 @@ from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.tokenizer.machine import TokenizerMachine
 
 SEEDS = 2000
-BUG_SEEDS = 400
+BUG_SEEDS = 1000
 
 
 def test_every_request_ends_once_and_right_and_nothing_stays_held() -> None:
@@ -102,7 +102,7 @@ BUGS: dict[str, Plant] = {
         FrontendMachine, "_place", "self._epochs.get(lost[0]) == lost[1]", "True"
     ),
     "a repeated submission is taken for a fresh one": _edited(
-        SchedulerMachine, "_accept", "if not submit.repeated:", "if True:"
+        SchedulerMachine, "_begin", "if not submit.repeated:", "if True:"
     ),
     "the worker has no tick": _without_timer(WorkerMachine, "tick"),
     "the scheduler has no tick": _without_timer(SchedulerMachine, "tick"),
