@@ -71,7 +71,7 @@ async def cold_and_warm(stack: Stack, reference: Reference) -> list[tuple[Expect
 
 
 async def check_handed_over(stack: Stack, reference: Reference, transport: str) -> None:
-    before = stack.worker("blocks_pulled_total").get("decode-0", 0)
+    before, failed = stack.worker("blocks_pulled_total").get("decode-0", 0), failures(stack)
     told = await cold_and_warm(stack, reference)
     # An end at the first token leaves nothing to be decoded.
     paths = {stack.path(answer.id) for one, answer in told if len(one.tokens) > 1}
@@ -87,8 +87,12 @@ async def check_handed_over(stack: Stack, reference: Reference, transport: str) 
     partial = sum(len(one.prompt) % 16 > 0 for one, _ in told)
     assert stack.worker("blocks_pulled_total")["decode-0"] - before >= len(distinct) + partial
     assert set(re.findall(r"KV blocks of \S+ come by (\w+)", stack.log)) == {transport}
-    failed = [name for _, name in stack.gauges() if "worker_handover_" in name]
-    assert not failed
+    assert failures(stack) == failed
+
+
+def failures(stack: Stack) -> dict[tuple[str, str], float]:
+    """Hand-overs that failed, by worker and cause."""
+    return {key: n for key, n in stack.gauges().items() if "worker_handover_" in key[1]}
 
 
 async def test_every_prompt_through_shared_memory(reference: Reference, stack: Stack) -> None:
