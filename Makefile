@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 SEEDS ?= 200
 comma := ,
 
-# A machine with an NVIDIA driver gets pip's choice of torch; any other one the CPU version.
+# A machine with an NVIDIA driver gets pip's choice of torch; any other one the version of the CPU
+# constraints. Whether that comes with CUDA's libraries is up to pip's index: see README.
 GPU := $(wildcard /proc/driver/nvidia/version)
 CONSTRAINTS := $(if $(GPU),,compose/constraints-cpu.txt)
 TORCH := $(if $(GPU),,torch)

@@ -330,6 +330,11 @@ def test_the_digest_of_what_was_here_stays_our_own(desk: Desk) -> None:
     assert known == [b"x" * 16, *digests(THERE[1:2]), None], "none of the block that still fills"
 
 
+def test_the_end_of_an_earlier_life_of_the_source_means_nothing(desk: Desk) -> None:
+    assert desk.receiver.source_down("prefill-0", 6) == []
+    assert desk.receiver.source_down("prefill-0", 7) == [desk.job]
+
+
 def test_who_waits_for_blocks_does_not_hold_those_that_are_cached_here() -> None:
     desk = Desk(num_blocks=4)
     cached, others = desk.cache(2), desk.pool.allocate(2) or []

@@ -195,7 +195,7 @@ def test_a_deadline_ends_it_wherever_it_is(
     assert rig.state() == state
     rig.pass_time(0.5)
     problem = rig.problem()
-    assert problem.code is ErrorCode.DEADLINE and f"30 s; it was {state}" in problem.message
+    assert problem.code is ErrorCode.DEADLINE and f"used up; it was {state}" in problem.message
     assert rig.all(Drop) == drop(*told) and rig.state() == ""
 
 

@@ -8,6 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 from sim.cluster import Cluster
+from sim.faults import KINDS
+
+ENOUGH_SEEDS = 200
+"""With so many, every kind of fault must have happened."""
 
 
 @dataclass
@@ -65,6 +69,10 @@ def main() -> int:
     print(f"{arguments.seeds} seeds, {events} events, {elapsed_s:.1f} s; {len(failed)} failed")
     print("requests:", ", ".join(f"{name} {count}" for name, count in sorted(ends.items())))
     print("faults:  ", ", ".join(f"{name} {count}" for name, count in sorted(total.items())))
+    missing = sorted({*KINDS, "reordering"} - total.keys())
+    if missing and arguments.seeds >= ENOUGH_SEEDS:
+        print(f"never happened: {', '.join(missing)}")
+        return 1
     return 1 if failed else 0
 
 

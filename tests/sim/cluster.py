@@ -26,6 +26,9 @@ from slipstream.types import FinishReason, NodeId, Role, SamplingParams, pack_to
 
 MAX_MODEL_LEN = 256
 TIMEOUT_S = 300.0
+PAUSES_S = (0.3, 2.0, 4.0, 14.0)
+DEADLINE_SLACK_S = 8.0 + max(PAUSES_S)
+"""The frontend waits 5 s for its tokenizer's word, looks twice a second, and may be stopped."""
 QUIET_S = 150.0
 """Longest time after the last fault until everything has ended and nothing is held."""
 REFUSALS = {ErrorCode.NOT_READY, ErrorCode.QUEUE_FULL, ErrorCode.DRAINING}
@@ -60,6 +63,7 @@ class Client:
     shown: str = ""
     ended: str = ""
     closes_after: int | None = None
+    timeout_s: float = TIMEOUT_S
 
     @classmethod
     def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
@@ -78,6 +82,8 @@ class Client:
         client = cls(f"r{number}", prompt, sampling, expected, reason, text)
         if rng.random() < 0.12:
             client.closes_after = rng.randrange(0, 6)
+        if rng.random() < 0.12:
+            client.timeout_s = rng.choice((0.05, 0.5, 2.0, 15.0))
         return client
 
     def see(self, item: int | TextDelta | Problem) -> None:
@@ -87,7 +93,9 @@ class Client:
             return
         assert not self.ended, f"{self.request_id} went on after its end: {item}"
         if isinstance(item, Problem):
-            assert item.code in REFUSALS and not self.tokens, f"{self.request_id}: {item}"
+            late = item.code is ErrorCode.DEADLINE and self.timeout_s < TIMEOUT_S
+            refused = item.code in REFUSALS and not self.tokens
+            assert late or refused, f"{self.request_id}: {item}"
             self.ended = item.code
             return
         assert item.position == len(self.tokens), f"{self.request_id}: {item}"
@@ -216,11 +224,14 @@ class Cluster:
             self.world.at(self.world.now_s + 0.5, lambda: self._open(client))
             return
         client.frontend = process.info.node_id
+        name = client.request_id
+        due_s = self.world.now_s + client.timeout_s + DEADLINE_SLACK_S
+        self.world.at(due_s, lambda: self._is_over(client, name))
         submission = Tokenize(
             request_id=client.request_id,
             prompt=TokenPrompt(tokens=pack_tokens(client.prompt)),
             sampling=client.sampling,
-            timeout_s=TIMEOUT_S,
+            timeout_s=client.timeout_s,
         )
         process.post(m.Opened(submission))
 
@@ -236,6 +247,9 @@ class Cluster:
             self._close(client, client.ended)
         elif client.closes_after is not None and len(client.tokens) >= client.closes_after:
             self._close(client, "closed")
+
+    def _is_over(self, client: Client, name: str) -> None:
+        assert client.ended or client.request_id != name, f"{name} outlives its time budget"
 
     def _renamed(self, client: Client) -> str:
         """Each try over HTTP is a request of its own."""
@@ -301,7 +315,7 @@ class Cluster:
         process = self.world.processes.get(node_id)
         if process is not None:
             self.faults.counts["pause"] += 1
-            process.frozen_until_s = self.world.now_s + self.rng.choice((0.3, 2.0, 4.0, 14.0))
+            process.frozen_until_s = self.world.now_s + self.rng.choice(PAUSES_S)
 
     def _partition(self, node_id: NodeId) -> None:
         others = [other for other in self.layout if other != node_id]

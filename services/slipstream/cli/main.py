@@ -27,6 +27,10 @@ from slipstream.config.values import kind_of
 INTERRUPTED = 130
 
 
+_READ_BELOW = {env_of("cpu_kernels")}
+"""Not a setting: `kernels.cpu` reads it, wherever it is imported."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors that a user can mend are one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -37,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
@@ -85,7 +92,7 @@ def _serve(rest: list[str], environ: Mapping[str, str]) -> int:
 
 def _check_environment(environ: Mapping[str, str]) -> None:
     """A misspelt variable would be ignored in silence; nothing else begins with our prefix."""
-    known = {env_of(name) for name in known_settings()} | {env_of("config")}
+    known = {env_of(name) for name in known_settings()} | {env_of("config"), *_READ_BELOW}
     for name in environ:
         if name.startswith(ENV_PREFIX) and name not in known:
             hint = did_you_mean(name, known)

@@ -381,8 +381,7 @@ class SchedulerMachine:
             if now_s >= request.deadline_s:
                 problem = Problem(
                     code=ErrorCode.DEADLINE,
-                    message=f"Not done within the request's time budget of "
-                    f"{request.submit.timeout_s:g} s; it was {request.state}.",
+                    message=f"The request's time budget is used up; it was {request.state}.",
                 )
                 effects += self._fail(request, problem, now_s)
             elif request.orphan_s is not None and now_s >= request.orphan_s + ORPHAN_GRACE_S:

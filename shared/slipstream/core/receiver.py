@@ -131,10 +131,13 @@ class Receiver:
             self._free(handover)
         return self._release(handover)
 
-    def source_down(self, source: NodeId) -> list[Job]:
-        """The source fell silent. Returns the jobs that cannot go on without it."""
+    def source_down(self, source: NodeId, epoch: Epoch | None = None) -> list[Job]:
+        """The source fell silent; `epoch`: which life of it, if that is known. A later one is not
+        meant. Returns the jobs that cannot go on without it."""
         lost = []
         for handover in [h for h in self.live.values() if h.source == source]:
+            if epoch is not None and handover.epoch > epoch:
+                continue
             if handover.last is None:
                 lost.append(handover.job)
             else:

@@ -62,7 +62,7 @@ from slipstream.messages import (
     StreamAck,
 )
 from slipstream.messages import Started as JobStarted
-from slipstream.types import BLOCK_TOKENS, BlockId, NodeId, RequestId
+from slipstream.types import BLOCK_TOKENS, BlockId, Epoch, NodeId, RequestId
 
 TICK_S = 0.5
 EARLY_MAX = 256
@@ -106,6 +106,8 @@ class WorkerMachine:
         self._eos = frozenset(settings.eos_token_ids)
         self._plan: BatchPlan | None = None
         self._draining = False
+        self._epochs: dict[NodeId, Epoch] = {}
+        """Of the peers whose sessions are up."""
         self._early: OrderedDict[_Announced, tuple[float, list[KvReady]]] = OrderedDict()
         """Announcements that overtook their `Decode`: they come from another sender."""
 
@@ -160,7 +162,8 @@ class WorkerMachine:
                     SetTimer("tick", now_s + TICK_S),
                     SetTimer("renew", now_s + self.settings.renew_s),
                 ]
-            case PeerUp(peer, _):
+            case PeerUp(peer, epoch):
+                self._epochs[peer] = epoch
                 for job in (*self.jobs.values(), *(e.job for e in self.log.ended.values())):
                     if job.tokenizer == peer:
                         self.log.repeat(job, 0)
@@ -351,7 +354,7 @@ class WorkerMachine:
 
     def _half_lost(self, peer: NodeId) -> list[Effect]:
         """What waits for this peer's word, or it for ours, goes on nowhere."""
-        lost = self.receiver.source_down(peer)
+        lost = self.receiver.source_down(peer, self._epochs.pop(peer, None))
         effects = [effect for job in lost for effect in self._fail(job, "prefill_lost")]
         for job in [job for job in self.jobs.values() if job.handover == peer]:
             effects += self._fail(job, "decode_lost")

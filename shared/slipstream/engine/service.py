@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,7 @@ def run_worker(config: WorkerConfig) -> int:
     address is taken (5).
     """
     set_up(config.log_level, config.node_id, config.log_json)
+    signal.signal(signal.SIGTERM, _leave_in_order)
     remove_dead_segments(config.shm_dir, config.run_dir, config.node_id)
     try:
         plan = _plan(config, ModelConfig.read(config.model))
@@ -80,6 +82,11 @@ def run_worker(config: WorkerConfig) -> int:
             return run_service(config, node, machine, executor)
     except ModelError as error:
         raise StartError(f"slipstream {config.role}: {error}", MODEL_ERROR) from None
+
+
+def _leave_in_order(number: int, _frame: object) -> None:
+    """Until the shell listens to signals: what is made so far goes with us."""
+    raise SystemExit(128 + number)
 
 
 def choose_dtype(wanted: str, checkpoint: str, cpu_flags: frozenset[str]) -> KvDtype:
