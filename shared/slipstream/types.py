@@ -8,6 +8,9 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
+TOKEN_BYTES = 4
+"""Of a packed token id: little-endian int32."""
+
 BLOCK_TOKENS = 16
 """Tokens in one KV block; part of every block's identity, so it is a constant and not a setting."""
 
@@ -100,6 +103,11 @@ def pack_tokens(tokens: list[int] | tuple[int, ...]) -> bytes:
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
+
+
+def count_tokens(packed: bytes | bytearray) -> int:
+    """How many token ids `packed` holds."""
+    return len(packed) // TOKEN_BYTES
 
 
 def unpack_tokens(packed: bytes) -> list[int]:

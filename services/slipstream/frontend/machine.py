@@ -42,7 +42,7 @@ from slipstream.messages import (
     Tokenize,
     Tokenized,
 )
-from slipstream.types import ATTEMPTS_PER_MOVE, Epoch, NodeId, RequestId, Role
+from slipstream.types import ATTEMPTS_PER_MOVE, Epoch, NodeId, RequestId, Role, count_tokens
 
 TICK_TIMER = "tick"
 TICK_S = 0.5
@@ -82,7 +82,7 @@ class _Request:
 
     @property
     def num_accepted(self) -> int:
-        return len(self.accepted) // 4
+        return count_tokens(self.accepted)
 
 
 @dataclass(slots=True, frozen=True)
@@ -327,7 +327,7 @@ class FrontendMachine:
             return []
         request.attempt_seen = max(request.attempt_seen, delta.attempt)
         request.accepted += delta.tokens
-        self._counts["tokens"] += len(delta.tokens) // 4
+        self._counts["tokens"] += count_tokens(delta.tokens)
         if delta.finish_reason is not None:
             return self._end(request, delta)
         return [Deliver(delta.request_id, delta)]

@@ -1,11 +1,10 @@
 """Why a request is not taken."""
 
+from slipstream.core.job import blocks_for
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
 from slipstream.scheduler.fleet import Fleet
-from slipstream.types import BLOCK_TOKENS
-
-TOKEN_BYTES = 4
+from slipstream.types import TOKEN_BYTES, count_tokens
 
 
 def refusal(
@@ -13,7 +12,8 @@ def refusal(
 ) -> Problem | None:
     """None if the request is taken. What has begun elsewhere is, however full it is here."""
     if len(submit.prompt) % TOKEN_BYTES or len(submit.accepted) % TOKEN_BYTES or not submit.prompt:
-        return Problem(code=ErrorCode.INVALID_VALUE, message="Torn token ids.", param="prompt")
+        text = f"A prompt is one token id or more, of {TOKEN_BYTES} bytes each."
+        return Problem(code=ErrorCode.INVALID_VALUE, message=text, param="prompt")
     begun = submit.repeated or submit.accepted
     if draining and not begun:
         return Problem(code=ErrorCode.DRAINING, message="The server is stopping.")
@@ -23,8 +23,8 @@ def refusal(
             message=f"{live} requests are live, the limit is {max_requests} (--max-requests). "
             "Try again later.",
         )
-    tokens = len(submit.prompt) // TOKEN_BYTES + submit.sampling.max_tokens
-    needed, most = -(-tokens // BLOCK_TOKENS), fleet.largest_pool_blocks()
+    needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)
+    most = fleet.largest_pool_blocks()
     if 0 < most < needed:
         return Problem(
             code=ErrorCode.CONTEXT_LENGTH,

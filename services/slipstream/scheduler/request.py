@@ -6,7 +6,7 @@ from enum import StrEnum
 from slipstream.core.job import blocks_for
 from slipstream.errors import Problem
 from slipstream.messages import Drop, Failed, Resume, Submit
-from slipstream.types import NodeId, RequestId
+from slipstream.types import NodeId, RequestId, count_tokens
 
 
 class State(StrEnum):
@@ -36,7 +36,6 @@ class Request:
     migrations: int = 0
     orphan_s: float | None = None
     """Since when its tokenizer is silent."""
-    queued_s: float = 0.0
 
     @property
     def request_id(self) -> RequestId:
@@ -45,7 +44,7 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens whose KV an attempt has to have before it makes a new one."""
-        return (len(self.submit.prompt) + len(self.submit.accepted)) // 4
+        return count_tokens(self.submit.prompt) + count_tokens(self.submit.accepted)
 
     @property
     def num_blocks(self) -> int:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from slipstream.config import ConfigError, StartError, WorkerConfig, format_bytes
+from slipstream.core.job import blocks_for
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.model_config import ModelConfig, ModelError
@@ -31,7 +32,7 @@ from slipstream.kv.transport import Transport, Transports
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.runtime.log import set_up
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
-from slipstream.types import BLOCK_TOKENS, Epoch
+from slipstream.types import Epoch
 
 MODEL_ERROR = 4
 MEMORY_SHARE = 0.125
@@ -114,13 +115,13 @@ def choose_num_blocks(
 
     `memory_free`, `shm_free`: bytes that nobody uses on this host, in the segments' folder.
     """
-    needed = -(-max_model_len // BLOCK_TOKENS)
+    needed = blocks_for(max_model_len)
     if config.kv_cache_bytes:
         num_blocks = config.kv_cache_bytes // block_bytes
         why = f"--kv-cache-bytes {format_bytes(config.kv_cache_bytes)}"
     else:
         limit = min(int(memory_free * MEMORY_SHARE), int(shm_free * SHM_SHARE))
-        usual = -(-min(USUAL_TOKENS, max_model_len) // BLOCK_TOKENS) * config.max_num_seqs
+        usual = blocks_for(min(USUAL_TOKENS, max_model_len)) * config.max_num_seqs
         num_blocks = min(max(usual, needed), limit // block_bytes)
         why = (
             f"{format_bytes(limit)} for KV blocks (sized automatically: an eighth of "
