@@ -58,6 +58,9 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     accept_decode: bool
     transports: dict[str, str] = {}
     """Transport name -> how a peer attaches (a segment, an address)."""
+    device: str = ""
+    """What it computes with (cores, a card). Workers of one host that name the same slow each other
+    down."""
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -81,6 +84,28 @@ class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
     attempt: int
     waits: bool = False
     """It cannot go on without another worker: half of a hand-over."""
+
+
+class StepSample(msgspec.Struct, frozen=True, array_like=True):
+    """What one step did and how long it took: the prices of placement are fitted to these."""
+
+    prefill_tokens: int
+    """Over rows of more than one token: the sum of their tokens, u."""
+    prefill_pairs: int
+    """Over the same rows: the sum of (c + u)^2 - c^2 with c tokens before them."""
+    decode_rows: int
+    decode_context: int
+    """Tokens that the decode rows look back on."""
+    elapsed_s: float
+
+
+class TransferSample(msgspec.Struct, frozen=True, array_like=True):
+    """One READ that went well."""
+
+    source: NodeId
+    transport: str
+    num_blocks: int
+    elapsed_s: float
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -154,6 +179,8 @@ class TextDelta(Message, kw_only=True, frozen=True):
     usage: Usage | None = None
     path: str = ""
     """Workers that made the tokens, as `prefill-0>decode-1`; on the first and the last delta."""
+    decision: str = ""
+    """Why these workers, in short; as `path`."""
 
 
 class TextOut(Message, kw_only=True, frozen=True):
@@ -232,6 +259,7 @@ class TokenSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop_token: int | None = None
     cached_tokens: int = 0
     path: str = ""
+    decision: str = ""
 
 
 class TokensOut(Message, kw_only=True, frozen=True):
@@ -300,6 +328,19 @@ class WorkerLoad(Message, kw_only=True, frozen=True):
     blocks_leased: Count
     counters: dict[str, float] = {}
     """Since the start: transfers, their bytes and failures by cause, hits, preemptions."""
+    step_samples: list[StepSample] = []
+    """Since the last load, some of them if they were many; `transfer_samples` too."""
+    transfer_samples: list[TransferSample] = []
+
+
+class FirstToken(Message, kw_only=True, frozen=True):
+    """Worker -> scheduler: this attempt's prompt is computed, and its first token on its way."""
+
+    request_id: RequestId
+    attempt: int
+    cached_tokens: Count = 0
+    fetched_blocks: Count = 0
+    """Blocks among them that came from another holder or a lower tier."""
 
 
 class Started(Message, kw_only=True, frozen=True):
@@ -331,10 +372,20 @@ class Located(Message, kw_only=True, frozen=True):
     request_id: RequestId
     attempt: int
     blocks: dict[NodeId, int]
+    lower: dict[NodeId, int] = {}
+    """How many of them are not in the worker's pool but in a tier below it."""
 
 
 SchedulerInbox: TypeAlias = (
-    Hello | Submit | StreamEnded | WorkerLoad | Started | Finished | AttemptFailed | Located
+    Hello
+    | Submit
+    | StreamEnded
+    | WorkerLoad
+    | FirstToken
+    | Started
+    | Finished
+    | AttemptFailed
+    | Located
 )
 
 
@@ -355,6 +406,12 @@ class Prefill(Message, kw_only=True, frozen=True):
     salt: str = ""
     claimed_blocks: Count = 0
     """What the index said is cached here; the worker counts how often that was wrong."""
+    holder: NodeId | None = None
+    """A worker that is said to have more of the prompt than this one: fetch from it what is missing
+    here, up to `holder_blocks` leading blocks."""
+    holder_epoch: Epoch = 0
+    holder_blocks: Count = 0
+    decision: str = ""
 
 
 class Decode(Message, kw_only=True, frozen=True):
@@ -371,6 +428,10 @@ class Decode(Message, kw_only=True, frozen=True):
     timeout_s: Seconds
     salt: str = ""
     claimed_blocks: Count = 0
+    holder: NodeId | None = None
+    holder_epoch: Epoch = 0
+    holder_blocks: Count = 0
+    decision: str = ""
 
 
 class Drop(Message, kw_only=True, frozen=True):
@@ -398,6 +459,32 @@ class KvReady(Message, kw_only=True, frozen=True):
     """The sampled token; set on the last chunk alone."""
     first_logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
+
+
+class Borrow(Message, kw_only=True, frozen=True):
+    """Worker -> holder of a prefix: keep these blocks still under this lease, and say where they
+    are."""
+
+    request_id: RequestId
+    attempt: int
+    lease_id: str
+    epoch: Epoch
+    """The holder's."""
+    first_block: Count
+    """The reader has those before."""
+    block_hashes: bytes
+
+
+class Lent(Message, kw_only=True, frozen=True):
+    """Holder -> reader: as many leading blocks as there are of those asked for; perhaps none, and
+    then there is no lease."""
+
+    request_id: RequestId
+    attempt: int
+    lease_id: str
+    epoch: Epoch
+    block_ids: list[BlockId] = []
+    digests: bytes = b""
 
 
 class Renew(Message, kw_only=True, frozen=True):
@@ -447,6 +534,8 @@ WorkerInbox: TypeAlias = (
     | Decode
     | Drop
     | KvReady
+    | Borrow
+    | Lent
     | Renew
     | Release
     | Released
@@ -465,7 +554,11 @@ class BlockEvents(Message, kw_only=True, frozen=True):
     epoch: Epoch
     seq: Count
     stored: bytes = b""
+    """Blocks that are in the pool now."""
     removed: bytes = b""
+    """Blocks that are nowhere any more."""
+    lower: dict[int, bytes] = {}
+    """Blocks that are no longer in the pool but in this tier (1: host memory, 2: disk)."""
 
 
 class Snapshot(Message, kw_only=True, frozen=True):
@@ -474,6 +567,7 @@ class Snapshot(Message, kw_only=True, frozen=True):
     epoch: Epoch
     seq: Count
     stored: bytes
+    lower: dict[int, bytes] = {}
 
 
 class Locate(Message, kw_only=True, frozen=True):

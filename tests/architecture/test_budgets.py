@@ -9,7 +9,7 @@ from architecture.sources import REPOSITORY, source_files
 FILE_LINES = 400
 FUNCTION_LINES = 60
 TRITON_LINES = 90
-LARGER_FILES = {"shared/slipstream/messages.py": 550}
+LARGER_FILES = {"shared/slipstream/messages.py": 700}
 """The vocabulary of the wire is one table and stays in one file."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -92,6 +92,13 @@ class PullDone(_Record, frozen=True):
     digests: tuple[bytes, ...] = ()
     """Of the local blocks as read."""
     error: str | None = None
+    transport: str = ""
+    elapsed_s: float = 0.0
+
+
+class BlocksDigested(_Record, frozen=True):
+    op_id: str
+    digests: tuple[bytes, ...]
 
 
 class Encoded(_Record, frozen=True):
@@ -140,6 +147,7 @@ Event: TypeAlias = (
     | BatchDone
     | BatchFailed
     | PullDone
+    | BlocksDigested
     | Encoded
     | Opened
     | Closed
@@ -229,6 +237,13 @@ class PullBlocks(_Record, frozen=True):
     timeout_s: float
 
 
+class DigestBlocks(_Record, frozen=True):
+    """Digests of local blocks that nobody writes into; ends as `BlocksDigested`."""
+
+    op_id: str
+    blocks: tuple[BlockId, ...]
+
+
 class EncodePrompt(_Record, frozen=True):
     """Render and encode in a thread; ends as `Encoded`."""
 
@@ -310,6 +325,7 @@ Effect: TypeAlias = (
     | CancelTimer
     | RunBatch
     | PullBlocks
+    | DigestBlocks
     | EncodePrompt
     | Deliver
     | DeliverCodec
