@@ -224,6 +224,7 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
             prefill_budget_tokens=config.prefill_budget_tokens,
             accept_decode=config.accept_decode,
             transports=transports.advertise(),
+            device=f"cpu {','.join(map(str, sorted(os.sched_getaffinity(0))))}",
         ),
     )
 
