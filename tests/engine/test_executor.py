@@ -17,6 +17,8 @@ from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
     BatchPlan,
+    BlocksDigested,
+    DigestBlocks,
     Event,
     Exit,
     PullBlocks,
@@ -26,7 +28,7 @@ from slipstream.core.machine import (
     RunBatch,
 )
 from slipstream.decode.config import DecodeConfig
-from slipstream.engine import executor as executor_module
+from slipstream.engine import transfers as transfers_module
 from slipstream.engine.executor import StepRunner, WorkerExecutor
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
@@ -143,6 +145,15 @@ async def test_a_digest_of_no_block_fails_the_step(tmp_path: Path) -> None:
     await side.close()
 
 
+async def test_local_blocks_are_digested(tmp_path: Path) -> None:
+    side = Side(tmp_path, "d", Scripted)
+    side.blocks[:] = np.random.default_rng(1).integers(0, 256, side.blocks.shape, np.uint8)
+    await side.start()
+    side.executor.execute(DigestBlocks("o", (7, 0)))
+    assert await side.next() == BlocksDigested("o", block_digests(side.blocks, (7, 0)))
+    await side.close()
+
+
 def pull(pull_id: str = "p", epoch: int = 3, timeout_s: float = WAIT_S) -> PullBlocks:
     return PullBlocks(pull_id, "source", epoch, (4, 5, 6), (1, 2, 3), timeout_s)
 
@@ -153,7 +164,10 @@ async def test_a_read_ends_with_the_digests_of_the_local_bytes(tmp_path: Path) -
     side.peers["source"] = source.info
     await side.start()
     side.executor.execute(pull())
-    assert await side.next() == PullDone("p", block_digests(source.blocks, (4, 5, 6)))
+    done = await side.next()
+    assert isinstance(done, PullDone) and done.error is None
+    assert done.digests == block_digests(source.blocks, (4, 5, 6))
+    assert done.transport == "shm" and done.elapsed_s > 0
     assert (side.blocks[1:4] == source.blocks[4:7]).all()
     assert side.executor.statistics()["transfer_shm_bytes_total"] == 3 * BLOCK_BYTES
     await side.close()
@@ -177,7 +191,9 @@ async def test_a_failed_read_ends_with_its_cause(
         side.peers["source"] = source.info
     await side.start()
     side.executor.execute(effect)
-    assert await side.next() == PullDone("p", error=cause)
+    done = await side.next()
+    assert isinstance(done, PullDone)
+    assert (done.pull_id, done.error, done.digests) == ("p", cause, ())
     names = [name for name in side.executor.statistics() if f"failures_{cause}" in name]
     assert len(names) == 1
     await side.close()
@@ -218,11 +234,11 @@ async def test_every_read_ends_once_and_not_before_the_transport_lets_go(
     side, source = Side(tmp_path, "d", Scripted), Side(tmp_path, "source", Scripted)
     transport = Broken(error)
     side.peers["source"] = source.info
-    side.executor._transports = Transports([transport], "x", BLOCK_BYTES, "here")
+    side.executor._transfers._transports = Transports([transport], "x", BLOCK_BYTES, "here")
     await side.start()
     for number in range(5):
         side.executor.execute(pull(str(number)))
-    for _ in range(executor_module.TRANSFER_THREADS):
+    for _ in range(transfers_module.TRANSFER_THREADS):
         await asyncio.to_thread(transport.reading.acquire)
     assert side.events.empty()
     transport.go.set()
@@ -238,7 +254,7 @@ async def test_closing_ends_hanging_reads(tmp_path: Path) -> None:
     side, source = Side(tmp_path, "d", Scripted), Side(tmp_path, "source", Scripted)
     transport = Broken(TransferError("closed"))
     side.peers["source"] = source.info
-    side.executor._transports = Transports([transport], "x", BLOCK_BYTES, "here")
+    side.executor._transfers._transports = Transports([transport], "x", BLOCK_BYTES, "here")
     await side.start()
     for number in range(5):
         side.executor.execute(pull(str(number)))
@@ -248,7 +264,7 @@ async def test_closing_ends_hanging_reads(tmp_path: Path) -> None:
 
 
 async def test_a_dead_peer_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor_module, "SWEEP_PERIOD_S", 0.01)
+    monkeypatch.setattr(transfers_module, "SWEEP_PERIOD_S", 0.01)
     source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
     side.peers["source"] = source.info
     forgotten, loop, forget = asyncio.Event(), asyncio.get_running_loop(), side.transports.forget
@@ -303,7 +319,9 @@ async def test_a_stream_goes_on_from_blocks_that_were_read(
     computed = await source.next()
     assert isinstance(computed, BatchDone)
     side.executor.execute(PullBlocks("p", "source", 3, theirs, ours, WAIT_S))
-    assert await side.next() == PullDone("p", tuple(computed.digests[b] for b in theirs))
+    done = await side.next()
+    assert isinstance(done, PullDone)
+    assert done.digests == tuple(computed.digests[b] for b in theirs)
 
     tokens = list(computed.outputs[0].tokens)
     for step in range(1, 12):
