@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -21,9 +21,9 @@ from slipstream.core.machine import (
     RunBatch,
 )
 from slipstream.engine.transfers import Transfers, one_line
+from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
-from slipstream.kv.transport import Transports
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
 
@@ -42,9 +42,9 @@ class WorkerExecutor:
         runner: StepRunner,
         blocks: Blocks,
         transports: Transports,
-        directory: Callable[[NodeId], NodeInfo | None],
+        directory: Callable[[], Mapping[NodeId, NodeInfo]],
     ):
-        """`blocks`: the runner's pool as bytes. `directory`: who a node id is now."""
+        """`blocks`: the runner's pool as bytes. `directory`: who is there now."""
         self._runner, self._blocks = runner, blocks
         self._transfers = Transfers(blocks, transports, directory)
         self._compute = ThreadPoolExecutor(1, "compute")
