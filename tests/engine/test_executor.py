@@ -288,11 +288,17 @@ async def test_a_peer_is_measured_before_anybody_asks(
     monkeypatch.setattr(transfers_module, "SWEEP_PERIOD_S", 0.01)
     source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
     side.peers |= {"source": source.info, "d": side.info}
-    before = side.blocks.copy()
+    before, loop = side.blocks.copy(), asyncio.get_running_loop()
+    measured, measure = asyncio.Event(), side.transports.measure
+
+    def measure_and_tell(peer: NodeInfo) -> None:
+        measure(peer)
+        loop.call_soon_threadsafe(measured.set)
+
+    monkeypatch.setattr(side.transports, "measure", measure_and_tell)
     await side.start()
-    async with asyncio.timeout(WAIT_S):
-        while "transfer_shm_gbps" not in side.executor.statistics():
-            await asyncio.sleep(0.01)
+    await asyncio.wait_for(measured.wait(), WAIT_S)
+    assert side.executor.statistics()["transfer_shm_gbps"] > 0
     assert side.transports.peers == {"source": 3}
     assert (side.blocks == before).all()
     await side.close()
