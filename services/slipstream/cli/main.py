@@ -23,6 +23,7 @@ from slipstream.config import (
 from slipstream.config.help import help_text
 from slipstream.config.loader import USAGE_ERROR
 from slipstream.config.values import kind_of
+from slipstream.simulate.config import SimulateConfig
 
 INTERRUPTED = 130
 
@@ -64,6 +65,8 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
             return _config(rest, environ)
         if command == "serve":
             return _serve(rest, environ)
+        if command == "simulate":
+            return _simulate(rest, environ)
         return _service(command, rest, environ)
     except HelpRequested:
         print(help_text(CONFIGURED[command], command))
@@ -88,6 +91,13 @@ def _serve(rest: list[str], environ: Mapping[str, str]) -> int:
     from slipstream.cli.serve import serve
 
     return serve(loaded, environ)
+
+
+def _simulate(rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(SimulateConfig, "simulate", rest, environ)
+    from slipstream.simulate.__main__ import run
+
+    return run(config)
 
 
 def _check_environment(environ: Mapping[str, str]) -> None:
