@@ -37,7 +37,7 @@ def test_each_request_ends_once_with_its_output_length(layout: str, seed: int) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_is_held_in_the_end(layout: str) -> None:
     cluster = played(a_run(**LAYOUTS[layout], rate_scale=20.0), synthetic_trace(60, 1))
-    cluster.settle(5.0)
+    cluster.settle(1.0)
     for process in cluster.processes:
         process.machine.check()
     assert not cluster.scheduler.inner.requests

@@ -69,10 +69,10 @@ def test_no_trace_at_all(tmp_path: Path) -> None:
 
 
 def test_spread_draws_between_a_stamp_and_the_next() -> None:
-    stamped = [request(t, 16, 1, n) for n, t in enumerate([0.0, 0.0, 0.0, 3.0, 3.0, 6.0])]
+    stamped = [request(t, 16, 1, n) for n, t in enumerate([0.0] * 9 + [3.0] * 5 + [6.0])]
     drawn = spread(stamped, seed=1)
     times_s = [r.arrival_s for r in drawn]
-    assert times_s == sorted(times_s) and len(set(times_s)) == 6
+    assert times_s == sorted(times_s) and len(set(times_s)) == 15
     assert [r.chunks for r in drawn] == [r.chunks for r in stamped]
     assert [r.arrival_s // 3 * 3 for r in drawn] == [r.arrival_s for r in stamped]
     assert drawn == spread(stamped, seed=1) != spread(stamped, seed=2)
