@@ -37,6 +37,18 @@ class PrepareConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = "demo"
 
 
+class FitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prints a file for `slipstream simulate --step-model`, fitted to what workers recorded."""
+
+    folder: Annotated[
+        str,
+        Meta(
+            description="Recordings that `slipstream serve --record FOLDER` wrote.",
+            extra={"positional": "FOLDER"},
+        ),
+    ]
+
+
 CONFIGURED: dict[str, type[msgspec.Struct]] = {
     "serve": ServeConfig,
     **SERVICES,

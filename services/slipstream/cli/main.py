@@ -9,7 +9,14 @@ from pathlib import Path
 
 import msgspec
 
-from slipstream.cli.commands import CONFIGURED, SERVICES, SUMMARIES, PrepareConfig, known_settings
+from slipstream.cli.commands import (
+    CONFIGURED,
+    SERVICES,
+    SUMMARIES,
+    FitConfig,
+    PrepareConfig,
+    known_settings,
+)
 from slipstream.config import (
     ENV_PREFIX,
     HelpRequested,
@@ -94,10 +101,26 @@ def _serve(rest: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _simulate(rest: list[str], environ: Mapping[str, str]) -> int:
+    if rest[:1] == ["fit"]:
+        return _fit(rest[1:], environ)
     config = load(SimulateConfig, "simulate", rest, environ)
     from slipstream.simulate.__main__ import run
 
     return run(config)
+
+
+def _fit(rest: list[str], environ: Mapping[str, str]) -> int:
+    try:
+        config = load(FitConfig, "simulate fit", rest, environ)
+    except HelpRequested:
+        print(help_text(FitConfig, "simulate fit"))
+        return 0
+    from slipstream.simulate.fit import as_toml, fit, recorded
+
+    hardware, error = fit(recorded(Path(config.folder)))
+    comment = f"Fitted by `slipstream simulate fit`; median error of a step {error:.1%}."
+    print(as_toml(hardware, comment), end="")
+    return 0
 
 
 def _check_environment(environ: Mapping[str, str]) -> None:
