@@ -87,7 +87,7 @@ class Job:
         """Hashes of the full blocks among the first `num_tokens` tokens."""
         count = num_tokens // BLOCK_TOKENS
         if len(self.hashes) < count:
-            extend_hashes(self.hashes, self.tokens[: count * BLOCK_TOKENS], self.space)
+            extend_hashes(self.hashes, self.tokens, self.space)
         return self.hashes[:count]
 
     def append(self, token: int, logprobs: TokenLogprobs | None) -> None:
@@ -146,7 +146,8 @@ def unfit(message: Prefill | Decode, worker: WorkerInfo) -> Problem | None:
             message=f"A worker holds {limit} tokens of one request. This one has {len(prompt)} in "
             f"the prompt and asks for {max_tokens} more.",
         )
-    if not prompt or not all(0 <= token < worker.vocab_size for token in prompt + accepted):
+    tokens = prompt + accepted
+    if not prompt or min(tokens) < 0 or max(tokens) >= worker.vocab_size:
         return Problem(
             code=ErrorCode.INVALID_VALUE,
             message=f"Token ids must be in [0, {worker.vocab_size}), at least one.",
