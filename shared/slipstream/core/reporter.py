@@ -26,6 +26,7 @@ class IndexReporter:
         if to != self.target:
             return []
         self.pool.drain_events()
+        self.seq += 1  # two snapshots of one number could hold different blocks
         node = self.membership.node
         stored = b"".join(self.pool.hashes())
         return [Send(to, Snapshot(epoch=node.epoch, seq=self.seq, stored=stored))]
