@@ -311,7 +311,7 @@ def test_who_answers_no_question_tells_another_kvindex() -> None:
     assert bench.requests() == feed_module.ASKS_MAX
     assert not bench.machine.feeds
     bench.say(events(4, HASHES[0]))
-    bench.wait(1.0)
+    bench.wait(0.5)
     assert bench.requests() == 1, "it is back"
 
 

@@ -202,7 +202,11 @@ class Cluster:
     def _machine(self, info: NodeInfo) -> m.Machine:
         match info.role:
             case Role.SCHEDULER:
-                settings = SchedulerSettings(disaggregation=self.disaggregation, max_migrations=100)
+                settings = SchedulerSettings(
+                    disaggregation=self.disaggregation,
+                    max_migrations=100,
+                    index_stride=1 + self.seed % 3,
+                )
                 return SchedulerMachine(info, settings)
             case Role.TOKENIZER:
                 eos = frozenset({EOS})

@@ -118,10 +118,9 @@ class Batcher:
 
     def commit(self, job: Job) -> None:
         """Let prefixes find the job's full, computed blocks."""
-        for block, block_hash in zip(
-            job.block_ids, job.full_hashes(job.num_computed), strict=False
-        ):
-            self.pool.commit(block, block_hash)
+        hashes = job.full_hashes(job.num_computed)
+        for position, (block, block_hash) in enumerate(zip(job.block_ids, hashes, strict=False)):
+            self.pool.commit(block, block_hash, position)
 
     def _end(self, job: Job, budget: int) -> int | None:
         """How far the job may get in this step; None if not at all."""

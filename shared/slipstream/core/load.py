@@ -36,7 +36,8 @@ def _counters(worker: "WorkerMachine") -> dict[str, float]:
         "preemptions_total": batcher.preemptions,
         "prefix_hit_tokens_total": batcher.hit_tokens,
         "prefix_query_tokens_total": batcher.queried_tokens,
-        "index_claims_wrong_total": worker.claimed_wrong,
+        "index_claims_total": worker.reporter.claims,
+        "index_claims_wrong_total": worker.reporter.claims_wrong,
         **{f"handover_{cause}_total": n for cause, n in receiver.failures.items()},
         **{f"attempts_failed_{cause}_total": n for cause, n in worker.failures.items()},
     }

@@ -101,8 +101,6 @@ class WorkerMachine:
         self.log = TokenLog(LOG_KEEP_S)
         self.jobs: dict[RequestId, Job] = {}
         self.failures: Counter[str] = Counter()
-        self.claimed_wrong = 0
-        """Blocks that the index said were cached here and were not."""
         self._eos = frozenset(settings.eos_token_ids)
         self._plan: BatchPlan | None = None
         self._draining = False
@@ -217,8 +215,7 @@ class WorkerMachine:
         job = Job.of(message, space, self.membership.node.node_id, now_s)
         self.jobs[job.request_id] = job
         if message.claimed_blocks:
-            there = len(self.pool.match(job.full_hashes(len(job.tokens))))
-            self.claimed_wrong += max(0, message.claimed_blocks - there)
+            self.reporter.claimed(job.full_hashes(len(job.tokens)), message.claimed_blocks)
         if isinstance(message, Decode) and message.prefill is not None:
             self.receiver.expect(job, message.prefill, message.prefill_epoch)
             _, early = self._early.pop((message.prefill, *job.key), (0.0, []))
