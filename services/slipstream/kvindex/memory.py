@@ -3,6 +3,7 @@
 For the simulator, and as the specification that the tests hold Redis against.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from slipstream.core.machine import (
@@ -74,15 +75,29 @@ class MemoryStore:
             known = self.workers.get(worker)
             if known is None or known.epoch != epoch:
                 continue
-            run = []
-            for block_hash in effect.hashes:
-                tier = known.tiers.get(block_hash)
-                if tier is None:
-                    break
-                run.append(tier)
-            if run:
-                holders[worker] = Held(len(run), sum(tier > 0 for tier in run))
+            tiers = [known.tiers.get(block_hash) for block_hash in effect.hashes]
+            if not tiers or tiers[0] is None:
+                continue
+            run = _last(tiers, 1, len(tiers), lambda tier: tier is not None)
+            pooled = run
+            if tiers[run - 1] != 0:
+                pooled = _last(tiers, 0, run - 1, lambda tier: tier == 0)
+            holders[worker] = Held(run, run - pooled)
         return StoreDone(effect.op_id, ok=True, holders=holders)
+
+
+def _last(
+    tiers: Sequence[int | None], low: int, high: int, is_so: Callable[[int | None], bool]
+) -> int:
+    """How many leading tiers are so, between these bounds: searched by halving, since a cache that
+    has a block has those before it. It gives up the tail of a prompt before its head."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if is_so(tiers[middle - 1]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _tiers(effect: StoreApply | StoreReplace) -> dict[BlockHash, int]:

@@ -52,25 +52,29 @@ return 1
 FIND = """
 -- KEYS: a kvw for each worker. ARGV: hashes, then each worker's living epoch. For each worker how
 -- many leading blocks it has, and how many of these are not in tier 0.
-local packed, hashes, found = ARGV[1], {}, {}
-for i = 1, #packed, 16 do hashes[#hashes + 1] = string.sub(packed, i, i + 15) end
-local function walk(key)
-  local run, lower, bite = 0, 0, 16
-  while run < #hashes do
-    local tiers = redis.call('HMGET', key, unpack(hashes, run + 1, math.min(run + bite, #hashes)))
-    for _, tier in ipairs(tiers) do
-      if not tier then return run, lower end
-      run = run + 1
-      if tier ~= '0' then lower = lower + 1 end
-    end
-    bite = math.min(2 * bite, 512)
-  end
-  return run, lower
+local packed, found = ARGV[1], {}
+local count = #packed / 16
+local function tier_of(key, i)
+  return redis.call('HGET', key, string.sub(packed, 16 * i - 15, 16 * i))
 end
+local function last(key, low, high, is)
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    if is(tier_of(key, middle)) then low = middle else high = middle - 1 end
+  end
+  return low
+end
+local function there(tier) return tier end
+local function pooled(tier) return tier == '0' end
 for i, key in ipairs(KEYS) do
-  local at = redis.pcall('HMGET', key, 'epoch', hashes[1])
+  local at = redis.pcall('HMGET', key, 'epoch', string.sub(packed, 1, 16))
   local run, lower = 0, 0
-  if not at.err and at[1] == ARGV[i + 1] and at[2] then run, lower = walk(key) end
+  if not at.err and at[1] == ARGV[i + 1] and at[2] then
+    run = last(key, 1, count, there)
+    if not pooled(tier_of(key, run)) then
+      lower = run - last(key, 0, run - 1, pooled)
+    end
+  end
   found[2 * i - 1], found[2 * i] = run, lower
 end
 return found
