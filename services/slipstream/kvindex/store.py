@@ -138,10 +138,16 @@ class RedisStore:
                     [packed, *(effect.workers[worker] for worker in workers)],
                 )
                 for workers in shards.values()
-            )
+            ),
+            return_exceptions=True,
         )
+        errors = [error for error in found if isinstance(error, BaseException)]
+        if len(errors) == len(found):
+            raise errors[0]
         holders: dict[NodeId, Held] = {}
         for workers, counts in zip(shards.values(), found, strict=True):
+            if isinstance(counts, BaseException):
+                continue  # a part of a Cluster is down
             for worker, blocks, lower in zip(workers, counts[::2], counts[1::2], strict=True):
                 if blocks:
                     holders[worker] = Held(blocks, lower)
