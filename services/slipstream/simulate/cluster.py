@@ -66,7 +66,8 @@ class TimedScheduler:
 
 def scheduler_settings(run: Run) -> SchedulerSettings:
     """The one place where a policy becomes the scheduler's."""
-    return SchedulerSettings(disaggregation=run.disaggregation, max_requests=run.max_requests)
+    fields = {name: getattr(run, name) for name in ("policy", "disaggregation", "max_requests")}
+    return msgspec.convert(fields, SchedulerSettings)
 
 
 class Cluster:

@@ -1,15 +1,15 @@
 """Settings of `slipstream simulate`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
 from slipstream.config import MaxRequests
+from slipstream.scheduler.policy import Disaggregation, Policy
 
-POLICIES = ("tokens",)
-"""What the scheduler places by: prompt tokens to compute, behind those already given out."""
-DISAGGREGATIONS = ("always", "never")
+POLICIES = get_args(Policy)
+DISAGGREGATIONS = get_args(Disaggregation)
 
 
 class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,7 +122,7 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def disaggregations(self) -> list[str]:
-        return _words(self.disaggregation) or ["always" if self.prefill else "never"]
+        return _words(self.disaggregation) or ["auto" if self.prefill else "never"]
 
     @property
     def rate_scales(self) -> list[float]:
