@@ -73,7 +73,7 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         str,
         Meta(
             description=f"One or more, of {', '.join(DISAGGREGATIONS)}; "
-            "empty: never without --prefill, else always."
+            "empty: never without --prefill, else auto."
         ),
     ] = ""
     rate_scale: Annotated[

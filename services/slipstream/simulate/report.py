@@ -93,7 +93,9 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
     workers = cluster.workers.values()
     hit_blocks = sum(worker.batcher.hit_tokens for worker in workers) // BLOCK_TOKENS
     reusable, query_blocks = reusable_blocks(stream.request for stream in streams)
-    failures: Counter[str] = sum((worker.receiver.failures for worker in workers), Counter())
+    failures: Counter[str] = sum(
+        (worker.exchange.receiver.failures for worker in workers), Counter()
+    )
     scheduler = cluster.scheduler
     return Summary(
         policy=run.policy,
@@ -118,7 +120,7 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         placements=len(scheduler.placement_s),
         migrated=scheduler.inner.counters["migrated"],
         preemptions=sum(worker.batcher.preemptions for worker in workers),
-        blocks_pulled=sum(worker.receiver.blocks_pulled for worker in workers),
+        blocks_pulled=sum(worker.exchange.receiver.blocks_pulled for worker in workers),
         handover_failures=dict(failures),
         imbalance=_imbalance(cluster),
         workers={name: _worker(cluster, name, elapsed_s) for name in cluster.workers},
