@@ -56,7 +56,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     frontend: Annotated[Count, Meta(description="Frontends, on port, port + 1, …")] = 1
     kvindex: Annotated[WorkerCount, Meta(description="Index services; 0: place by load.")] = 1
     disaggregation: Disaggregation = "always"
-    transports: Transports = "shm,bus"
+    transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads of each worker; 0: one for each core.")
