@@ -69,7 +69,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """What one cache without end would have hit."""
 
     placement_s: Percentiles
-    """Wall clock of the scheduler's calls that place."""
+    """Processor time of the scheduler's calls that place."""
     placements: int
     migrated: int
     preemptions: int
