@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from slipstream.core.prefix import extend_hashes
 from slipstream.errors import ErrorCode, Problem
-from slipstream.messages import Decode, Prefill, TokenSpan, WorkerInfo
+from slipstream.messages import Decode, FirstToken, Prefill, TokenSpan, WorkerInfo
 from slipstream.types import (
     BLOCK_TOKENS,
     BlockHash,
@@ -48,6 +48,9 @@ class Job:
     announced_blocks: int = 0
     on_device: bool = False
     preemptions: int = 0
+    fetched_blocks: int = 0
+    """Blocks that came from another holder before the prompt was computed."""
+    decision: str = ""
     dropped: bool = False
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
@@ -68,6 +71,7 @@ class Job:
             deadline_s=now_s + message.timeout_s,
             handover=message.decode if isinstance(message, Prefill) else None,
             path=f"{prefill}>{node_id}" if prefill else node_id,
+            decision=message.decision,
         )
 
     @property
@@ -101,6 +105,14 @@ class Job:
             self.finish_reason = FinishReason.LENGTH
         return self.finish_reason is not None
 
+    def first_token(self) -> FirstToken:
+        return FirstToken(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            cached_tokens=self.cached_tokens or 0,
+            fetched_blocks=self.fetched_blocks,
+        )
+
     def span(self, start: int) -> TokenSpan:
         """The output tokens of this attempt from the `start`-th on, for the tokenizer."""
         first = self.num_prompt + self.num_accepted
@@ -114,6 +126,7 @@ class Job:
             stop_token=self.stop_token,
             cached_tokens=self.cached_tokens or 0,
             path=self.path,
+            decision=self.decision,
         )
 
 
