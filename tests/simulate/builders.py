@@ -15,8 +15,8 @@ HARDWARE = msgspec.structs.replace(load_hardware("h200-8b"), kv_cache_tokens=200
 
 def a_run(**changes: object) -> Run:
     run = Run(
-        policy="tokens",
-        disaggregation="never",
+        policy="cost",
+        disaggregation="auto",
         rate_scale=1.0,
         workers=2,
         prefill=0,

@@ -106,5 +106,5 @@ def test_the_table_has_a_line_for_each_run() -> None:
     found = summarize(played(a_run(), [request(0.0, 100, 3, 1)]), 0.0)
     lines = table([found, msgspec.structs.replace(found, rate_scale=2.5)]).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
-    assert {line.count("|") for line in lines} == {22}
+    assert {line.count("|") for line in lines} == {23}
     assert " 2.5 |" in lines[3]

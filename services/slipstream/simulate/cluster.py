@@ -13,6 +13,7 @@ from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.messages import SCHEDULER, Decode, NodeInfo, WorkerInfo
 from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
+from slipstream.scheduler.policy import Disaggregation, Policy
 from slipstream.simulate.driver import Driver, Limits
 from slipstream.simulate.hardware import Hardware
 from slipstream.simulate.prompts import Prompts
@@ -28,8 +29,8 @@ LAYOUT_ID = "simulated"
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """All that decides what happens in one run, beside the requests."""
 
-    policy: str
-    disaggregation: str
+    policy: Policy
+    disaggregation: Disaggregation
     rate_scale: float
     workers: int
     prefill: int
@@ -67,7 +68,9 @@ class TimedScheduler:
 
 def scheduler_settings(run: Run) -> SchedulerSettings:
     """The one place where a policy becomes the scheduler's."""
-    return SchedulerSettings(disaggregation=run.disaggregation, max_requests=run.max_requests)
+    return SchedulerSettings(
+        policy=run.policy, disaggregation=run.disaggregation, max_requests=run.max_requests
+    )
 
 
 class Cluster:
