@@ -151,6 +151,8 @@ class Peers(Message, kw_only=True, frozen=True):
     ready: bool = False
     """Whether a request could be served now; if not, `reason` says what is missing."""
     reason: str = ""
+    index_stride: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """Every n-th block of a prompt is reported to the index and looked up in it."""
 
 
 # --- To the frontend ------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_config_show_names_origins_and_hides_secrets(
     assert main(["config", "show", "kvindex", "--redis-url", "redis://:hunter2@h"]) == 0
     shown = capsys.readouterr().out
     assert "redis_url = '…'  # --redis-url" in shown and "hunter2" not in shown
-    assert "worker_ttl_s = 3.0  # default" in shown
+    assert "worker_ttl_s = 30.0  # default" in shown
 
 
 def test_ps_shows_the_service_and_no_secret() -> None:

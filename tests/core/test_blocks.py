@@ -28,7 +28,8 @@ def test_pool_keeps_its_invariants(seed: int) -> None:
         elif choice < 0.6 and held:
             group = draw.choice(held)
             if group:
-                pool.commit(draw.choice(group), bytes([draw.randrange(8)]) * 16)
+                number = draw.randrange(8)
+                pool.commit(draw.choice(group), bytes([number]) * 16, number)
         elif choice < 0.75:
             hits = pool.match([bytes([draw.randrange(8)]) * 16 for _ in range(3)])
             pool.take(hits)
@@ -36,9 +37,11 @@ def test_pool_keeps_its_invariants(seed: int) -> None:
         elif held:
             pool.release(held.pop(draw.randrange(len(held))))
         pool.check()
-        stored, removed = pool.drain_events()
-        index = (index | set(stored)) - set(removed)
-        assert index == set(pool.hashes()), "events do not add up to the cache"
+        for block_hash, position in pool.drain_changes():
+            assert position == block_hash[0]
+            (index.add if block_hash in pool else index.discard)(block_hash)
+        assert index == set(pool.hashes()), "changes do not add up to the cache"
+        assert pool.named() == [(block_hash, block_hash[0]) for block_hash in pool.hashes()]
     for group in held:
         pool.release(group)
     assert pool.num_available == pool.num_blocks
@@ -50,8 +53,8 @@ def test_the_tail_is_evicted_before_the_head() -> None:
     blocks = pool.allocate(4)
     assert blocks is not None
     hashes = [bytes([i]) * 16 for i in range(4)]
-    for block, block_hash in zip(blocks, hashes, strict=True):
-        pool.commit(block, block_hash)
+    for position, (block, block_hash) in enumerate(zip(blocks, hashes, strict=True)):
+        pool.commit(block, block_hash, position)
     pool.release(blocks)
     pool.allocate(2)
     assert pool.match(hashes) == blocks[:2]

@@ -60,8 +60,8 @@ class Desk:
         blocks = self.pool.allocate(num_blocks)
         assert blocks is not None
         hashes = job_of(decode(prompt=range(48))).full_hashes(48)
-        for block, block_hash in zip(blocks, hashes, strict=False):
-            self.pool.commit(block, block_hash)
+        for position, (block, block_hash) in enumerate(zip(blocks, hashes, strict=False)):
+            self.pool.commit(block, block_hash, position)
         self.pool.release(blocks)
         return blocks
 

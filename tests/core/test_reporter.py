@@ -5,7 +5,7 @@ import random
 import pytest
 
 from core.builders import EPOCH, node_info
-from slipstream.core.blocks import BlockPool
+from slipstream.core.blocks import BlockPool, Named
 from slipstream.core.machine import PeerDown, Received, Send
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import split_hashes
@@ -22,16 +22,16 @@ class Desk:
         self.reporter = IndexReporter(self.pool, self.membership)
         self.tell(*indexes)
 
-    def tell(self, *indexes: str) -> None:
-        peers = Peers(nodes=[node_info(name) for name in indexes])
+    def tell(self, *indexes: str, stride: int = 1) -> None:
+        peers = Peers(nodes=[node_info(name) for name in indexes], index_stride=stride)
         self.membership.handle(Received(SCHEDULER, peers), 0.0)
 
     def store(self, *names: bytes) -> None:
-        """Blocks come into the cache; others may have to go."""
+        """Blocks come into the cache; others may have to go. `a` is the first of its prompt."""
         for name in names:
             blocks = self.pool.allocate(1)
             assert blocks is not None
-            self.pool.commit(blocks[0], name * 16)
+            self.pool.commit(blocks[0], name * 16, _named(name).position)
             self.pool.release(blocks)
 
     def flush(self, now_s: float = 0.0) -> list[tuple[str, Snapshot | BlockEvents]]:
@@ -39,18 +39,26 @@ class Desk:
         return [(send.to, send.message) for send in effects]  # type: ignore[union-attr, misc]
 
 
+def _named(name: bytes) -> Named:
+    return Named(name * 16, name[0] - ord("a"))
+
+
+def _packed(*names: bytes) -> bytes:
+    return b"".join(name * 16 for name in names)
+
+
 def test_a_snapshot_once_then_changes_in_order() -> None:
     desk = Desk(INDEX)
     desk.store(b"a", b"b")
-    assert desk.flush() == [(INDEX, Snapshot(epoch=EPOCH, seq=0, stored=b"a" * 16 + b"b" * 16))]
+    assert desk.flush() == [(INDEX, Snapshot(epoch=EPOCH, seq=1, stored=b"a" * 16 + b"b" * 16))]
     assert desk.flush() == [], "nothing has changed"
     desk.store(b"c", b"d", b"e")
     events = BlockEvents(
-        epoch=EPOCH, seq=1, stored=b"c" * 16 + b"d" * 16 + b"e" * 16, removed=b"a" * 16
+        epoch=EPOCH, seq=2, stored=b"c" * 16 + b"d" * 16 + b"e" * 16, removed=b"a" * 16
     )
     assert desk.flush() == [(INDEX, events)]
     desk.store(b"f")
-    events = BlockEvents(epoch=EPOCH, seq=2, stored=b"f" * 16, removed=b"b" * 16)
+    events = BlockEvents(epoch=EPOCH, seq=3, stored=b"f" * 16, removed=b"b" * 16)
     assert desk.flush() == [(INDEX, events)]
 
 
@@ -60,7 +68,7 @@ def test_a_snapshot_on_request_and_only_for_the_one_who_is_told() -> None:
     desk.store(b"a")
     assert desk.reporter.snapshot("kvindex-9") == []
     assert desk.reporter.snapshot(INDEX) == [
-        Send(INDEX, Snapshot(epoch=EPOCH, seq=0, stored=b"a" * 16))
+        Send(INDEX, Snapshot(epoch=EPOCH, seq=2, stored=b"a" * 16))
     ]
     assert desk.flush() == [], "the snapshot has said it"
 
@@ -71,7 +79,7 @@ def test_without_an_index_nothing_is_kept_for_one() -> None:
     assert desk.flush() == []
     desk.store(b"b")
     desk.tell(INDEX)
-    assert desk.flush() == [(INDEX, Snapshot(epoch=EPOCH, seq=0, stored=b"a" * 16 + b"b" * 16))]
+    assert desk.flush() == [(INDEX, Snapshot(epoch=EPOCH, seq=1, stored=b"a" * 16 + b"b" * 16))]
 
 
 def test_after_a_lost_session_it_begins_with_a_snapshot() -> None:
@@ -82,7 +90,7 @@ def test_after_a_lost_session_it_begins_with_a_snapshot() -> None:
     desk.reporter.peer_down("decode-1")
     assert desk.flush() == []
     desk.reporter.peer_down(INDEX)
-    assert desk.flush() == [(INDEX, Snapshot(epoch=EPOCH, seq=1, stored=b"a" * 16))]
+    assert desk.flush() == [(INDEX, Snapshot(epoch=EPOCH, seq=3, stored=b"a" * 16))]
 
 
 def test_workers_spread_over_the_indexes_that_live() -> None:
@@ -96,30 +104,109 @@ def test_workers_spread_over_the_indexes_that_live() -> None:
         assert desk.reporter.target not in (None, "kvindex-1")
 
 
+def test_with_a_stride_the_last_of_each_group_is_reported() -> None:
+    desk = Desk(INDEX)
+    desk.pool = desk.reporter.pool = BlockPool(12)
+    desk.tell(INDEX, stride=3)
+    desk.store(*(bytes([letter]) for letter in b"abcdefg"))
+    assert desk.flush()[0][1].stored == _packed(b"c", b"f")
+    desk.store(b"h")
+    assert desk.flush() == [], "nothing that the index is to know"
+    desk.reporter.lowered([_named(b"g"), _named(b"i"), _named(b"j")], 1)
+    assert desk.flush() == [
+        (INDEX, BlockEvents(epoch=EPOCH, seq=2, lower={1: _packed(b"i")})),
+    ]
+    desk.tell(INDEX, stride=4)
+    snapshot = desk.flush()[0][1]
+    assert snapshot.stored == _packed(b"d", b"h"), "the scheduler asks for others now"
+
+
+def test_each_block_is_told_where_it_is_best() -> None:
+    desk = Desk(INDEX)
+    desk.flush()
+    desk.store(b"a", b"b", b"c", b"d")
+    desk.flush()
+    desk.reporter.lowered([_named(b"a")], 1)
+    assert desk.flush()[0][1].stored == _packed(b"a"), "it is still in the pool"
+    desk.store(b"e", b"f")
+    told = desk.flush()[0][1]
+    assert isinstance(told, BlockEvents)
+    assert (told.stored, told.removed, told.lower) == (
+        *(_packed(b"e", b"f"), _packed(b"b"), {1: _packed(b"a")}),
+    )
+    desk.reporter.lowered([_named(b"a"), _named(b"b")], 2)
+    assert desk.flush()[0][1].lower == {2: _packed(b"a", b"b")}
+    snapshot = desk.reporter.snapshot(INDEX)[0]
+    assert isinstance(snapshot, Send) and isinstance(snapshot.message, Snapshot)
+    assert snapshot.message.stored == _packed(b"c", b"d", b"e", b"f")
+    assert snapshot.message.lower == {2: _packed(b"a", b"b")}
+    desk.reporter.gone([b"a" * 16, b"x" * 16])
+    assert desk.flush()[0][1] == BlockEvents(epoch=EPOCH, seq=7, removed=_packed(b"a"))
+
+
+def test_what_was_claimed_wrongly_is_put_right() -> None:
+    desk = Desk(INDEX)
+    desk.flush()
+    desk.store(b"a")
+    desk.flush()
+    desk.reporter.lowered([_named(b"b")], 1)
+    desk.flush()
+    chain = [letter * 16 for letter in (b"a", b"b", b"c", b"d")]
+    desk.reporter.claimed(chain, 2)
+    assert (desk.reporter.claims, desk.reporter.claims_wrong) == (2, 0)
+    assert desk.flush() == []
+    desk.reporter.claimed(chain, 4)
+    assert (desk.reporter.claims, desk.reporter.claims_wrong) == (6, 2)
+    events = BlockEvents(epoch=EPOCH, seq=4, removed=_packed(b"c", b"d"))
+    assert desk.flush() == [(INDEX, events)]
+    desk.reporter.claimed(chain, 1000)
+    assert desk.reporter.claims_wrong == 2 + 998, "a prompt has no such blocks"
+
+
 @pytest.mark.parametrize("seed", range(30))
-def test_who_follows_knows_the_cache(seed: int) -> None:
+def test_who_follows_knows_where_everything_is(seed: int) -> None:
     draw = random.Random(seed)
-    desk, known = Desk(INDEX), set[bytes]()
+    desk, known = Desk(INDEX), dict[bytes, int]()
+    lower = dict[bytes, int]()
+    stride = 1
     held: list[int] = []
     seq = 0
-    for _ in range(200):
+    for _ in range(300):
+        name = bytes([ord("a") + draw.randrange(10)])
         if draw.random() < 0.7:
-            desk.store(bytes([draw.randrange(10)]))
+            desk.store(name)
         if draw.random() < 0.2:
-            hits = desk.pool.match([bytes([draw.randrange(10)]) * 16])
+            hits = desk.pool.match([name * 16])
             if len(held) < 3:
                 desk.pool.take(hits)
                 held += hits
         if held and draw.random() < 0.2:
             desk.pool.release([held.pop()])
+        if draw.random() < 0.2:
+            lower[name * 16] = draw.choice((1, 2))
+            desk.reporter.lowered([_named(name)], lower[name * 16])
+        elif draw.random() < 0.2:
+            lower.pop(name * 16, None)
+            desk.reporter.gone([name * 16])
+        elif draw.random() < 0.1:
+            count = draw.randrange(10)
+            desk.reporter.claimed([bytes([ord("a") + n]) * 16 for n in range(count)], count)
         if draw.random() < 0.05:
             desk.reporter.peer_down(INDEX)
+        if draw.random() < 0.03:
+            stride = draw.choice((1, 2, 3))
+            desk.tell(INDEX, stride=stride)
         for _, message in desk.flush() if draw.random() < 0.5 else ():
             if isinstance(message, Snapshot):
-                known = set(split_hashes(message.stored))
+                known = {}
             else:
                 assert message.seq == seq + 1, "a gap"
-                known |= set(split_hashes(message.stored))
-                known -= set(split_hashes(message.removed))
+                for block_hash in split_hashes(message.removed):
+                    known.pop(block_hash, None)
+            for tier, packed in {**message.lower, 0: message.stored}.items():
+                known |= dict.fromkeys(split_hashes(packed), tier)
+            assert message.seq > seq
             seq = message.seq
-            assert known == set(desk.pool.hashes())
+            places = lower | dict.fromkeys(desk.pool.hashes(), 0)
+            told = {h for h in places if (h[0] - ord("a") + 1) % stride == 0}
+            assert known == {block_hash: places[block_hash] for block_hash in told}

@@ -1,5 +1,6 @@
 """A worker event by event: streams, their ends, and what it tells whom."""
 
+import msgspec
 import pytest
 
 from core.builders import EPOCH, decode, node_info, prefill
@@ -223,6 +224,7 @@ def test_what_the_index_claimed_wrongly_is_counted(worker: Worker) -> None:
     assert worker.load["index_claims_wrong_total"] == 0
     worker.hear(decode("c", PROMPT[::-1], claimed=2))
     assert worker.load["index_claims_wrong_total"] == 2
+    assert worker.load["index_claims_total"] == 4
 
 
 def test_the_index_is_answered_about_this_process_only(worker: Worker) -> None:
@@ -232,7 +234,8 @@ def test_the_index_is_answered_about_this_process_only(worker: Worker) -> None:
     worker.hear(SnapshotRequest(epoch=EPOCH - 1), "kvindex-0")
     assert worker.sent == []
     worker.hear(SnapshotRequest(epoch=EPOCH), "kvindex-0")
-    assert worker.to("kvindex-0") == [first]
+    (second,) = worker.to("kvindex-0")
+    assert second == msgspec.structs.replace(first, seq=first.seq + 1)
 
 
 def test_a_full_pool_preempts_and_every_answer_is_right() -> None:

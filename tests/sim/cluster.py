@@ -207,7 +207,10 @@ class Cluster:
         match info.role:
             case Role.SCHEDULER:
                 settings = SchedulerSettings(
-                    policy=self.policy, disaggregation=self.disaggregation, max_migrations=100
+                    policy=self.policy,
+                    disaggregation=self.disaggregation,
+                    max_migrations=100,
+                    index_stride=1 + self.seed % 3,
                 )
                 return SchedulerMachine(info, settings)
             case Role.TOKENIZER:

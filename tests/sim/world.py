@@ -276,8 +276,8 @@ class Process:
         if done is None:
             return
         if isinstance(action, m.StoreFind) and world.faults.strikes("lie", 0.5, world.now_s):
-            workers = {n: p.info.epoch for n, p in world.processes.items() if p.device is not None}
-            done = msgspec.structs.replace(done, holders=(workers,) * len(action.hashes))
+            everywhere = dict.fromkeys(action.workers, m.Held(len(action.hashes)))
+            done = msgspec.structs.replace(done, holders=everywhere)
         self.later(world.network.expovariate(500.0), done)
 
 

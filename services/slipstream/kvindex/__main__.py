@@ -20,5 +20,5 @@ def run(config: KvIndexConfig) -> int:
         address=config.advertise,
         host=host_identity(),
     )
-    settings = KvIndexSettings(worker_ttl_s=config.worker_ttl_s)
+    settings = KvIndexSettings(resync_s=config.resync_s)
     return run_service(config, node, KvIndexMachine(node, settings), store)

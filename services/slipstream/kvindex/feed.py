@@ -3,13 +3,14 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import msgspec
 
-from slipstream.core.machine import Effect, StoreApply, StoreReplace
+from slipstream.core.machine import Effect, StoreAlive, StoreApply, StoreReplace
 from slipstream.core.prefix import split_hashes
 from slipstream.messages import BlockEvents, Snapshot
-from slipstream.types import Epoch, NodeId
+from slipstream.types import BlockHash, Epoch, NodeId
 
 QUEUE_MAX = 256
 BATCH_HASHES_MAX = 8192
@@ -19,6 +20,10 @@ SNAPSHOT_HASHES_MAX = 1 << 20
 """Of a larger cache the index knows a part."""
 ASK_FIRST_S = 1.0
 ASK_MAX_S = 30.0
+ASKS_MAX = 6
+"""A worker that has answered none of so many tells another kvindex."""
+
+_Op: TypeAlias = StoreApply | StoreReplace | StoreAlive
 
 
 @dataclass(slots=True)
@@ -31,39 +36,52 @@ class Feed:
 
     worker: NodeId
     epoch: Epoch
-    kv_layout_id: str = ""
     in_step: bool = False
+    seq: int = 0
+    """Of what was queued last."""
     ask_at_s: float = 0.0
+    """When a snapshot is next wanted; in step, to mend what nobody has noticed."""
+    asks: int = 0
+    """Since the last snapshot."""
     op_id: str = ""
     """The operation under way."""
     op_deadline_s: float = 0.0
-    queue: deque[StoreApply | StoreReplace] = field(default_factory=deque)
+    queue: deque[_Op] = field(default_factory=deque)
     _ask_after_s: float = ASK_FIRST_S
     _asked_s: float = -ASK_MAX_S
 
-    def snapshot(self, message: Snapshot, kv_layout_id: str) -> None:
-        """ValueError: its hashes are torn. Whatever waits is part of it."""
-        stored = tuple(split_hashes(message.stored)[:SNAPSHOT_HASHES_MAX])
-        self.kv_layout_id, self.in_step = kv_layout_id, True
+    def snapshot(self, message: Snapshot, again_s: float) -> None:
+        """ValueError: its hashes are torn. Whatever waits is part of it. The next one is wanted at
+        `again_s`."""
+        stored, lower = _split(message.stored), _split_tiers(message.lower)
+        stored = stored[:SNAPSHOT_HASHES_MAX]
+        left = SNAPSHOT_HASHES_MAX - len(stored)
+        for tier in sorted(lower):
+            lower[tier] = lower[tier][:left]
+            left -= len(lower[tier])
+        self.in_step, self.asks, self.seq, self.ask_at_s = True, 0, message.seq, again_s
         self.queue.clear()
-        self.queue.append(
-            StoreReplace("", self.worker, self.epoch, kv_layout_id, message.seq, stored)
-        )
+        self.queue.append(StoreReplace("", self.worker, self.epoch, message.seq, stored, lower))
 
     def events(self, message: BlockEvents, now_s: float) -> None:
         """ValueError: its hashes are torn."""
         if not self.in_step:
             return
-        stored, removed = split_hashes(message.stored), split_hashes(message.removed)
-        if len(self.queue) >= QUEUE_MAX or len(stored) + len(removed) > BATCH_HASHES_MAX:
+        stored, removed = _split(message.stored), _split(message.removed)
+        lower = _split_tiers(message.lower)
+        count = len(stored) + len(removed) + sum(map(len, lower.values()))
+        if len(self.queue) >= QUEUE_MAX or count > BATCH_HASHES_MAX:
             self.lost(now_s)
             return
+        self.seq = message.seq
         self.queue.append(
-            StoreApply(
-                *("", self.worker, self.epoch, self.kv_layout_id, message.seq),
-                *(tuple(stored), tuple(removed)),
-            )
+            StoreApply("", self.worker, self.epoch, message.seq, stored, removed, lower)
         )
+
+    def renew(self) -> None:
+        """Let the store say whether it still has what it was told."""
+        if self.in_step and not self.op_id and not self.queue:
+            self.queue.append(StoreAlive("", self.worker, self.epoch, self.seq))
 
     def next(self, new_op: Callable[[], str], deadline_s: float) -> list[Effect]:
         """The next operation, if none is under way."""
@@ -88,6 +106,16 @@ class Feed:
         self.ask_at_s = max(now_s, self._asked_s + self._ask_after_s)
 
     def asked(self, now_s: float) -> None:
+        self.asks += 1
         self._asked_s = now_s
         self.ask_at_s = now_s + self._ask_after_s
         self._ask_after_s = min(2 * self._ask_after_s, ASK_MAX_S)
+
+
+def _split(packed: bytes) -> tuple[BlockHash, ...]:
+    return tuple(split_hashes(packed))
+
+
+def _split_tiers(lower: dict[int, bytes]) -> dict[int, tuple[BlockHash, ...]]:
+    """Tier 0 has a field of its own."""
+    return {tier: _split(packed) for tier, packed in lower.items() if tier > 0}

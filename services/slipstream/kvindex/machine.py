@@ -5,7 +5,8 @@ answered well is answered with nothing, events that do not follow one another ar
 snapshot.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -20,7 +21,6 @@ from slipstream.core.machine import (
     Send,
     SetTimer,
     Started,
-    StoreAlive,
     StoreDone,
     StoreFind,
     StoreForget,
@@ -28,7 +28,7 @@ from slipstream.core.machine import (
 )
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import split_hashes
-from slipstream.kvindex.feed import QUEUE_MAX, Feed
+from slipstream.kvindex.feed import ASKS_MAX, QUEUE_MAX, Feed
 from slipstream.messages import (
     BlockEvents,
     Locate,
@@ -42,6 +42,7 @@ from slipstream.types import Epoch, NodeId, RequestId
 
 TICK_TIMER = "tick"
 TICK_S = 0.25
+RENEW_S = 1.0
 FEEDS_MAX = 4096
 COUNTS = (
     *("events", "snapshots", "gaps", "malformed", "store_errors"),
@@ -50,8 +51,8 @@ COUNTS = (
 
 
 class KvIndexSettings(msgspec.Struct, frozen=True, kw_only=True):
-    worker_ttl_s: float = 3.0
-    """Lifetime of a worker's key in the store; it is renewed three times as often."""
+    resync_s: float = 300.0
+    """How often each worker is asked for all that it holds; 0: only when something is amiss."""
     store_timeout_s: float = 10.0
     """After this an operation of the store counts as failed, whatever becomes of it."""
     locate_timeout_s: float = 0.5
@@ -64,7 +65,6 @@ class _Lookup(NamedTuple):
     source: NodeId
     request_id: RequestId
     attempt: int
-    kv_layout_id: str
     deadline_s: float
 
 
@@ -79,7 +79,7 @@ class KvIndexMachine:
         self.lookups: dict[str, _Lookup] = {}
         self._ops: dict[str, Feed] = {}
         self._probe_id = ""
-        self._probe_deadline_s = self._alive_at_s = 0.0
+        self._probe_deadline_s = self._renew_at_s = 0.0
         self._op_number = 0
         self._draining = False
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -150,8 +150,9 @@ class KvIndexMachine:
         try:
             if isinstance(message, BlockEvents):
                 feed.events(message, now_s)
-            elif (layout := self._layout(feed)) is not None:
-                feed.snapshot(message, layout)
+            else:
+                resync_s = self.settings.resync_s
+                feed.snapshot(message, now_s + resync_s if resync_s else math.inf)
         except ValueError:
             self._counts["malformed"] += 1
             feed.lost(now_s)
@@ -168,24 +169,20 @@ class KvIndexMachine:
         self.feeds[worker] = Feed(worker, epoch)
         return self.feeds[worker]
 
-    def _layout(self, feed: Feed) -> str | None:
-        """None until the scheduler has introduced this epoch of the worker; then it is asked."""
-        node = self.membership.nodes.get(feed.worker)
-        if node is None or node.epoch != feed.epoch or node.worker is None:
-            return None
-        return node.worker.kv_layout_id
-
     def _advance(self, feed: Feed, now_s: float) -> list[Effect]:
         effects = feed.next(self._new_op, now_s + self.settings.store_timeout_s)
         if effects:
             self._ops[feed.op_id] = feed
-        elif not feed.in_step and feed.ask_at_s <= now_s:
+        elif feed.ask_at_s <= now_s and not feed.op_id:
             effects += self._ask(feed, now_s)
         return effects
 
     def _ask(self, feed: Feed, now_s: float) -> list[Effect]:
         """For a snapshot, if it could be stored now."""
-        if not self.store_up or self._draining or self._layout(feed) is None:
+        if not self.store_up or self._draining:
+            return []
+        if feed.asks >= ASKS_MAX:
+            self._drop_feed(feed.worker)
             return []
         feed.asked(now_s)
         return [Send(feed.worker, SnapshotRequest(epoch=feed.epoch))]
@@ -213,34 +210,38 @@ class KvIndexMachine:
         except ValueError:
             self._counts["malformed"] += 1
             hashes = []
+        workers = {
+            node.node_id: node.epoch
+            for node in self.membership.nodes.values()
+            if node.worker is not None and node.worker.kv_layout_id == message.kv_layout_id
+        }
         full = len(self.lookups) >= self.settings.max_locates
         self._counts["dropped"] += full
-        if full or not hashes or not self.store_up or self._draining:
+        if full or not (hashes and workers) or not self.store_up or self._draining:
             empty = Located(request_id=message.request_id, attempt=message.attempt, blocks={})
             return [Send(source, empty)]
         op_id = self._new_op()
         self.lookups[op_id] = _Lookup(
-            *(source, message.request_id, message.attempt, message.kv_layout_id),
+            *(source, message.request_id, message.attempt),
             deadline_s=now_s + self.settings.locate_timeout_s,
         )
-        return [StoreFind(op_id, message.kv_layout_id, tuple(hashes))]
+        return [StoreFind(op_id, tuple(hashes), workers)]
 
     def _answer(self, lookup: _Lookup, done: StoreDone) -> list[Effect]:
-        living = {
-            node.node_id: node.epoch
-            for node in self.membership.nodes.values()
-            if node.worker is not None and node.worker.kv_layout_id == lookup.kv_layout_id
-        }
-        blocks = leading_runs(done.holders, living)
+        blocks = {worker: held.blocks for worker, held in done.holders.items()}
+        lower = {worker: held.lower for worker, held in done.holders.items() if held.lower}
         self._counts["lookups"] += done.ok
         self._counts["located_blocks"] += max(blocks.values(), default=0)
-        located = Located(request_id=lookup.request_id, attempt=lookup.attempt, blocks=blocks)
+        located = Located(
+            request_id=lookup.request_id, attempt=lookup.attempt, blocks=blocks, lower=lower
+        )
         return [Send(lookup.source, located)]
 
     # --- The store --------------------------------------------------------------------------------
 
     def _store_done(self, done: StoreDone, now_s: float) -> list[Effect]:
-        self.store_up = done.ok
+        if done.ok or done.op_id not in self._ops:  # else perhaps a part of it, or this key alone
+            self.store_up = done.ok
         self._counts["store_errors"] += not done.ok
         if done.op_id == self._probe_id:
             self._probe_id = ""
@@ -260,16 +261,16 @@ class KvIndexMachine:
             if lookup.deadline_s <= now_s:
                 del self.lookups[op_id]
                 self._counts["dropped"] += 1
+        renew = now_s >= self._renew_at_s
+        if renew:
+            self._renew_at_s = now_s + RENEW_S
+            effects += self._probe(now_s)
         for feed in list(self.feeds.values()):
             if feed.op_id and feed.op_deadline_s <= now_s:
                 effects += self._store_done(StoreDone(feed.op_id, ok=False), now_s)
+            if renew:
+                feed.renew()
             effects += self._advance(feed, now_s)
-        if now_s >= self._alive_at_s:
-            self._alive_at_s = now_s + self.settings.worker_ttl_s / 3
-            effects += self._probe(now_s)
-            effects += [
-                StoreAlive(feed.worker, feed.epoch) for feed in self.feeds.values() if feed.in_step
-            ]
         return effects
 
     def _probe(self, now_s: float) -> list[Effect]:
@@ -280,7 +281,7 @@ class KvIndexMachine:
             self.store_up = False
         self._probe_id = self._new_op()
         self._probe_deadline_s = now_s + self.settings.store_timeout_s
-        return [StoreFind(self._probe_id, "", ())]
+        return [StoreFind(self._probe_id)]
 
     def _new_op(self) -> str:
         """Unlike those of other processes that use the store, and of former ones."""
@@ -291,23 +292,6 @@ class KvIndexMachine:
     def _epochs(self) -> dict[NodeId, Epoch]:
         nodes = self.membership.nodes.values()
         return {node.node_id: node.epoch for node in nodes if node.worker is not None}
-
-
-def leading_runs(
-    holders: Sequence[Mapping[NodeId, Epoch]], living: Mapping[NodeId, Epoch]
-) -> dict[NodeId, int]:
-    """For each worker the number of leading blocks with an entry of its living epoch; none: absent.
-
-    `holders`: for each block in order, worker -> epoch of its entry.
-    """
-    runs: dict[NodeId, int] = {}
-    running = set(living)
-    for index, found in enumerate(holders):
-        running = {worker for worker in running if found.get(worker) == living[worker]}
-        if not running:
-            break
-        runs |= dict.fromkeys(running, index + 1)
-    return runs
 
 
 def _is_peers(event: Event) -> bool:

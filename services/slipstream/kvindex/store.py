@@ -1,28 +1,28 @@
 """The index in Redis: a hint that may be lost, late or wrong, and never an error.
 
-    w:{worker}             hash  epoch, last_seq, layout; lapses unless it is renewed
-    kvb:{layout}:{hash}    hash  worker -> "epoch:tier"
-    kvw:{worker}:{epoch}   set   the kvb keys with an entry of this epoch, to remove them by
-    kve:{worker}           set   epochs that have a kvw, to sweep the dead ones
+    kvw:{s}:{worker}     hash  epoch, seq, and block hash -> tier for every block of the worker;
+                               lapses unless it is renewed
+    kvn:{s}:{worker}:…   hash  a replacement while it is written; then it takes the other's place
 
-`last_seq` is there only while all events up to it are applied. A replacement takes many short
-scripts, so that lookups need not wait for it; meanwhile the hash has `writer` instead, and whoever
-begins a replacement later takes it away.
+`s`, in braces that Redis knows as a hash tag, is one of `SHARDS` numbers, by the worker's name: on
+a Cluster the keys of one script have to lie in one slot, and a question goes to each shard once. On
+one Redis, where slots mean nothing, it is one script for all workers. `seq` is that of the events
+applied last: whoever finds another one there than he left asks for a snapshot.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from slipstream.core.machine import (
     Effect,
     Event,
+    Held,
     StoreAlive,
     StoreApply,
     StoreDone,
@@ -31,39 +31,33 @@ from slipstream.core.machine import (
     StoreReplace,
 )
 from slipstream.kvindex import scripts
-from slipstream.types import BlockHash, Epoch, NodeId
+from slipstream.kvindex.connect import connect, is_cluster
+from slipstream.types import NodeId
 
 CONNECTIONS = 16
-KEYS_PER_SCRIPT = 500
+SHARDS = 16
+HASHES_PER_SCRIPT = 2000
+"""Of a snapshot: lookups wait for at most so many, about a millisecond."""
+FILL_TTL_S = 60.0
 
 _LOG = logging.getLogger(__name__)
-_Key = bytes
 
 
 class RedisStore:
-    """Executor of kvindex. Every operation ends as one `StoreDone`, failed ones with `ok` false."""
+    """Executor of kvindex. What has an `op_id` ends as one `StoreDone`, failed with `ok` false."""
 
     def __init__(self, url: str, timeout_s: float, worker_ttl_s: float):
         """Connects when first used. ValueError: the URL is malformed."""
+        self._timeout_s = timeout_s
         self._ttl_ms = max(1, round(worker_ttl_s * 1000))
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-        )
-        self._redis: Redis = Redis(connection_pool=pool)
-        register = self._redis.register_script
-        self._write, self._begin = register(scripts.WRITE), register(scripts.BEGIN)
-        self._find_script, self._alive = register(scripts.FIND), register(scripts.ALIVE)
-        self._forget_script, self._sweep = register(scripts.FORGET), register(scripts.SWEEP)
+        self._redis = connect(url, timeout_s)
+        self._sharded = is_cluster(url)
+        self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._apply_script, self._fill = self._script(scripts.APPLY), self._script(scripts.FILL)
+        self._swap, self._find_script = self._script(scripts.SWAP), self._script(scripts.FIND)
+        self._alive_script, self._forget = self._script(scripts.ALIVE), self._script(scripts.FORGET)
         self._post: Callable[[Event], None] = lambda event: None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._dead: dict[tuple[NodeId, Epoch], None] = {}
-        """Epochs to sweep, in order; the first is under way."""
         self._up = True
 
     async def start(self, post: Callable[[Event], None]) -> None:
@@ -77,10 +71,10 @@ class RedisStore:
                 self._answer(effect.op_id, self._replace(effect))
             case StoreFind():
                 self._answer(effect.op_id, self._find(effect))
-            case StoreAlive(worker, epoch):
-                self._spawn(self._alive([f"w:{worker}"], [epoch, self._ttl_ms]))
+            case StoreAlive():
+                self._answer(effect.op_id, self._alive(effect))
             case StoreForget(worker, epoch):
-                self._spawn(self._forget(worker, epoch))
+                self._keep(self._guarded(self._forget([_key(worker)], [epoch])))
             case _:
                 raise TypeError(f"a store does not execute {type(effect).__name__}")
 
@@ -91,7 +85,7 @@ class RedisStore:
         await self._redis.aclose()
 
     async def idle(self) -> None:
-        """Waits until nothing is under way, sweeping included."""
+        """Waits until nothing is under way."""
         while self._tasks:
             await asyncio.gather(*self._tasks)
 
@@ -99,86 +93,75 @@ class RedisStore:
 
     async def _apply(self, effect: StoreApply) -> StoreDone:
         """All in one script: the check of `seq` and what depends on it must not come apart."""
-        applied = await self._written(
-            effect,
-            ("last_seq", effect.seq - 1),
-            [_key(effect.kv_layout_id, block_hash) for block_hash in effect.removed],
-            [_key(effect.kv_layout_id, block_hash) for block_hash in effect.stored],
-            effect.seq,
-        )
+        words: list[Any] = [effect.epoch, effect.seq - 1, effect.seq, self._ttl_ms]
+        words.append(b"".join(effect.removed))
+        for tier, hashes in _tiers(effect):
+            words += [tier, b"".join(hashes)]
+        applied = await self._apply_script([_key(effect.worker)], words)
         return StoreDone(effect.op_id, ok=True, gap=not applied)
 
     async def _replace(self, effect: StoreReplace) -> StoreDone:
-        """Removes what is too much, adds everything, and last of all sets `last_seq`."""
-        worker, epoch = effect.worker, effect.epoch
-        epochs = await self._begin(
-            [f"w:{worker}", f"kve:{worker}"],
-            [epoch, effect.kv_layout_id, effect.op_id, self._ttl_ms],
+        """Written beside, in bites, so that lookups need not wait; what was there counts until the
+        new takes its place at once."""
+        live = _key(effect.worker)
+        fresh = f"kvn{live.removeprefix('kvw')}:{effect.op_id}"
+        bites = 0
+        for tier, hashes in _tiers(effect):
+            for first in range(0, len(hashes), HASHES_PER_SCRIPT):
+                packed = b"".join(hashes[first : first + HASHES_PER_SCRIPT])
+                await self._fill([fresh], [tier, packed, round(FILL_TTL_S * 1000)])
+                bites += 1
+        words = [effect.epoch, effect.seq, self._ttl_ms, bites]
+        swapped = await self._swap([fresh, live], words)
+        return StoreDone(effect.op_id, ok=True, gap=not swapped)
+
+    async def _alive(self, effect: StoreAlive) -> StoreDone:
+        there = await self._alive_script(
+            [_key(effect.worker)], [effect.epoch, effect.seq, self._ttl_ms]
         )
-        if epochs is None:
-            return StoreDone(effect.op_id, ok=True, gap=True)
-        self._sweep_soon(worker, (int(each) for each in epochs if int(each) < epoch))
-        stored = {_key(effect.kv_layout_id, block_hash) for block_hash in effect.stored}
-        held = {
-            key
-            async for key in self._redis.sscan_iter(f"kvw:{worker}:{epoch}", count=KEYS_PER_SCRIPT)
-        }
-        guard = ("writer", effect.op_id)
-        written = True
-        for keys in _chunks(sorted(held - stored)):
-            written = written and await self._written(effect, guard, keys, [], None)
-        for keys in _chunks(sorted(stored)):
-            written = written and await self._written(effect, guard, [], keys, None)
-        written = written and await self._written(effect, guard, [], [], effect.seq)
-        return StoreDone(effect.op_id, ok=True, gap=not written)
+        return StoreDone(effect.op_id, ok=True, gap=not there)
 
     async def _find(self, effect: StoreFind) -> StoreDone:
-        if not effect.hashes:
-            await self._redis.ping()
+        """One script; on a Cluster one for each shard, at the same time."""
+        if not effect.workers:
+            async with asyncio.timeout(self._timeout_s), self._slots:
+                await self._redis.ping()
             return StoreDone(effect.op_id, ok=True)
-        keys = [_key(effect.kv_layout_id, block_hash) for block_hash in effect.hashes]
-        holders: list[dict[NodeId, Epoch]] = []
-        for entries in await self._find_script([], keys):
-            holders.append(_holders(entries) if entries else holders[-1])
-        return StoreDone(effect.op_id, ok=True, holders=tuple(holders))
+        shards: defaultdict[int, list[NodeId]] = defaultdict(list)
+        for worker in effect.workers:
+            shards[_shard(worker) if self._sharded else 0].append(worker)
+        packed = b"".join(effect.hashes)
+        found = await asyncio.gather(
+            *(
+                self._find_script(
+                    [_key(worker) for worker in workers],
+                    [packed, *(effect.workers[worker] for worker in workers)],
+                )
+                for workers in shards.values()
+            ),
+            return_exceptions=True,
+        )
+        errors = [error for error in found if isinstance(error, BaseException)]
+        if len(errors) == len(found):
+            raise errors[0]
+        holders: dict[NodeId, Held] = {}
+        for workers, counts in zip(shards.values(), found, strict=True):
+            if isinstance(counts, BaseException):
+                continue  # a part of a Cluster is down
+            for worker, blocks, lower in zip(workers, counts[::2], counts[1::2], strict=True):
+                if blocks:
+                    holders[worker] = Held(blocks, lower)
+        return StoreDone(effect.op_id, ok=True, holders=holders)
 
-    async def _forget(self, worker: NodeId, epoch: Epoch) -> None:
-        epochs = await self._forget_script([f"w:{worker}", f"kve:{worker}"], [epoch])
-        self._sweep_soon(worker, (int(each) for each in epochs if int(each) <= epoch))
+    def _script(self, text: str) -> Callable[[Sequence[str], Sequence[Any]], Awaitable[Any]]:
+        """(keys, arguments) -> what it returns; given up when its time is over."""
+        script = self._redis.register_script(text)
 
-    async def _written(
-        self,
-        effect: StoreApply | StoreReplace,
-        guard: tuple[str, object],
-        removed: Sequence[_Key],
-        stored: Sequence[_Key],
-        last_seq: int | None,
-    ) -> bool:
-        """False if the guard did not hold; nothing was written then."""
-        seq = "" if last_seq is None else last_seq
-        words: list[Any] = [effect.epoch, *guard, seq, self._ttl_ms, effect.worker, len(removed)]
-        keys = [f"w:{effect.worker}", f"kvw:{effect.worker}:{effect.epoch}"]
-        return bool(await self._write(keys, [*words, *removed, *stored]))
+        async def run(keys: Sequence[str], words: Sequence[Any]) -> Any:
+            async with asyncio.timeout(self._timeout_s), self._slots:
+                return await script(keys, words)
 
-    # --- Sweeping ---------------------------------------------------------------------------------
-
-    def _sweep_soon(self, worker: NodeId, epochs: Iterable[Epoch]) -> None:
-        idle = not self._dead
-        self._dead |= {(worker, epoch): None for epoch in sorted(epochs)}
-        if idle and self._dead:
-            self._spawn(self._sweep_all())
-
-    async def _sweep_all(self) -> None:
-        """In small bites. What is left after an error is found at the worker's next beginning."""
-        try:
-            while self._dead:
-                worker, epoch = next(iter(self._dead))
-                keys = [f"w:{worker}", f"kvw:{worker}:{epoch}", f"kve:{worker}"]
-                while await self._sweep(keys, [epoch, worker, KEYS_PER_SCRIPT]):
-                    pass
-                del self._dead[worker, epoch]
-        finally:
-            self._dead.clear()
+        return run
 
     # --- Tasks ------------------------------------------------------------------------------------
 
@@ -192,19 +175,16 @@ class RedisStore:
 
         self._keep(run())
 
-    def _spawn(self, operation: Coroutine[Any, Any, object]) -> None:
-        self._keep(self._guarded(operation))
-
     def _keep(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, operation: Coroutine[Any, Any, StoreDone | object]) -> Any:
+    async def _guarded(self, operation: Awaitable[Any]) -> Any:
         """The operation's result, None if it failed. Says once when Redis goes, and comes back."""
         try:
             result = await operation
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             if self._up:
                 _LOG.warning("Redis does not answer, placement goes without the index: %s", error)
             self._up = False
@@ -218,19 +198,15 @@ class RedisStore:
         return result
 
 
-def _key(kv_layout_id: str, block_hash: BlockHash) -> _Key:
-    return b"kvb:" + kv_layout_id.encode() + b":" + block_hash
+def _shard(worker: NodeId) -> int:
+    return zlib.crc32(worker.encode()) % SHARDS
 
 
-def _chunks(keys: Sequence[_Key]) -> list[Sequence[_Key]]:
-    return [keys[i : i + KEYS_PER_SCRIPT] for i in range(0, len(keys), KEYS_PER_SCRIPT)]
+def _key(worker: NodeId) -> str:
+    return f"kvw:{{{_shard(worker)}}}:{worker}"
 
 
-def _holders(entries: Sequence[bytes]) -> dict[NodeId, Epoch]:
-    """Field, value, field, value … of one kvb hash. What is not ours to read is passed over."""
-    found: dict[NodeId, Epoch] = {}
-    for worker, value in zip(entries[::2], entries[1::2], strict=True):
-        epoch, _, _ = value.partition(b":")
-        if epoch.isdigit():
-            found[worker.decode(errors="replace")] = int(epoch)
-    return found
+def _tiers(effect: StoreApply | StoreReplace) -> list[tuple[int, Sequence[bytes]]]:
+    """Tier 0 last: what was said to be in two of them is in the pool."""
+    tiers = [*sorted(effect.lower.items(), reverse=True), (0, effect.stored)]
+    return [(tier, hashes) for tier, hashes in tiers if hashes]

@@ -44,5 +44,5 @@ class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_f
         int, Meta(ge=0, le=100, description="Workers that may fail a request before it ends.")
     ] = 3
     index_stride: Annotated[
-        int, Meta(ge=1, le=1024, description="Every n-th block of a prompt is looked up.")
+        int, Meta(ge=1, le=1024, description="Of a prompt every n-th block is in the index.")
     ] = 1

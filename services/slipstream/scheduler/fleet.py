@@ -11,7 +11,8 @@ GONE_MAX = 1024
 class Fleet:
     """Owns the membership of the cluster and tells everybody about it."""
 
-    def __init__(self) -> None:
+    def __init__(self, index_stride: int = 1) -> None:
+        self.index_stride = index_stride
         self.nodes: dict[NodeId, NodeInfo] = {}
         self.loads: dict[NodeId, WorkerLoad] = {}
         self._gone: dict[NodeId, Epoch] = {}
@@ -73,7 +74,11 @@ class Fleet:
         """Tell everybody who is there."""
         reason = self.missing()
         peers = Peers(
-            nodes=list(self.nodes.values()), gone=dict(self._gone), ready=not reason, reason=reason
+            nodes=list(self.nodes.values()),
+            gone=dict(self._gone),
+            ready=not reason,
+            reason=reason,
+            index_stride=self.index_stride,
         )
         return [Send(node_id, peers) for node_id in sorted(self.nodes)]
 

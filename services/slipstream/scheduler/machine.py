@@ -65,7 +65,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
 class SchedulerMachine:
     def __init__(self, node: NodeInfo, settings: SchedulerSettings):
         self.node, self.settings = node, settings
-        self.fleet = Fleet()
+        self.fleet = Fleet(settings.index_stride)
         self.requests: dict[RequestId, Request] = {}
         self.counters: Counter[str] = Counter()
         rules = Rules(settings.policy, settings.disaggregation)

@@ -64,7 +64,8 @@ Record: TypeAlias = Annotated[
 RedisUrl: TypeAlias = Annotated[
     str,
     Meta(
-        description="Redis of the index: redis://host:port/0 or unix:///path.",
+        description="Redis of the index: redis://host:port/0, rediss://, unix:///path, "
+        "redis+sentinel://host:port,host:port/name/0 or redis+cluster://host:port,host:port.",
         extra={"secret": True},
     ),
 ]

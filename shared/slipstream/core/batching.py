@@ -123,7 +123,7 @@ class Batcher:
             return  # most steps fill no block
         hashes = job.full_hashes(job.num_computed)
         for index in range(first, end):
-            self.pool.commit(job.block_ids[index], hashes[index])
+            self.pool.commit(job.block_ids[index], hashes[index], index)
 
     def _end(self, job: Job, budget: int) -> int | None:
         """How far the job may get in this step; None if not at all."""

@@ -9,8 +9,16 @@ The free list is the cache (nano-vllm's idea): a block given back keeps its hash
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from slipstream.types import BlockHash, BlockId
+
+
+class Named(NamedTuple):
+    """What a cached block is: its hash, and how many blocks of its prompt come before it."""
+
+    block_hash: BlockHash
+    position: int
 
 
 class BlockPool:
@@ -21,11 +29,12 @@ class BlockPool:
         self.digests: list[bytes | None] = [None] * num_blocks
         """Digest of each full block's bytes, where one was computed since it was last written."""
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
+        self._positions = [0] * num_blocks
         self._block_of: dict[BlockHash, BlockId] = {}
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
-        self._stored: list[BlockHash] = []
-        self._removed: list[BlockHash] = []
+        self._changed: dict[BlockHash, int] = {}
+        """Hash -> position of what came or went since `drain_changes`."""
 
     @property
     def num_available(self) -> int:
@@ -92,28 +101,36 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
-    def commit(self, block: BlockId, block_hash: BlockHash) -> None:
-        """The block is full and its KV is valid: a prefix may use it from now on.
+    def commit(self, block: BlockId, block_hash: BlockHash, position: int) -> bool:
+        """The block is full and its KV is valid: a prefix may use it from now on. False if it was
+        so before.
 
-        Of two blocks with the same content the first one stays the one that is found.
+        `position`: how many blocks of its prompt come before it. Of two blocks with the same
+        content the first one stays the one that is found.
         """
         assert self.references[block] > 0
         if not self.caching or self._hash_of[block] is not None or block_hash in self._block_of:
-            return
+            return False
         self._hash_of[block] = block_hash
+        self._positions[block] = position
         self._block_of[block_hash] = block
-        self._stored.append(block_hash)
+        self._changed[block_hash] = position
+        return True
+
+    def __contains__(self, block_hash: BlockHash) -> bool:
+        return block_hash in self._block_of
+
+    def named(self) -> list[Named]:
+        """All that a prefix can hit."""
+        return [Named(h, self._positions[block]) for h, block in self._block_of.items()]
 
     def hashes(self) -> list[BlockHash]:
         return list(self._block_of)
 
-    def drain_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
-        """Hashes stored and removed since the last call; one that came and went is only removed."""
-        removed, self._removed = self._removed, []
-        stored = [h for h in self._stored if h in self._block_of]
-        self._stored = []
-        # Removed and stored again in between: it is there, so say only that.
-        return stored, [h for h in removed if h not in self._block_of]
+    def drain_changes(self) -> list[Named]:
+        """What came or went since the last call; whether it is there now, `in` says."""
+        changed, self._changed = self._changed, {}
+        return [Named(*change) for change in changed.items()]
 
     def check(self) -> None:
         empty, cached = set(self._empty), set(self._cached)
@@ -131,4 +148,4 @@ class BlockPool:
         assert block_hash is not None
         self._hash_of[block] = None
         del self._block_of[block_hash]
-        self._removed.append(block_hash)
+        self._changed[block_hash] = self._positions[block]

@@ -109,11 +109,9 @@ class Fetcher:
             return []
         if not ok:
             return self._end(fetch, "expired")
-        for block, block_hash, digest in zip(
-            fetch.local, fetch.hashes, fetch.digests, strict=False
-        ):
-            self.pool.digests[block] = digest
-            self.pool.commit(block, block_hash)
+        for index, block in enumerate(fetch.local):
+            self.pool.digests[block] = fetch.digests[index]
+            self.pool.commit(block, fetch.hashes[index], len(fetch.kept) + index)
         self.blocks_fetched += len(fetch.local)
         fetch.job.fetched_blocks = len(fetch.local)
         return self._end(fetch)

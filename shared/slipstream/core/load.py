@@ -75,13 +75,13 @@ def _counters(worker: "WorkerMachine") -> dict[str, float]:
         "blocks_fetched_total": worker.fetcher.blocks_fetched,
         "blocks_lent_total": worker.lender.blocks_lent,
         "blocks_quarantined": sum(len(read.local) for read in worker.reads.given_up.values()),
-        "index_claims_total": worker.claimed + worker.lender.blocks_asked,
+        "index_claims_total": worker.reporter.claims + worker.lender.blocks_asked,
         "leases_lapsed_total": worker.lender.table.lapsed,
         "preemptions_total": batcher.preemptions,
         "prefix_hit_tokens_total": batcher.hit_tokens,
         "prefix_query_tokens_total": batcher.queried_tokens,
         "index_claims_wrong_total": (
-            worker.claimed_wrong + worker.lender.blocks_asked - worker.lender.blocks_lent
+            worker.reporter.claims_wrong + worker.lender.blocks_asked - worker.lender.blocks_lent
         ),
         **{f"handover_{cause}_total": n for cause, n in receiver.failures.items()},
         **{f"fetch_{cause}_total": n for cause, n in worker.fetcher.failures.items()},

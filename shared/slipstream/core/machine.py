@@ -127,14 +127,22 @@ class CodecAsked(_Record, frozen=True):
     tokens: bytes = b""
 
 
+class Held(_Record, frozen=True):
+    """How many leading blocks of a prompt a worker is said to have, and how many of these lie in
+    a tier below its pool."""
+
+    blocks: int
+    lower: int = 0
+
+
 class StoreDone(_Record, frozen=True):
-    """An index store operation ended. `gap`: the batch did not follow the last one stored.
-    `holders`: per hash asked, worker -> epoch."""
+    """An index store operation ended. `gap`: the store does not hold what was said before.
+    `holders`: of the workers asked about, those with at least the first block."""
 
     op_id: str
     ok: bool
     gap: bool = False
-    holders: tuple[dict[NodeId, Epoch], ...] = ()
+    holders: dict[NodeId, Held] = {}
 
 
 Event: TypeAlias = (
@@ -274,10 +282,11 @@ class StoreApply(_Record, frozen=True):
     op_id: str
     worker: NodeId
     epoch: Epoch
-    kv_layout_id: str
     seq: int
-    stored: tuple[BlockHash, ...]
-    removed: tuple[BlockHash, ...]
+    stored: tuple[BlockHash, ...] = ()
+    removed: tuple[BlockHash, ...] = ()
+    lower: dict[int, tuple[BlockHash, ...]] = {}
+    """Tier -> blocks that are there now, and in no better one."""
 
 
 class StoreReplace(_Record, frozen=True):
@@ -286,24 +295,28 @@ class StoreReplace(_Record, frozen=True):
     op_id: str
     worker: NodeId
     epoch: Epoch
-    kv_layout_id: str
     seq: int
-    stored: tuple[BlockHash, ...]
+    stored: tuple[BlockHash, ...] = ()
+    lower: dict[int, tuple[BlockHash, ...]] = {}
 
 
 class StoreFind(_Record, frozen=True):
-    """Who holds these hashes? Ends as `StoreDone` with `holders`."""
+    """Which of these workers, in these epochs, hold these hashes? Ends as `StoreDone` with
+    `holders`. Without workers: is the store there?"""
 
     op_id: str
-    kv_layout_id: str
-    hashes: tuple[BlockHash, ...]
+    hashes: tuple[BlockHash, ...] = ()
+    workers: dict[NodeId, Epoch] = {}
 
 
 class StoreAlive(_Record, frozen=True):
-    """Renew the liveness key of a worker; nothing comes back."""
+    """The worker lives: renew what is stored of it, if it is what was applied last. Ends as
+    `StoreDone`."""
 
+    op_id: str
     worker: NodeId
     epoch: Epoch
+    seq: int
 
 
 class StoreForget(_Record, frozen=True):

@@ -32,6 +32,8 @@ class Membership:
         self.scheduler_up = False
         self.ready, self.reason = False, "no word from the scheduler"
         self.nodes: dict[NodeId, NodeInfo] = {}
+        self.index_stride = 1
+        """Which blocks the index hears of; the scheduler's to say, for it asks."""
         self._live = live
         self._shunned_until_s: dict[NodeId, float] = {}
 
@@ -78,6 +80,7 @@ class Membership:
 
     def _learn(self, peers: Peers) -> None:
         self.ready, self.reason = peers.ready, peers.reason
+        self.index_stride = peers.index_stride
         for node in peers.nodes:
             known = self.nodes.get(node.node_id)
             if known is None or node.epoch >= known.epoch:

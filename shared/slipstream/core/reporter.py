@@ -1,21 +1,61 @@
-"""Tells the index what a worker's prefix cache holds: a snapshot once, then changes in order."""
+"""Tells the index what a worker has of which prompt: a snapshot once, then changes in order."""
 
 import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
-from slipstream.core.blocks import BlockPool
+from slipstream.core.blocks import BlockPool, Named
 from slipstream.core.machine import Effect, Send
 from slipstream.core.membership import Membership
 from slipstream.messages import BlockEvents, Snapshot
-from slipstream.types import NodeId, Role
+from slipstream.types import BlockHash, NodeId, Role
+
+NOWHERE = -1
 
 
 class IndexReporter:
-    """Each worker reports to one kvindex of those alive, found by its own name."""
+    """Each worker reports to one kvindex of those alive, found by its own name.
+
+    Of each prompt it reports the last of every `index_stride` blocks: it stands for those before
+    it. The pool tells by itself what is in it; of the tiers below, `lowered` does.
+    """
 
     def __init__(self, pool: BlockPool, membership: Membership):
         self.pool, self.membership = pool, membership
         self.target: NodeId | None = None
         self.seq = 0
+        self.claims = self.claims_wrong = 0
+        """Blocks that the index said are here, and those of them that were not."""
+        self._stride = 1
+        self._lower: dict[BlockHash, tuple[int, int]] = {}
+        """Hash -> position and tier."""
+        self._touched: dict[BlockHash, None] = {}
+
+    def lowered(self, blocks: Iterable[Named], tier: int) -> None:
+        """These are in this tier now, and in none between the pool and it."""
+        for block in blocks:
+            self._lower[block.block_hash] = block.position, tier
+            self._touch(block)
+
+    def gone(self, hashes: Iterable[BlockHash]) -> None:
+        """These are in no tier below the pool any more."""
+        for block_hash in hashes:
+            if block_hash in self._lower:
+                position, _ = self._lower.pop(block_hash)
+                self._touch(Named(block_hash, position))
+
+    def claimed(self, hashes: Sequence[BlockHash], count: int) -> None:
+        """The index was believed to say that the first `count` blocks of a prompt are here. It is
+        told about those that are not."""
+        there = 0
+        while there < min(count, len(hashes)) and (
+            hashes[there] in self.pool or hashes[there] in self._lower
+        ):
+            there += 1
+        self.claims += count
+        self.claims_wrong += count - there
+        for position in range(there, min(count, len(hashes))):
+            self._touch(Named(hashes[position], position))
 
     def peer_down(self, peer: NodeId) -> None:
         """What was said last may be lost: whoever is told next gets a snapshot first."""
@@ -25,28 +65,58 @@ class IndexReporter:
     def snapshot(self, to: NodeId) -> list[Effect]:
         if to != self.target:
             return []
-        self.pool.drain_events()
-        node = self.membership.node
-        stored = b"".join(self.pool.hashes())
-        return [Send(to, Snapshot(epoch=node.epoch, seq=self.seq, stored=stored))]
+        self.pool.drain_changes()
+        self._touched.clear()
+        lower = [Named(block_hash, at) for block_hash, (at, _) in self._lower.items()]
+        everything = [block.block_hash for block in (*self.pool.named(), *lower) if self._of(block)]
+        places = self._places(dict.fromkeys(everything))
+        self.seq += 1  # two snapshots of one number could hold different blocks
+        snapshot = Snapshot(
+            epoch=self.membership.node.epoch,
+            seq=self.seq,
+            stored=places.pop(0, b""),
+            lower=places,
+        )
+        return [Send(to, snapshot)]
 
     def flush(self, now_s: float) -> list[Effect]:
         """Changes since the last call, one message."""
-        target = self._responsible(now_s)
-        if target != self.target:
-            self.target = target
+        for block in self.pool.drain_changes():
+            self._touch(block)
+        target, stride = self._responsible(now_s), self.membership.index_stride
+        if (target, stride) != (self.target, self._stride):
+            self.target, self._stride = target, stride
             return [] if target is None else self.snapshot(target)
-        stored, removed = self.pool.drain_events()
-        if target is None or not (stored or removed):
+        touched, self._touched = self._touched, {}
+        if target is None or not touched:
             return []
+        places = self._places(touched)
         self.seq += 1
         events = BlockEvents(
             epoch=self.membership.node.epoch,
             seq=self.seq,
-            stored=b"".join(stored),
-            removed=b"".join(removed),
+            stored=places.pop(0, b""),
+            removed=places.pop(NOWHERE, b""),
+            lower=places,
         )
         return [Send(target, events)]
+
+    def _places(self, hashes: Iterable[BlockHash]) -> dict[int, bytes]:
+        """Best tier -> hashes, packed."""
+        places: defaultdict[int, list[BlockHash]] = defaultdict(list)
+        for block_hash in hashes:
+            in_pool = block_hash in self.pool
+            tier = 0 if in_pool else self._lower.get(block_hash, (0, NOWHERE))[1]
+            places[tier].append(block_hash)
+        return {tier: b"".join(found) for tier, found in places.items()}
+
+    def _touch(self, block: Named) -> None:
+        if self._of(block):
+            self._touched[block.block_hash] = None
+
+    def _of(self, block: Named) -> bool:
+        """Whether the index is to know of it."""
+        return block.position % self._stride == self._stride - 1
 
     def _responsible(self, now_s: float) -> NodeId | None:
         alive = self.membership.alive(Role.KVINDEX, now_s)

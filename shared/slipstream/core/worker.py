@@ -103,8 +103,6 @@ class WorkerMachine:
         self.jobs: dict[RequestId, Job] = {}
         self.failures: Counter[str] = Counter()
         self.samples = Samples()
-        self.claimed = self.claimed_wrong = 0
-        """Blocks that the index said were cached here, and those of them that were not."""
         self._eos = frozenset(settings.eos_token_ids)
         self._plan: BatchPlan | None = None
         self._draining = False
@@ -225,9 +223,7 @@ class WorkerMachine:
         job = Job.of(message, space, self.membership.node.node_id, now_s)
         self.jobs[job.request_id] = job
         if message.claimed_blocks:
-            there = len(self.pool.match(job.full_hashes(len(job.tokens))))
-            self.claimed += message.claimed_blocks
-            self.claimed_wrong += max(0, message.claimed_blocks - there)
+            self.reporter.claimed(job.full_hashes(len(job.tokens)), message.claimed_blocks)
         if isinstance(message, Decode) and message.prefill is not None:
             return effects + self.receiver.expect(job, message.prefill, message.prefill_epoch)
         return effects + self.fetcher.begin(job, message, now_s)
