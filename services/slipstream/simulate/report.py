@@ -60,6 +60,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     e2e_s: Percentiles
     good_share: float
     goodput_per_s: float
+    missed_ttft: int
+    """Requests that were answered, but not inside this limit; `missed_itl` too."""
+    missed_itl: int
 
     hit_blocks: int
     """Leading blocks of prompts that were in the pool of the worker that began to compute them,
@@ -115,6 +118,8 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         e2e_s=Percentiles.of([stream.ended_s or 0.0 for stream in done]),
         good_share=good / len(streams),
         goodput_per_s=good / elapsed_s,
+        missed_ttft=sum(stream.first_s > run.limits.ttft_s for stream in done),
+        missed_itl=sum(stream.mean_itl_s > run.limits.itl_s for stream in done),
         hit_blocks=hit_blocks,
         fetched_blocks=sum(worker.fetcher.blocks_fetched for worker in workers),
         query_blocks=query_blocks,
