@@ -75,9 +75,9 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         str,
         Meta(
             description=f"One or more, with commas; of {', '.join(DISAGGREGATIONS)}. "
-            "Policies without prices take auto as always."
+            "Empty: never without --prefill, else auto."
         ),
-    ] = DISAGGREGATIONS[0]
+    ] = ""
     rate_scale: Annotated[
         str, Meta(description="One or more: how many times as fast as in the trace.")
     ] = "1"
@@ -122,7 +122,8 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def disaggregations(self) -> list[Disaggregation]:
-        return _chosen("--disaggregation", self.disaggregation, DISAGGREGATIONS)
+        text = self.disaggregation or ("auto" if self.prefill else "never")
+        return _chosen("--disaggregation", text, DISAGGREGATIONS)
 
     @property
     def rate_scales(self) -> list[float]:

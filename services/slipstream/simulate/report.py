@@ -101,7 +101,7 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
     reusable, query_blocks = reusable_blocks(stream.request for stream in streams)
     failures: Counter[str] = Counter()
     for worker in workers:
-        failures += worker.receiver.failures + worker.fetcher.failures
+        failures += worker.exchange.receiver.failures + worker.exchange.fetcher.failures
     scheduler = cluster.scheduler
     return Summary(
         policy=run.policy,
@@ -121,7 +121,7 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         missed_ttft=sum(stream.first_s > run.limits.ttft_s for stream in done),
         missed_itl=sum(stream.mean_itl_s > run.limits.itl_s for stream in done),
         hit_blocks=hit_blocks,
-        fetched_blocks=sum(worker.fetcher.blocks_fetched for worker in workers),
+        fetched_blocks=sum(worker.exchange.fetcher.blocks_fetched for worker in workers),
         query_blocks=query_blocks,
         hit_share=hit_blocks / max(1, query_blocks),
         reusable_share=reusable / max(1, query_blocks),
@@ -129,7 +129,7 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         placements=len(scheduler.placement_s),
         migrated=scheduler.inner.counters["migrated"],
         preemptions=sum(worker.batcher.preemptions for worker in workers),
-        blocks_pulled=sum(worker.receiver.blocks_pulled for worker in workers),
+        blocks_pulled=sum(worker.exchange.receiver.blocks_pulled for worker in workers),
         read_failures=dict(failures),
         imbalance=_imbalance(cluster),
         workers={name: _worker(cluster, name, elapsed_s) for name in cluster.workers},

@@ -159,6 +159,7 @@ class Batcher:
                 self.pool.release(hits)
                 return
             self.waiting.popleft()
+            self.pool.hit(hits)
             job.block_ids = hits + blocks
             job.num_computed = len(hits) * BLOCK_TOKENS
             if job.cached_tokens is None:

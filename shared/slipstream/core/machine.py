@@ -101,6 +101,24 @@ class BlocksDigested(_Record, frozen=True):
     digests: tuple[bytes, ...]
 
 
+class BlocksSaved(_Record, frozen=True):
+    """Nobody copies from these blocks any more. Where they went, `BlocksMoved` says."""
+
+    op_id: str
+
+
+class BlockMove(_Record, frozen=True):
+    """A block is in this tier now and in no better one below the pool; None: in none."""
+
+    block_hash: BlockHash
+    position: int
+    tier: int | None
+
+
+class BlocksMoved(_Record, frozen=True):
+    moved: tuple[BlockMove, ...]
+
+
 class Encoded(_Record, frozen=True):
     """A prompt was encoded (or not); `request_id` is a request's or a codec call's."""
 
@@ -156,6 +174,8 @@ Event: TypeAlias = (
     | BatchFailed
     | PullDone
     | BlocksDigested
+    | BlocksSaved
+    | BlocksMoved
     | Encoded
     | Opened
     | Closed
@@ -252,6 +272,31 @@ class DigestBlocks(_Record, frozen=True):
     blocks: tuple[BlockId, ...]
 
 
+class SavedBlock(_Record, frozen=True):
+    block: BlockId
+    block_hash: BlockHash
+    position: int
+    """How many blocks of its prompt come before it."""
+    digest: bytes | None
+    """If it is known."""
+
+
+class SaveBlocks(_Record, frozen=True):
+    """Copy these to the tier below, if it takes them; ends as `BlocksSaved`."""
+
+    op_id: str
+    blocks: tuple[SavedBlock, ...]
+
+
+class LoadBlocks(_Record, frozen=True):
+    """Bring these from the tiers below into local blocks, verified. Ends as `PullDone` with the
+    digests of the leading ones that were there and whole."""
+
+    pull_id: str
+    block_hashes: tuple[BlockHash, ...]
+    local_blocks: tuple[BlockId, ...]
+
+
 class EncodePrompt(_Record, frozen=True):
     """Render and encode in a thread; ends as `Encoded`."""
 
@@ -339,6 +384,8 @@ Effect: TypeAlias = (
     | RunBatch
     | PullBlocks
     | DigestBlocks
+    | SaveBlocks
+    | LoadBlocks
     | EncodePrompt
     | Deliver
     | DeliverCodec
