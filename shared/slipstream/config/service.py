@@ -144,12 +144,33 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     enable_prefix_caching: Annotated[
         bool, Meta(description="Reuse KV blocks of equal prompt beginnings.")
     ] = True
+    kv_events_endpoint: Annotated[
+        str,
+        Meta(
+            pattern=r"^((tcp|ipc)://.+)?$",
+            description="ZeroMQ address to publish vLLM's KV events at; tcp://*:5557 is bound, "
+            "tcp://host:5557 connected to; one for each worker; empty: none.",
+        ),
+    ] = ""
+    kv_events_replay_endpoint: Annotated[
+        str,
+        Meta(
+            pattern=r"^((tcp|ipc)://.+)?$",
+            description="ZeroMQ address to ask for past KV events; empty: none are kept.",
+        ),
+    ] = ""
+    kv_events_format: Annotated[
+        Literal["map", "array"],
+        Meta(description="map: as vLLM 0.32 writes events; array: as llm-d reads them."),
+    ] = "map"
 
     def __post_init__(self) -> None:
         if self.renew_s >= self.lease_s:
             raise ValueError(
                 f"--renew-s {self.renew_s:g} must be less than --lease-s {self.lease_s:g}"
             )
+        if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
+            raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 
 
 S = TypeVar("S", bound=ServiceConfig)

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from slipstream.core.blocks import BlockPool, Named
-from slipstream.core.machine import Effect, Send
+from slipstream.core.kv_events import KvEvents
+from slipstream.core.machine import Effect, PublishKvEvents, Send
 from slipstream.core.membership import Membership
 from slipstream.messages import BlockEvents, Snapshot
 from slipstream.types import BlockHash, NodeId, Role
@@ -20,8 +21,9 @@ class IndexReporter:
     it. The pool tells by itself what is in it; of the tiers below, `lowered` does.
     """
 
-    def __init__(self, pool: BlockPool, membership: Membership):
-        self.pool, self.membership = pool, membership
+    def __init__(self, pool: BlockPool, membership: Membership, kv_events: KvEvents | None = None):
+        """`kv_events`: hears of the same changes, for routers that are not ours."""
+        self.pool, self.membership, self.kv_events = pool, membership, kv_events
         self.target: NodeId | None = None
         self.seq = 0
         self.claims = self.claims_wrong = 0
@@ -33,12 +35,18 @@ class IndexReporter:
 
     def lowered(self, blocks: Iterable[Named], tier: int) -> None:
         """These are in this tier now, and in none between the pool and it."""
+        blocks = list(blocks)
+        if self.kv_events is not None:
+            self.kv_events.lowered((block.block_hash for block in blocks), tier)
         for block in blocks:
             self._lower[block.block_hash] = block.position, tier
             self._touch(block)
 
     def gone(self, hashes: Iterable[BlockHash]) -> None:
         """These are in no tier below the pool any more."""
+        hashes = list(hashes)
+        if self.kv_events is not None:
+            self.kv_events.gone(hashes)
         for block_hash in hashes:
             if block_hash in self._lower:
                 position, _ = self._lower.pop(block_hash)
@@ -65,7 +73,7 @@ class IndexReporter:
     def snapshot(self, to: NodeId) -> list[Effect]:
         if to != self.target:
             return []
-        self.pool.drain_changes()
+        self._drain()
         self._touched.clear()
         lower = [Named(block_hash, at) for block_hash, (at, _) in self._lower.items()]
         everything = [block.block_hash for block in (*self.pool.named(), *lower) if self._of(block)]
@@ -80,9 +88,13 @@ class IndexReporter:
         return [Send(to, snapshot)]
 
     def flush(self, now_s: float) -> list[Effect]:
-        """Changes since the last call, one message."""
-        for block in self.pool.drain_changes():
-            self._touch(block)
+        """Changes since the last call, one message for each who hears of them."""
+        self._drain()
+        events = self.kv_events.flush() if self.kv_events is not None else ()
+        published: list[Effect] = [PublishKvEvents(events)] if events else []
+        return published + self._told(now_s)
+
+    def _told(self, now_s: float) -> list[Effect]:
         target, stride = self._responsible(now_s), self.membership.index_stride
         if (target, stride) != (self.target, self._stride):
             self.target, self._stride = target, stride
@@ -100,6 +112,13 @@ class IndexReporter:
             lower=places,
         )
         return [Send(target, events)]
+
+    def _drain(self) -> None:
+        changes = self.pool.drain_changes()
+        if self.kv_events is not None:
+            self.kv_events.changed(changes)
+        for block in changes:
+            self._touch(block)
 
     def _places(self, hashes: Iterable[BlockHash]) -> dict[int, bytes]:
         """Best tier -> hashes, packed."""

@@ -14,6 +14,7 @@ import msgspec
 from slipstream.core.batching import Batcher
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, unfit
+from slipstream.core.kv_events import KvEvents
 from slipstream.core.lender import Lender
 from slipstream.core.load import load_of
 from slipstream.core.machine import (
@@ -82,6 +83,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     pull_timeout_s: float = 10.0
     step_timeout_s: float = 120.0
     enable_prefix_caching: bool = True
+    kv_events: bool = False
+    """Emit `PublishKvEvents`."""
 
 
 class WorkerMachine:
@@ -94,10 +97,11 @@ class WorkerMachine:
         self.pool = BlockPool(self.info.num_blocks, settings.enable_prefix_caching)
         # Preempted and failed hand-overs are computed here, even on a worker that does not prefill.
         budget_tokens = max(self.info.prefill_budget_tokens, BLOCK_TOKENS)
-        self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens)
+        kv_events = KvEvents(self.pool) if settings.kv_events else None
+        self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens, kv_events)
         self.lender = Lender(self.pool, node.epoch, settings.lease_s)
         self.receiver = Receiver(self.pool, settings.pull_timeout_s)
-        self.reporter = IndexReporter(self.pool, self.membership)
+        self.reporter = IndexReporter(self.pool, self.membership, kv_events)
         self.log = TokenLog(LOG_KEEP_S)
         self.jobs: dict[RequestId, Job] = {}
         self.failures: Counter[str] = Counter()

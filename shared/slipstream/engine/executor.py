@@ -15,11 +15,13 @@ from slipstream.core.machine import (
     BatchPlan,
     Effect,
     Event,
+    PublishKvEvents,
     PullBlocks,
     PullDone,
     RowOutput,
     RunBatch,
 )
+from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
 from slipstream.kv.transport import TransferError, Transports
@@ -46,8 +48,10 @@ class WorkerExecutor:
         blocks: Blocks,
         transports: Transports,
         directory: Callable[[NodeId], NodeInfo | None],
+        kv_events: KvEventPublisher | None = None,
     ):
         """`blocks`: the runner's pool as bytes. `directory`: who a node id is now."""
+        self._kv_events = kv_events
         self._runner, self._blocks = runner, blocks
         self._transports, self._directory = transports, directory
         self._compute = ThreadPoolExecutor(1, "compute")
@@ -69,6 +73,9 @@ class WorkerExecutor:
                 peer = self._directory(effect.peer)
                 deadline_s = time.monotonic() + effect.timeout_s
                 self._transfer.submit(self._pull, effect, peer, deadline_s)
+            case PublishKvEvents(events):
+                assert self._kv_events is not None
+                self._kv_events.publish(events)
             case _:
                 raise TypeError(f"a worker does not execute {type(effect).__name__}")
 

@@ -13,6 +13,7 @@ from slipstream.config import ConfigError, StartError, WorkerConfig, format_byte
 from slipstream.core.job import blocks_for
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
+from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.model_config import ModelConfig, ModelError
 from slipstream.engine.runner import Runner
 from slipstream.kv.bus import BusTransport, bus_address
@@ -79,7 +80,10 @@ def run_worker(config: WorkerConfig) -> int:
             runner = Runner(config.model, plan.dtype, pool.view(shape), plan.threads)
             _announce(config, plan, transports)
             directory = machine.membership.nodes.get
-            executor = WorkerExecutor(runner, segment.blocks, transports, directory)
+            kv_events = _kv_events(config, node)
+            if kv_events is not None:
+                stack.callback(kv_events.close)
+            executor = WorkerExecutor(runner, segment.blocks, transports, directory, kv_events)
             return run_service(config, node, machine, executor)
     except ModelError as error:
         raise StartError(f"slipstream {config.role}: {error}", MODEL_ERROR) from None
@@ -228,6 +232,17 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
     )
 
 
+def _kv_events(config: WorkerConfig, node: NodeInfo) -> KvEventPublisher | None:
+    if not config.kv_events_endpoint:
+        return None
+    assert node.worker is not None
+    topic = f"kv@{node.node_id}@{node.worker.model}"  # as llm-d reads it
+    return KvEventPublisher(
+        *(config.kv_events_endpoint, config.kv_events_replay_endpoint, topic),
+        config.kv_events_format,
+    )
+
+
 def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
     return WorkerSettings(
         eos_token_ids=tuple(sorted(model.eos_token_ids)),
@@ -236,6 +251,7 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
         pull_timeout_s=config.pull_timeout_s,
         step_timeout_s=config.step_timeout_s,
         enable_prefix_caching=config.enable_prefix_caching,
+        kv_events=bool(config.kv_events_endpoint),
     )
 
 
