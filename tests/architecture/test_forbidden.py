@@ -11,7 +11,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 ENVIRONMENT_READERS = {
     "services/slipstream/cli/main.py",
-    "kernels/slipstream/kernels/cpu.py",  # the lowest layer: nobody above it chooses the compiler
+    "kernels/slipstream/kernels/build.py",  # the lowest layer: nobody above it chooses the compiler
 }
 MACHINE_PATHS = re.compile("/" + "opt/dev|/" + "work/|/" + "root/")
 """Put together so that this file does not contain what it looks for."""

@@ -181,7 +181,8 @@ def test_settings_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="--renew-s 20 must be less than --lease-s 10"):
         load(DecodeConfig, "decode", ["--model", "m", "--renew-s", "20"], {})
     with pytest.raises(ConfigError, match="--prefill 0 needs"):
-        load(ServeConfig, "serve", ["--prefill", "0"], {})
+        load(ServeConfig, "serve", ["--prefill", "0", "--disaggregation", "always"], {})
+    load(ServeConfig, "serve", ["--prefill", "0"], {})
 
 
 def test_roles_differ_where_they_should() -> None:

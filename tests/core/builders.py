@@ -65,15 +65,20 @@ def decode(
     source: NodeId | None = None,
     salt: str = "",
     claimed: int = 0,
+    holder: NodeId | None = None,
+    holder_blocks: int = 0,
     **sampling: object,
 ) -> Decode:
-    """`source`: the prefill worker, of epoch 7."""
+    """`source`: the prefill worker, of epoch 7; `holder`: of `EPOCH`."""
     return Decode(
         **_common(request_id, attempt, prompt, accepted, salt),
         sampling=sampling_of(sampling),
         prefill=source,
         prefill_epoch=7 if source else 0,
         claimed_blocks=claimed,
+        holder=holder,
+        holder_epoch=EPOCH if holder else 0,
+        holder_blocks=holder_blocks,
     )
 
 

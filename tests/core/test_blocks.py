@@ -5,7 +5,7 @@ import random
 import pytest
 
 from slipstream.core.blocks import BlockPool
-from slipstream.core.lease import LeaseTable
+from slipstream.core.lease import Lease, LeaseTable
 from slipstream.core.prefix import block_hashes, extend_hashes, namespace, split_hashes
 
 
@@ -86,10 +86,10 @@ def test_hashes_chain_and_keep_namespaces_apart() -> None:
 
 def test_a_lease_runs_from_its_start_and_never_lives_twice() -> None:
     table = LeaseTable(term_s=10.0)
-    table.grant("r/1", "decode-0", [1, 2])
+    table.grant(Lease("r/1", "r", 1, "decode-0"), [1, 2])
     table.renew("r/1", 0.0)
     assert table.lapse(1e9) == [], "its owner still works on it"
-    table.grant("r/1", "decode-0", [3])
+    table.grant(Lease("r/1", "r", 1, "decode-0"), [3])
     table.start("r/1", 100.0)
     table.renew("r/1", 105.0)
     assert table.lapse(114.9) == []

@@ -15,13 +15,11 @@ from core.workers import (
     relay,
 )
 from slipstream.core import machine as m
-from slipstream.core.worker import (
-    EARLY_KEEP_S,
-    EARLY_MAX,
-)
+from slipstream.core.receiver import EARLY_KEEP_S, EARLY_MAX
 from slipstream.messages import (
     SCHEDULER,
     Finished,
+    FirstToken,
     Hello,
     KvReady,
     LiveRequest,
@@ -61,7 +59,8 @@ def test_prefill_hands_over_and_decode_goes_on(source: Worker, early: bool) -> N
         assert relay(source, target, KvReady) == 1
         if not early:
             target.read(source)
-    assert source.to(SCHEDULER) == [], "its part is over, the stream is not"
+    told = [FirstToken(request_id="r", attempt=1)]
+    assert source.to(SCHEDULER) == told, "its part is over, the stream is not"
     assert source.said[0].path == "prefill-0" and len(source.output()) == 1
     if early:
         target.hear(announcement)
@@ -101,7 +100,7 @@ def test_a_stream_that_its_first_token_ends_goes_no_further(source: Worker) -> N
         source.step()
     assert source.load["blocks_leased"] == 2
     source.step()
-    assert [type(message) for _, message in source.sent] == [Finished, TokensOut]
+    assert [type(message) for _, message in source.sent] == [FirstToken, Finished, TokensOut]
     assert source.said[-1].finish_reason is LENGTH
     assert source.load["blocks_leased"] == 0 and source.held == 0
 

@@ -9,6 +9,7 @@ from core.builders import decode, job_of
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job
 from slipstream.core.machine import Effect, PullBlocks, PullDone, Send
+from slipstream.core.reading import Reads
 from slipstream.core.receiver import Receiver
 from slipstream.messages import KvReady, Release, Renew
 
@@ -44,7 +45,8 @@ def ready(first: int = 0, end: int = 3, **changes: object) -> KvReady:
 class Desk:
     def __init__(self, num_blocks: int = 8):
         self.pool = BlockPool(num_blocks)
-        self.receiver = Receiver(self.pool, pull_timeout_s=3.0)
+        self.desk = Reads(self.pool, pull_timeout_s=3.0)
+        self.receiver = Receiver(self.desk)
         self.job = self.expect("r")
         self.reads = 0
 
@@ -69,9 +71,8 @@ class Desk:
     def pulled(self, blocks: list[int], error: str | None = None) -> list[Effect]:
         """The READ in flight ends; `blocks`: whose bytes it found."""
         self.reads += 1
-        return self.receiver.pulled(
-            PullDone(f"r/1/{self.reads}", tuple(digests(blocks)), error=error)
-        )
+        done = PullDone(f"r/1/{self.reads}", tuple(digests(blocks)), error=error)
+        return [] if self.desk.over(done) else self.receiver.pulled(done)
 
     @property
     def held(self) -> int:

@@ -26,6 +26,7 @@ from slipstream.messages import (
     Decode,
     Drop,
     Finished,
+    FirstToken,
     Peers,
     Prefill,
     Resend,
@@ -47,7 +48,10 @@ def worker() -> Worker:
 def test_a_stream_from_prompt_to_end(worker: Worker) -> None:
     message = decode(prompt=PROMPT, max_tokens=5, ignore_eos=True)
     worker.hear(message)
-    assert worker.run() == [Finished(request_id="r", attempt=1)]
+    assert worker.run() == [
+        FirstToken(request_id="r", attempt=1),
+        Finished(request_id="r", attempt=1),
+    ]
     tokens, reason = answer(message)
     assert worker.output() == tokens and len(worker.said) == 5, "one message a step"
     last = worker.said[-1]
@@ -105,7 +109,10 @@ def test_a_later_attempt_goes_on_after_the_accepted_tokens(worker: Worker) -> No
     assert worker.machine.jobs == {"r": job} and job.attempt == 2
     worker.said = []
     told = worker.run()
-    assert told == [Finished(request_id="r", attempt=2)]
+    assert told == [
+        FirstToken(request_id="r", attempt=2, cached_tokens=32),
+        Finished(request_id="r", attempt=2),
+    ]
     assert (worker.said[0].attempt, worker.said[0].position) == (2, 4)
     assert tokens[:4] + [t for span in worker.said for t in unpack_tokens(span.tokens)] == tokens
 

@@ -1,5 +1,7 @@
 """A worker's machine with the simulator's device, one or two of them."""
 
+import msgspec
+
 from core.builders import EPOCH, decode, node_info, prefill, worker_info
 from sim.device import EOS, Device, right_answer
 from slipstream.core import machine as m
@@ -38,6 +40,7 @@ class Worker:
         self.now_s = 0.0
         self.plans: list[m.BatchPlan] = []
         self.pulls: list[m.PullBlocks] = []
+        self.digesting: list[m.DigestBlocks] = []
         self.sent: list[tuple[NodeId, AnyMessage]] = []
         """What the last event made it say."""
         self.said: list[TokenSpan] = []
@@ -56,6 +59,8 @@ class Worker:
                     self.plans.append(plan)
                 case m.PullBlocks():
                     self.pulls.append(effect)
+                case m.DigestBlocks():
+                    self.digesting.append(effect)
                 case m.SetTimer(key, at_s):
                     self.timers[key] = at_s
                 case m.Exit():
@@ -107,6 +112,13 @@ class Worker:
                 self.device.memory[here][3] ^= wrong
             found = tuple(self.device.digest(block) for block in pull.local_blocks)
             self.handle(m.PullDone(pull.pull_id, found))
+
+    def digest(self) -> None:
+        """End what the digests were wanted for."""
+        while self.digesting:
+            op_id, blocks = msgspec.structs.astuple(self.digesting.pop())
+            digests = tuple(self.device.digest(block) for block in blocks)
+            self.handle(m.BlocksDigested(op_id, digests))
 
     def to(self, node_id: NodeId) -> list[AnyMessage]:
         return [message for to, message in self.sent if to == node_id]

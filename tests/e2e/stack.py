@@ -46,7 +46,8 @@ def free_port() -> int:
 
 
 class Stack:
-    """Float32 and a small pool, unless the settings say otherwise: `Stack(decode=2)`."""
+    """Float32, a small pool and a transfer for every prompt, unless the settings say otherwise:
+    `Stack(decode=2)`."""
 
     def __init__(self, wait: bool = True, locate_timeout_s: float = 0.05, **settings: Any) -> None:
         """`wait`: for READY; if not, `until_ready` is the test's to call."""
@@ -62,6 +63,7 @@ class Stack:
             "threads": 2,
             "max_model_len": 2048,
             "kv_cache_bytes": "128MiB",
+            "disaggregation": "always",
             **settings,
         }
         flags = [word for k, v in wanted.items() for word in (f"--{k.replace('_', '-')}", str(v))]

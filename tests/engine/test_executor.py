@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-import threading
+import queue
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
     BatchPlan,
+    BlocksDigested,
+    DigestBlocks,
     Event,
     Exit,
     PullBlocks,
@@ -26,7 +28,7 @@ from slipstream.core.machine import (
     RunBatch,
 )
 from slipstream.decode.config import DecodeConfig
-from slipstream.engine import executor as executor_module
+from slipstream.engine import transfers as transfers_module
 from slipstream.engine.executor import StepRunner, WorkerExecutor
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
@@ -36,10 +38,11 @@ from slipstream.engine.service import (
     choose_model_len,
     choose_num_blocks,
 )
+from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import SegmentHeader, create_segment
 from slipstream.kv.shm import ShmTransport
-from slipstream.kv.transport import TransferError, Transports
+from slipstream.kv.transport import Digests, Read, TransferError
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.prefill.config import PrefillConfig
 from slipstream.types import Role
@@ -67,7 +70,7 @@ class Side:
         self.transports = Transports([ShmTransport(self.segment)], "x", block_bytes, "here")
         self.peers: dict[str, NodeInfo] = {}
         self.executor = WorkerExecutor(
-            make_runner(self.blocks), self.blocks, self.transports, self.peers.get
+            make_runner(self.blocks), self.blocks, self.transports, lambda: self.peers
         )
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.info = NodeInfo(
@@ -143,6 +146,15 @@ async def test_a_digest_of_no_block_fails_the_step(tmp_path: Path) -> None:
     await side.close()
 
 
+async def test_local_blocks_are_digested(tmp_path: Path) -> None:
+    side = Side(tmp_path, "d", Scripted)
+    side.blocks[:] = np.random.default_rng(1).integers(0, 256, side.blocks.shape, np.uint8)
+    await side.start()
+    side.executor.execute(DigestBlocks("o", (7, 0)))
+    assert await side.next() == BlocksDigested("o", block_digests(side.blocks, (7, 0)))
+    await side.close()
+
+
 def pull(pull_id: str = "p", epoch: int = 3, timeout_s: float = WAIT_S) -> PullBlocks:
     return PullBlocks(pull_id, "source", epoch, (4, 5, 6), (1, 2, 3), timeout_s)
 
@@ -153,7 +165,10 @@ async def test_a_read_ends_with_the_digests_of_the_local_bytes(tmp_path: Path) -
     side.peers["source"] = source.info
     await side.start()
     side.executor.execute(pull())
-    assert await side.next() == PullDone("p", block_digests(source.blocks, (4, 5, 6)))
+    done = await side.next()
+    assert isinstance(done, PullDone) and done.error is None
+    assert done.digests == block_digests(source.blocks, (4, 5, 6))
+    assert done.transport == "shm" and done.elapsed_s > 0
     assert (side.blocks[1:4] == source.blocks[4:7]).all()
     assert side.executor.statistics()["transfer_shm_bytes_total"] == 3 * BLOCK_BYTES
     await side.close()
@@ -177,21 +192,24 @@ async def test_a_failed_read_ends_with_its_cause(
         side.peers["source"] = source.info
     await side.start()
     side.executor.execute(effect)
-    assert await side.next() == PullDone("p", error=cause)
+    done = await side.next()
+    assert isinstance(done, PullDone)
+    assert (done.pull_id, done.error, done.digests) == ("p", cause, ())
     names = [name for name in side.executor.statistics() if f"failures_{cause}" in name]
     assert len(names) == 1
     await side.close()
     await source.close()
 
 
-class Broken:
-    """A transport that hangs until it is let go, then raises what it was given."""
+class Held:
+    """A transport whose READs end when it is told to, as it is told to."""
 
     name = "shm"
 
-    def __init__(self, error: Exception):
-        self.error = error
-        self.reading, self.go = threading.Semaphore(0), threading.Event()
+    def __init__(self) -> None:
+        self.reads: queue.SimpleQueue[Read] = queue.SimpleQueue()
+        self.error: Exception | None = None
+        self.held: list[Read] = []
 
     def advertise(self) -> str:
         return ""
@@ -199,56 +217,96 @@ class Broken:
     def connect(self, peer: NodeInfo) -> None:
         pass
 
-    def read(self, *arguments: object) -> None:
-        self.reading.release()
-        self.go.wait(WAIT_S)
-        raise self.error
+    def read(self, read: Read) -> None:
+        if self.error is not None:
+            raise self.error
+        self.reads.put(read)
+        self.held.append(read)
 
     def forget(self, node_id: str) -> None:
         pass
 
     def close(self) -> None:
-        self.go.set()
+        while self.held:
+            self.held.pop().done(TransferError("closed"))
 
 
-@pytest.mark.parametrize("error", [TransferError("timeout"), RuntimeError("what?")])
-async def test_every_read_ends_once_and_not_before_the_transport_lets_go(
-    tmp_path: Path, error: Exception
-) -> None:
-    side, source = Side(tmp_path, "d", Scripted), Side(tmp_path, "source", Scripted)
-    transport = Broken(error)
+def held(side: Side, source: Side, monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Of a side that knows the source and does not measure it."""
+    transport = Held()
     side.peers["source"] = source.info
-    side.executor._transports = Transports([transport], "x", BLOCK_BYTES, "here")
+    side.executor._transfers._transports = Transports([transport], "x", BLOCK_BYTES, "here")
+    monkeypatch.setattr(Transports, "due", lambda *_: False)
+    return transport
+
+
+async def test_no_read_waits_for_another_and_each_ends_when_its_transport_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More READs that hang than there are threads; one that does not is done."""
+    side, source = Side(tmp_path, "d", Scripted), Side(tmp_path, "source", Scripted)
+    transport = held(side, source, monkeypatch)
     await side.start()
-    for number in range(5):
+    count = 3 * transfers_module.TRANSFER_THREADS
+    for number in range(count):
         side.executor.execute(pull(str(number)))
-    for _ in range(executor_module.TRANSFER_THREADS):
-        await asyncio.to_thread(transport.reading.acquire)
+    reads = [await asyncio.to_thread(transport.reads.get, True, WAIT_S) for _ in range(count)]
     assert side.events.empty()
-    transport.go.set()
-    ended = [await side.next() for _ in range(5)]
-    assert sorted(event.pull_id for event in ended if isinstance(event, PullDone)) == list("01234")
-    assert all(isinstance(event, PullDone) and event.error for event in ended)
-    await side.close()
+    results: list[Digests | TransferError] = [(b"d",), TransferError("timeout")]
+    for read, result in zip(reversed(reads), results, strict=False):
+        transport.held.remove(read)
+        read.done(result)
+    first, second = await side.next(), await side.next()
+    assert isinstance(first, PullDone) and isinstance(second, PullDone)
+    assert (first.digests, first.error) == ((b"d",), None)
+    assert (second.digests, second.error) == ((), "timeout")
+    await side.close()  # ends the others
+    ended = [side.events.get_nowait() for _ in range(count - 2)]
+    assert all(isinstance(event, PullDone) and event.error == "closed" for event in ended)
     assert side.events.empty()
     await source.close()
 
 
-async def test_closing_ends_hanging_reads(tmp_path: Path) -> None:
+async def test_a_transport_that_raises_ends_the_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     side, source = Side(tmp_path, "d", Scripted), Side(tmp_path, "source", Scripted)
-    transport = Broken(TransferError("closed"))
-    side.peers["source"] = source.info
-    side.executor._transports = Transports([transport], "x", BLOCK_BYTES, "here")
+    transport = held(side, source, monkeypatch)
     await side.start()
-    for number in range(5):
-        side.executor.execute(pull(str(number)))
-    await asyncio.to_thread(transport.reading.acquire)
-    await asyncio.wait_for(side.close(), WAIT_S)
+    for error, cause in ((RuntimeError("what?"), "internal"), (TransferError("attach"), "attach")):
+        transport.error = error
+        side.executor.execute(pull())
+        done = await side.next()
+        assert isinstance(done, PullDone) and done.error == cause
+    await side.close()
+    await source.close()
+
+
+async def test_a_peer_is_measured_before_anybody_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers_module, "SWEEP_PERIOD_S", 0.01)
+    source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
+    side.peers |= {"source": source.info, "d": side.info}
+    before, loop = side.blocks.copy(), asyncio.get_running_loop()
+    measured, measure = asyncio.Event(), side.transports.measure
+
+    def measure_and_tell(peer: NodeInfo) -> None:
+        measure(peer)
+        loop.call_soon_threadsafe(measured.set)
+
+    monkeypatch.setattr(side.transports, "measure", measure_and_tell)
+    await side.start()
+    await asyncio.wait_for(measured.wait(), WAIT_S)
+    assert side.executor.statistics()["transfer_shm_gbps"] > 0
+    assert side.transports.peers == {"source": 3}
+    assert (side.blocks == before).all()
+    await side.close()
     await source.close()
 
 
 async def test_a_dead_peer_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor_module, "SWEEP_PERIOD_S", 0.01)
+    monkeypatch.setattr(transfers_module, "SWEEP_PERIOD_S", 0.01)
     source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
     side.peers["source"] = source.info
     forgotten, loop, forget = asyncio.Event(), asyncio.get_running_loop(), side.transports.forget
@@ -303,7 +361,9 @@ async def test_a_stream_goes_on_from_blocks_that_were_read(
     computed = await source.next()
     assert isinstance(computed, BatchDone)
     side.executor.execute(PullBlocks("p", "source", 3, theirs, ours, WAIT_S))
-    assert await side.next() == PullDone("p", tuple(computed.digests[b] for b in theirs))
+    done = await side.next()
+    assert isinstance(done, PullDone)
+    assert done.digests == tuple(computed.digests[b] for b in theirs)
 
     tokens = list(computed.outputs[0].tokens)
     for step in range(1, 12):

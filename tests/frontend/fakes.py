@@ -77,6 +77,7 @@ def answer(submission: Tokenize, texts: Sequence[str], reason: str = "stop") -> 
                 if last
                 else None,
                 path="prefill-0>decode-0",
+                decision="policy=cost; ttft_ms=12.0",
             )
         )
     return items

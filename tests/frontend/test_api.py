@@ -43,6 +43,7 @@ async def test_a_chat_answer(server: Server) -> None:
         },
     }
     assert response.headers["x-slipstream-path"] == "prefill-0>decode-0"
+    assert response.headers["x-slipstream-decision"] == "policy=cost; ttft_ms=12.0"
     assert [stream.closed for stream in server.gateway.streams] == [1]
 
 

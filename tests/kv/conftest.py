@@ -1,16 +1,29 @@
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from slipstream.kv.bus import BusTransport, bus_address
+from slipstream.kv.nixl import NixlTransport
+from slipstream.kv.nixl_agent import NixlAgent
 from slipstream.kv.segment import Segment, SegmentHeader, create_segment, segment_path
+from slipstream.kv.shm import ShmTransport
+from slipstream.kv.transport import Transport
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.types import Role
 
 LAYOUT = "f00d/float32/l1.h1.t16.d2"
 
 MakeSegment = Callable[..., Segment]
+MakeTransport = Callable[..., Transport]
+
+
+def child_environment() -> dict[str, str]:
+    """A child runs the code that we run."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def header(num_blocks: int = 12, block_bytes: int = 4096, epoch: int = 7) -> SegmentHeader:
@@ -61,3 +74,26 @@ def make_segment(tmp_path: Path) -> Iterator[MakeSegment]:
     yield make
     for segment in made:
         segment.close()
+
+
+@pytest.fixture
+def make_transport(tmp_path: Path) -> Iterator[MakeTransport]:
+    """`shm`, `nixl`, or the bus over `ipc` or `tcp`."""
+    made: list[Transport] = []
+
+    def build(kind: str, segment: Segment, name: str = "a") -> Transport:
+        epoch = segment.header.epoch
+        match kind:
+            case "shm":
+                made.append(ShmTransport(segment))
+            case "nixl":
+                made.append(NixlTransport(NixlAgent(f"{name}@{epoch}"), segment.blocks))
+            case _:
+                listen = "tcp://127.0.0.1:1" if kind == "tcp" else "ipc:///x"
+                bind = bus_address(listen, str(tmp_path), name)
+                made.append(BusTransport(segment.blocks, epoch, bind))
+        return made[-1]
+
+    yield build
+    for transport in made:
+        transport.close()

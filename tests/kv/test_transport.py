@@ -1,7 +1,8 @@
-"""READs over both transports, with peers that are gone, hang, lie or have begun anew."""
+"""READs over all transports, with peers that are gone, hang, lie or have begun anew."""
 
-import logging
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,49 +13,32 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv.conftest import LAYOUT, MakeSegment, node_of
+from kv.conftest import MakeSegment, MakeTransport, node_of
 from slipstream.config import StartError
-from slipstream.kv import bus
-from slipstream.kv.bus import BusTransport, ReadReply, bus_address
+from slipstream.kv import bus_wire, nixl
+from slipstream.kv.bus import BusTransport, bus_address
+from slipstream.kv.bus_reader import READS_PER_PEER
+from slipstream.kv.bus_wire import REQUEST_BYTES_MAX, ReadReply, ReadRequest
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Segment
-from slipstream.kv.shm import ShmTransport
-from slipstream.kv.transport import TransferError, Transport, Transports
+from slipstream.kv.transport import Digests, Read, TransferError, Transport, read_now
 from slipstream.messages import NodeInfo
 
 WAIT_S = 20.0
-MakeTransport = Callable[..., Transport]
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeTransport]:
-    made: list[Transport] = []
-
-    def build(kind: str, segment: Segment, name: str = "a") -> Transport:
-        transport: Transport
-        if kind == "shm":
-            transport = ShmTransport(segment)
-        else:
-            listen = "tcp://127.0.0.1:1" if kind == "tcp" else "ipc:///x"
-            transport = BusTransport(
-                segment.blocks, segment.header.epoch, bus_address(listen, str(tmp_path), name)
-            )
-        made.append(transport)
-        return transport
-
-    yield build
-    for transport in made:
-        transport.close()
-
-
-@pytest.fixture(params=["shm", "ipc", "tcp"])
+@pytest.fixture(params=["shm", "ipc", "tcp", "nixl"])
 def pair(
-    request: pytest.FixtureRequest, make: MakeTransport, make_segment: MakeSegment
+    request: pytest.FixtureRequest,
+    make_transport: MakeTransport,
+    make_segment: MakeSegment,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Segment, Transport, NodeInfo, Segment]:
     """Source, our transport, the peer as we know it, our own segment."""
+    monkeypatch.setattr(nixl, "SLAB_BYTES", 3 * 4096)
     source, ours = make_segment("prefill-0", num_blocks=40), make_segment("decode-0", fill=2)
-    theirs = make(request.param, source, "p")
-    transport = make(request.param, ours, "d")
+    theirs = make_transport(request.param, source, "p")
+    transport = make_transport(request.param, ours, "d")
     peer = node_of(source, {theirs.name: theirs.advertise()})
     transport.connect(peer)
     return source, transport, peer, ours
@@ -71,14 +55,17 @@ def test_exactly_the_asked_blocks_arrive(
 ) -> None:
     source, transport, peer, ours = pair
     # Everywhere from a part for each block to one part for all.
-    monkeypatch.setattr(bus, "REPLY_BYTES", data.draw(st.integers(1, 60_000)))
+    monkeypatch.setattr(bus_wire, "REPLY_BYTES", data.draw(st.integers(1, 60_000)))
     local = data.draw(st.lists(st.integers(0, 11), unique=True, max_size=12))
     asked = data.draw(st.lists(st.integers(0, 39), min_size=len(local), max_size=len(local)))
     expected = ours.blocks.copy()
     expected[local] = source.blocks[asked]
-    transport.read(peer, asked, local, WAIT_S)
+    digests = read_now(transport, peer, asked, ours.blocks, local, WAIT_S)
     assert (ours.blocks == expected).all()
-    assert block_digests(ours.blocks, local) == block_digests(source.blocks, asked)
+    assert digests == block_digests(source.blocks, asked)
+    ours.blocks[local] = 0
+    assert read_now(transport, peer, asked, ours.blocks, local, WAIT_S, verify=False) == ()
+    assert (ours.blocks == expected).all()
 
 
 @pytest.mark.parametrize("asked", [[40], [-1], [0, 1 << 40]])
@@ -88,16 +75,17 @@ def test_blocks_that_the_peer_does_not_have(
     _, transport, peer, ours = pair
     before = ours.blocks.copy()
     with pytest.raises(TransferError) as raised:
-        transport.read(peer, asked, list(range(len(asked))), WAIT_S)
+        read_now(transport, peer, asked, ours.blocks, range(len(asked)), WAIT_S)
     assert raised.value.cause == "range"
     assert (ours.blocks == before).all()
-    transport.read(peer, [5], [0], WAIT_S)
+    read_now(transport, peer, [5], ours.blocks, [0], WAIT_S)
 
 
 def test_another_epoch_is_refused(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
-    _, transport, peer, _ = pair
+    _, transport, peer, ours = pair
     with pytest.raises(TransferError) as raised:
-        transport.read(msgspec.structs.replace(peer, epoch=8), [1], [1], WAIT_S)
+        other = msgspec.structs.replace(peer, epoch=8)
+        read_now(transport, other, [1], ours.blocks, [1], WAIT_S)
     assert raised.value.cause == "epoch"
 
 
@@ -106,7 +94,7 @@ def test_two_readers_at_a_time(pair: tuple[Segment, Transport, NodeInfo, Segment
 
     def read(local: list[int]) -> None:
         for _ in range(50):
-            transport.read(peer, local, local, WAIT_S)
+            read_now(transport, peer, local, ours.blocks, local, WAIT_S)
 
     threads = [threading.Thread(target=read, args=([2 * k, 2 * k + 1],)) for k in range(6)]
     for thread in threads:
@@ -118,10 +106,10 @@ def test_two_readers_at_a_time(pair: tuple[Segment, Transport, NodeInfo, Segment
 
 def test_a_reader_outlives_forget(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
     source, transport, peer, ours = pair
-    transport.read(peer, [7], [0], WAIT_S)
+    read_now(transport, peer, [7], ours.blocks, [0], WAIT_S)
     transport.forget(peer.node_id)
     transport.connect(peer)
-    transport.read(peer, [8], [0], WAIT_S)
+    read_now(transport, peer, [8], ours.blocks, [0], WAIT_S)
     assert (ours.blocks[0] == source.blocks[8]).all()
 
 
@@ -135,10 +123,10 @@ class Impostor:
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{port}"
 
-    def answer(self, make: Callable[[bus.ReadRequest], list[bytes]]) -> None:
+    def answer(self, make: Callable[[ReadRequest], list[bytes]]) -> None:
         sender, payload = self.socket.recv_multipart()
         self.socket.send_multipart(
-            [sender, *make(msgspec.msgpack.decode(payload, type=bus.ReadRequest))]
+            [sender, *make(msgspec.msgpack.decode(payload, type=ReadRequest))]
         )
 
     def close(self) -> None:
@@ -154,14 +142,14 @@ def impostor() -> Iterator[Impostor]:
 
 
 def test_a_silent_peer_ends_at_the_deadline_and_comes_too_late(
-    impostor: Impostor, make: MakeTransport, make_segment: MakeSegment
+    impostor: Impostor, make_transport: MakeTransport, make_segment: MakeSegment
 ) -> None:
     ours = make_segment("decode-0")
-    transport = make("ipc", ours, "d")
+    transport = make_transport("ipc", ours, "d")
     peer = node_of(ours, {"bus": impostor.address})
     before = ours.blocks.copy()
     with pytest.raises(TransferError) as raised:
-        transport.read(peer, [0], [1], 0.05)
+        read_now(transport, peer, [0], ours.blocks, [1], 0.05)
     assert raised.value.cause == "timeout"
     # The late answer of the first READ, then a right one of the second.
     right = b"\x05" * 4096
@@ -170,13 +158,13 @@ def test_a_silent_peer_ends_at_the_deadline_and_comes_too_late(
 
     def read() -> None:
         try:
-            transport.read(peer, [0], [2], WAIT_S)
+            read_now(transport, peer, [0], ours.blocks, [2], WAIT_S)
         except TransferError as error:
             failed.append(error)
 
     reader = threading.Thread(target=read)
     reader.start()
-    request = msgspec.msgpack.decode(late[0][1], type=bus.ReadRequest)
+    request = msgspec.msgpack.decode(late[0][1], type=ReadRequest)
     head = msgspec.msgpack.encode(ReadReply(request.read_id, 0, 7))
     impostor.socket.send_multipart([late[0][0], head, b"\xff" * 4096])
     impostor.answer(lambda r: [msgspec.msgpack.encode(ReadReply(r.read_id, r.part, 7)), right])
@@ -200,28 +188,28 @@ def test_a_silent_peer_ends_at_the_deadline_and_comes_too_late(
 )
 def test_a_wrong_answer_changes_nothing(
     impostor: Impostor,
-    make: MakeTransport,
+    make_transport: MakeTransport,
     make_segment: MakeSegment,
     cause: str,
-    lie: Callable[[bus.ReadRequest], list[bytes]],
+    lie: Callable[[ReadRequest], list[bytes]],
 ) -> None:
     ours = make_segment("decode-0")
-    transport = make("ipc", ours, "d")
+    transport = make_transport("ipc", ours, "d")
     before = ours.blocks.copy()
     answering = threading.Thread(target=impostor.answer, args=(lie,))
     answering.start()
     with pytest.raises(TransferError) as raised:
-        transport.read(node_of(ours, {"bus": impostor.address}), [0], [1], WAIT_S)
+        read_now(transport, node_of(ours, {"bus": impostor.address}), [0], ours.blocks, [1], WAIT_S)
     answering.join(WAIT_S)
     assert raised.value.cause == cause
     assert (ours.blocks == before).all()
 
 
 def test_malformed_questions_are_counted_and_the_server_goes_on(
-    make: MakeTransport, make_segment: MakeSegment
+    make_transport: MakeTransport, make_segment: MakeSegment
 ) -> None:
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    theirs, transport = make("tcp", source, "p"), make("tcp", ours, "d")
+    theirs, transport = make_transport("tcp", source, "p"), make_transport("tcp", ours, "d")
     assert isinstance(theirs, BusTransport)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     rude = context.socket(zmq.DEALER)
@@ -232,28 +220,31 @@ def test_malformed_questions_are_counted_and_the_server_goes_on(
     questions += [[], [b"a", b"b"], [msgspec.msgpack.encode([1, 2, 3])]]
     for question in questions:
         rude.send_multipart(question or [b""])
-    too_many = msgspec.msgpack.encode(bus.ReadRequest(1, 0, 7, [0] * 5000))
+    too_many = msgspec.msgpack.encode(ReadRequest(1, 0, 7, [0] * 5000))
     rude.send(too_many)
     _decoded = msgspec.msgpack.decode(rude.recv(), type=ReadReply)
     assert _decoded.error == "size"
     assert theirs.malformed == len(questions)
-    rude.send(b"\x00" * (bus.REQUEST_BYTES_MAX + 1))  # ends that connection, nothing else
+    rude.send(b"\x00" * (REQUEST_BYTES_MAX + 1))  # ends that connection, nothing else
     rude.close(linger=0)
     context.term()
-    transport.read(node_of(source, {"bus": theirs.advertise()}), [3], [4], WAIT_S)
+    peer = node_of(source, {"bus": theirs.advertise()})
+    read_now(transport, peer, [3], ours.blocks, [4], WAIT_S)
     assert (ours.blocks[4] == source.blocks[3]).all()
 
 
 def test_closing_ends_a_read_under_way(
-    impostor: Impostor, make: MakeTransport, make_segment: MakeSegment
+    impostor: Impostor, make_transport: MakeTransport, make_segment: MakeSegment
 ) -> None:
     ours = make_segment("decode-0")
-    transport = make("ipc", ours, "d")
+    transport = make_transport("ipc", ours, "d")
     causes: list[str] = []
 
     def read() -> None:
         try:
-            transport.read(node_of(ours, {"bus": impostor.address}), [0], [1], 60.0)
+            read_now(
+                transport, node_of(ours, {"bus": impostor.address}), [0], ours.blocks, [1], 60.0
+            )
         except TransferError as error:
             causes.append(error.cause)
 
@@ -263,23 +254,24 @@ def test_closing_ends_a_read_under_way(
     transport.close()
     reader.join(WAIT_S)
     assert causes == ["closed"]
-    with pytest.raises(TransferError):
-        transport.read(node_of(ours, {"bus": impostor.address}), [0], [1], 60.0)
+    with pytest.raises(TransferError, match="closed"):
+        peer = node_of(ours, {"bus": impostor.address})
+        read_now(transport, peer, [0], ours.blocks, [1], 60.0)
 
 
 def test_a_living_socket_is_not_taken_over(
-    make: MakeTransport, make_segment: MakeSegment, tmp_path: Path
+    make_transport: MakeTransport, make_segment: MakeSegment, tmp_path: Path
 ) -> None:
     ours = make_segment()
-    first = make("ipc", ours, "x")
+    first = make_transport("ipc", ours, "x")
     with pytest.raises(StartError, match="in use"):
-        make("ipc", ours, "x")
+        make_transport("ipc", ours, "x")
     path = Path(first.advertise().removeprefix("ipc://"))
     assert path.stat().st_mode & 0o777 == 0o600
     first.close()
     assert not path.exists()
     path.touch()  # as a killed process leaves it
-    make("ipc", ours, "x")
+    make_transport("ipc", ours, "x")
 
 
 def test_addresses() -> None:
@@ -297,71 +289,37 @@ def test_a_wildcard_is_advertised_as_the_control_address_is(make_segment: MakeSe
     transport.close()
 
 
-def choice(
-    make: MakeTransport, ours: Segment, order: tuple[str, ...] = ("shm", "ipc")
-) -> Transports:
-    return Transports([make(kind, ours, "d") for kind in order], LAYOUT, 4096, "here")
-
-
-def test_shared_memory_is_chosen_where_it_leads_there(
-    make: MakeTransport, make_segment: MakeSegment, caplog: pytest.LogCaptureFixture
+def test_a_peer_that_hangs_holds_up_nobody_else(
+    impostor: Impostor, make_transport: MakeTransport, make_segment: MakeSegment
 ) -> None:
+    """More READs from a silent peer than it may have at a time, then one from another."""
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    offered = {"bus": make("ipc", source, "p").advertise(), "shm": str(source.path)}
-    chosen = choice(make, ours)
-    assert set(chosen.advertise()) == {"shm", "bus"}
-    assert chosen.choose(node_of(source, offered)).name == "shm"
-    assert chosen.choose(node_of(source, {"bus": offered["bus"]}, "prefill-1")).name == "bus"
-    assert choice(make, ours, ("tcp",)).choose(node_of(source, offered)).name == "bus"
-    assert "SLOW" not in caplog.text
+    theirs, transport = make_transport("tcp", source, "p"), make_transport("tcp", ours, "d")
+    results: queue.SimpleQueue[Digests | TransferError] = queue.SimpleQueue()
+    silent, deadline_s = node_of(source, {"bus": impostor.address}, "prefill-1"), time.monotonic()
+    for _ in range(3 * READS_PER_PEER):
+        read = Read(silent, [0], ours.blocks, [1], deadline_s + WAIT_S, results.put)
+        transport.read(read)
+    peer = node_of(source, {"bus": theirs.advertise()})
+    read_now(transport, peer, [3], ours.blocks, [4], WAIT_S)
+    assert (ours.blocks[4] == source.blocks[3]).all()
+    assert results.empty()
+    transport.close()
+    ended = [results.get(timeout=WAIT_S) for _ in range(3 * READS_PER_PEER)]
+    assert {str(error) for error in ended} == {"closed"} and results.empty()
 
 
-def test_a_segment_that_cannot_be_mapped_is_a_loud_detour_said_once(
-    make: MakeTransport, make_segment: MakeSegment, caplog: pytest.LogCaptureFixture
+def test_those_that_wait_for_a_hanging_peer_have_their_deadlines_too(
+    impostor: Impostor, make_transport: MakeTransport, make_segment: MakeSegment
 ) -> None:
-    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    offered = {"bus": make("ipc", source, "p").advertise(), "shm": f"{source.path}x"}
-    chosen = choice(make, ours)
-    for _ in range(3):
-        peer = node_of(source, offered)
-        chosen.choose(peer).read(peer, [1], [1], WAIT_S)
-    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "SLOW: no shm from prefill-0" in warnings[0].message
-    assert (ours.blocks[1] == source.blocks[1]).all()
-    chosen.choose(node_of(source, offered, "prefill-1", host="elsewhere"))
-    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
-
-
-def test_a_new_epoch_is_looked_at_anew(make: MakeTransport, make_segment: MakeSegment) -> None:
-    old, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    chosen = choice(make, ours)
-    assert chosen.choose(node_of(old, {"shm": str(old.path)})).name == "shm"
-    new = make_segment("prefill-0", fill=5, epoch=8)
-    peer = node_of(new, {"shm": str(new.path)})
-    chosen.choose(peer).read(peer, [1], [1], WAIT_S)
-    assert (ours.blocks[1] == new.blocks[1]).all()
-    assert chosen.peers == {"prefill-0": 8}
-    chosen.forget("prefill-0")
-    assert chosen.peers == {}
-
-
-@pytest.mark.parametrize(
-    ("change", "cause"),
-    [
-        ({"kv_layout_id": "other"}, "layout"),
-        ({"block_bytes": 8192}, "layout"),
-        ({"transports": {"nixl": "x"}}, "transport"),
-        ({"transports": {"bus": "nonsense"}}, "transport"),
-    ],
-)
-def test_a_peer_that_nothing_leads_to(
-    make: MakeTransport, make_segment: MakeSegment, change: dict[str, object], cause: str
-) -> None:
-    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    peer = node_of(source, {"shm": str(source.path)})
-    assert peer.worker is not None
-    worker = msgspec.structs.replace(peer.worker, **change)
-    with pytest.raises(TransferError) as raised:
-        choice(make, ours).choose(msgspec.structs.replace(peer, worker=worker))
-    assert raised.value.cause == cause
+    ours = make_segment("decode-0")
+    transport = make_transport("ipc", ours, "d")
+    silent = node_of(ours, {"bus": impostor.address})
+    results: queue.SimpleQueue[Digests | TransferError] = queue.SimpleQueue()
+    for number in range(2 * READS_PER_PEER):
+        patience_s = 0.05 if number >= READS_PER_PEER else WAIT_S
+        deadline_s = time.monotonic() + patience_s
+        transport.read(Read(silent, [0], ours.blocks, [1], deadline_s, results.put))
+    for _ in range(READS_PER_PEER):
+        assert str(results.get(timeout=WAIT_S)) == f"timeout: {READS_PER_PEER} READs before it"
+    assert results.empty()

@@ -104,6 +104,7 @@ class Rig:
 
     def __init__(self, *nodes: NodeId, young: bool = False, **settings: object):
         info = NodeInfo(node_id=SCHEDULER, role=Role.SCHEDULER, epoch=1, address="a")
+        settings = {"disaggregation": "always", **settings}
         self.machine = SchedulerMachine(info, msgspec.convert(settings, SchedulerSettings))
         self.now_s = 0.0
         self.timers: dict[str, float] = {}

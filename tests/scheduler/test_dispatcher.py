@@ -9,16 +9,21 @@ from slipstream.core.machine import Effect, Send
 from slipstream.messages import Decode, Hello, NodeInfo, Prefill
 from slipstream.scheduler.dispatcher import Dispatcher
 from slipstream.scheduler.fleet import Fleet
+from slipstream.scheduler.policy import Disaggregation, Rules
 from slipstream.scheduler.request import Request, State
 
 
 class Desk:
-    def __init__(self, *nodes: NodeInfo, disaggregated: bool = True):
+    def __init__(self, *nodes: NodeInfo, mode: Disaggregation = "always"):
         self.fleet = Fleet()
+        self.dispatcher = Dispatcher(self.fleet, Rules("cost", mode))
         for info in nodes or [node(node_id, epoch=5) for node_id in WORKING]:
-            self.fleet.hello(info.node_id, Hello(node=info))
-        self.dispatcher = Dispatcher(self.fleet, disaggregated)
+            self.hello(info)
         self.live: list[Request] = []
+
+    def hello(self, info: NodeInfo) -> None:
+        self.fleet.hello(info.node_id, Hello(node=info))
+        self.dispatcher.sync()
 
     def add(self, request_id: str, migrations: int = 0, **fields: object) -> Request:
         message = submit(request_id, **fields)  # type: ignore[arg-type]
@@ -29,9 +34,10 @@ class Desk:
         return request
 
     def dispatch(self, now_s: float = 0.0) -> list[Effect]:
-        return self.dispatcher.dispatch(self.live, now_s)
+        return self.dispatcher.dispatch(now_s)
 
     def end(self, request: Request) -> None:
+        self.dispatcher.take_back(request, 0.0)
         self.live.remove(request)
 
     @property
@@ -58,11 +64,11 @@ def test_a_pair_is_told_the_reader_first() -> None:
         assert (message.attempt, message.tokenizer, message.timeout_s) == (3, "tokenizer-0", 70.0)
         assert (len(message.prompt), len(message.accepted)) == (160, 8)
     assert (request.state, request.workers) == (State.PREFILLING, {"prefill-0", "decode-0"})
-    assert desk.queued == [] and desk.dispatcher.placed == {"apart": 1}
+    assert desk.queued == [] and desk.dispatcher.placed["apart"] == 1
 
 
 def test_one_worker_is_told_that_it_is_alone() -> None:
-    desk = Desk(disaggregated=False)
+    desk = Desk(mode="never")
     request = desk.add("r")
     request.hints = {"decode-0": 1}
     ((to, decode),) = said(desk.dispatch(now_s=200.0))
@@ -70,15 +76,14 @@ def test_one_worker_is_told_that_it_is_alone() -> None:
     assert (decode.prefill, decode.prefill_epoch, decode.claimed_blocks) == (None, 0, 1)
     assert decode.timeout_s == 0.0, "never negative"
     assert (request.state, request.workers) == (State.DECODING, {"decode-0"})
-    assert desk.dispatcher.placed == {"alone": 1}
+    assert desk.dispatcher.placed["alone"] == 1
 
 
 def test_what_was_given_counts_at_once() -> None:
     desk = Desk(*(node(f"{role}-{n}") for role in ("prefill", "decode") for n in (0, 1)))
     first, second = desk.add("a"), desk.add("b")
     desk.dispatch()
-    assert first.workers == {"prefill-0", "decode-0"}
-    assert second.workers == {"prefill-1", "decode-1"}
+    assert not first.workers & second.workers
 
 
 def test_what_is_cached_at_its_worker_is_no_load_there() -> None:
@@ -116,7 +121,7 @@ def test_a_finished_stream_makes_room_before_it_is_acknowledged() -> None:
     desk.dispatch()
     second = desk.add("b")
     assert desk.dispatch() == []
-    first.state = State.FINISHING
+    desk.dispatcher.take_back(first, 0.0)
     desk.dispatch()
     assert second.state is State.DECODING
 
@@ -126,7 +131,7 @@ def test_who_drains_gets_nothing_and_is_no_reason_to_stumble() -> None:
     desk.add("a")
     desk.dispatch()
     for worker in ("prefill-0", "decode-0"):
-        desk.fleet.hello(worker, Hello(node=node(worker, epoch=5, draining=True)))
+        desk.hello(node(worker, epoch=5, draining=True))
     waits = desk.add("b")
     assert desk.dispatch() == [] and waits.state is State.QUEUED
 
@@ -144,7 +149,7 @@ def test_drawn_queues_are_placed_in_order_and_within_what_workers_hold(seed: int
     names = [*(f"prefill-{n}" for n in range(2)), *(f"decode-{n}" for n in range(3))]
     desk = Desk(
         *(node(name, num_blocks=draw.choice((8, 20)), max_num_seqs=3) for name in names),
-        disaggregated=draw.random() < 0.7,
+        mode=draw.choice(("auto", "always", "never")),
     )
     waiting: list[str] = []
     for number in range(60):

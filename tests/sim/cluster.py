@@ -145,16 +145,20 @@ class Cluster:
         self.faults = Faults.draw(Random(rng.random()))
         self.world = World(seed, self.faults, Random(rng.random()))
         self.world.exited = self._gone
-        self.disaggregation = rng.choice(("always", "always", "never"))
+        self.disaggregation = rng.choice(("always", "always", "never", "auto", "auto"))
+        self.policy = rng.choice(
+            ("cost", "cost", "cost", "prefix", "load", "random", "round-robin")
+        )
         self.layout = self._draw_layout()
         self.num_blocks = rng.choice((16, 24, 64))
         self.max_num_seqs = rng.choice((1, 3, 8))
         self.budget_tokens = rng.choice((16, 48, 256))
-        stems = [[rng.randrange(1, VOCAB) for _ in range(150)] for _ in range(3)]
-        self.clients = {
-            client.request_id: client
-            for client in (Client.draw(rng, n, stems) for n in range(rng.randrange(6, 20)))
-        }
+        stems = [[rng.randrange(1, VOCAB) for _ in range(150)] for _ in range(rng.choice((1, 3)))]
+        self.clients: dict[str, Client] = {}
+        for number in range(rng.randrange(6, 24)):
+            client = Client.draw(rng, number, stems)
+            self.clients[client.request_id] = client
+            stems.append(client.prompt + client.expected)  # a chat may go on
         for node_id in self.layout:
             self.world.at(rng.uniform(0.0, 0.3), lambda node_id=node_id: self._start(node_id))
         for client in self.clients.values():
@@ -203,6 +207,7 @@ class Cluster:
         match info.role:
             case Role.SCHEDULER:
                 settings = SchedulerSettings(
+                    policy=self.policy,
                     disaggregation=self.disaggregation,
                     max_migrations=100,
                     index_stride=1 + self.seed % 3,

@@ -15,8 +15,10 @@ import pytest
 from sim.__main__ import run_seed
 from sim.faults import KINDS
 from slipstream.core.batching import Batcher
+from slipstream.core.fetcher import Fetcher
+from slipstream.core.lender import Lender
 from slipstream.core.machine import SetTimer
-from slipstream.core.receiver import Receiver
+from slipstream.core.reading import LeasedRead, Reads
 from slipstream.core.worker import WorkerMachine
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.scheduler.machine import SchedulerMachine
@@ -89,15 +91,19 @@ def _without_timer(owner: type, key: str) -> Plant:
 
 
 BUGS: dict[str, Plant] = {
-    "a release is dropped": _edited(Receiver, "_release", "return [Send(", "return [] and [Send("),
-    "blocks of a running READ are freed": _edited(
-        Receiver, "drop", "if handover.pulling:", "if False:"
-    ),
+    "a release is dropped": _edited(LeasedRead, "release", "return [Send(", "return [] and [Send("),
+    "blocks of a running READ are freed": _edited(Reads, "free", "if read.pulling:", "if False:"),
     "blocks of a running step are freed": _edited(
         Batcher, "remove", "if job not in self.in_flight:", "if True:"
     ),
     "what was read is not verified": _edited(
-        Receiver, "pulled", "list(done.digests) != handover.digests[start:end]", "False"
+        Reads, "land", "list(done.digests) != read.digests[read.pulled : read.pull_end]", "False"
+    ),
+    "what a fetch builds on is kept for ever": _edited(
+        Fetcher, "_let_go", "self.pool.release(fetch.kept)", "pass"
+    ),
+    "a fetch comes from the wrong blocks": _edited(
+        Lender, "borrow", "self.pool.match(hashes)", "self.pool.match(hashes)[::-1]"
     ),
     "a stale epoch is taken for the living one": _edited(
         FrontendMachine, "_place", "self._epochs.get(lost[0]) == lost[1]", "True"

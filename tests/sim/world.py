@@ -178,6 +178,9 @@ class Process:
                 self._run_batch(plan)
             case m.PullBlocks():
                 self._pull(action)
+            case m.DigestBlocks(op_id, blocks):
+                digests = tuple(self.device.digest(block) for block in blocks)
+                self.later(0.0005 * len(blocks), m.BlocksDigested(op_id, digests))
             case m.EncodePrompt(request_id, prompt):
                 assert isinstance(prompt, TokenPrompt)
                 tokens = tuple(unpack_tokens(prompt.tokens))
@@ -252,7 +255,8 @@ class Process:
         assert self.device is not None and source.device is not None
         if not halves:
             digests = tuple(self.device.digest(block) for block in pull.local_blocks)
-            self.post(m.PullDone(pull.pull_id, digests))
+            elapsed_s = 2 * READ_BLOCK_S * len(pull.local_blocks)
+            self.post(m.PullDone(pull.pull_id, digests, transport="sim", elapsed_s=elapsed_s))
             return
         there, here, half = halves.pop(0)
         self.device.memory[here][half] = source.device.memory[there][half]
@@ -279,6 +283,8 @@ class Process:
 
 def random_prompt(rng: Random, stems: list[list[int]], longest: int) -> list[int]:
     """A prompt that may share its beginning with others."""
-    stem = rng.choice(stems)[: rng.randrange(0, longest)] if rng.random() < 0.6 else []
+    stem = rng.choice(stems) if rng.random() < 0.7 else []
+    if rng.random() < 0.5:
+        stem = stem[: rng.randrange(0, longest)]
     tail = [rng.randrange(1, VOCAB) for _ in range(rng.choice((1, 2, 15, 16, 17, 40)))]
     return (stem + tail)[:longest]

@@ -6,13 +6,8 @@ build serves every torch version. Without a compiler the reference serves, and s
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,13 +15,12 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import reference
+from slipstream.kernels.build import BuildError, build, default_cache_dir, one_line, wanted
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _HEADER = Path(__file__).with_name("cpu_vector.h")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno")
 _LANES = 16
-_BUILD_TIMEOUT_S = 120
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -39,25 +33,16 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-class BuildError(RuntimeError):
-    """The kernels could not be compiled or loaded; one line that says why."""
-
-
 @functools.cache
 def kernels() -> "CpuKernels | None":
     """The compiled kernels; None if `SLIPSTREAM_CPU_KERNELS=0`, or if they cannot be built."""
-    if os.environ.get("SLIPSTREAM_CPU_KERNELS") == "0":
+    if not wanted():
         return None
     try:
         return CpuKernels(load(default_cache_dir()))
     except BuildError as error:
         _LOG.warning("SLOW: no CPU kernels, plain torch serves instead: %s", error)
         return None
-
-
-def default_cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "slipstream" / "kernels"
 
 
 def load(cache_dir: Path) -> ctypes.CDLL:
@@ -67,13 +52,14 @@ def load(cache_dir: Path) -> ctypes.CDLL:
     """
     openmp = _torch_openmp()
     try:
-        path = _build(cache_dir, link_openmp=openmp is None)
+        link = ("-fopenmp",) if openmp is None else ()
+        path = build(cache_dir, _SOURCE, (_HEADER,), ("-fopenmp",), link)
         if openmp is not None:
             # Two OpenMP runtimes in a process fight for the cores: use the one that torch runs on.
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(_one_line(error)) from error
+        raise BuildError(one_line(error)) from error
     for name, argtypes in _SIGNATURES.items():
         for dtype in _DTYPES.values():
             function = getattr(library, f"{name}_{dtype}")
@@ -85,54 +71,6 @@ def _torch_openmp() -> Path | None:
     folder = Path(torch.__file__).parent
     found = sorted([*folder.glob("lib/libgomp*.so*"), *folder.glob("../torch.libs/libgomp*.so*")])
     return found[0] if found else None
-
-
-def _build(cache_dir: Path, link_openmp: bool) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
-        raise BuildError("no C++ compiler (g++) in PATH")
-    link = ("-shared", "-fopenmp") if link_openmp else ("-shared",)
-    path = cache_dir / f"cpu-{_build_key(compiler, link)}.so"
-    if path.exists():
-        return path
-    cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Several workers may start at once: each builds in its own folder, and the rename is atomic.
-    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-        object_file, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _compile([compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(object_file)])
-        _compile([compiler, str(object_file), *link, "-o", str(library)])
-        os.replace(library, path)
-    return path
-
-
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
-    )
-    if done.returncode != 0:
-        raise BuildError(f"{command[0]} failed: {_one_line(done.stderr)}")
-
-
-def _build_key(compiler: str, link: tuple[str, ...]) -> str:
-    """Changes with anything that changes the machine code: source, compiler, flags, this CPU."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=10, check=True
-    ).stdout
-    parts = [_SOURCE.read_text(), _HEADER.read_text(), version, *_FLAGS, *link, _cpu_features()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-
-
-def _cpu_features() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    names = ("flags", "Features", "model name", "cpu family", "model\t")
-    return platform.machine() + "".join(sorted({x for x in lines if x.startswith(names)}))
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())[:300]
 
 
 class CpuKernels:

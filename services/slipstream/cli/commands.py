@@ -12,6 +12,7 @@ from slipstream.frontend.config import FrontendConfig
 from slipstream.kvindex.config import KvIndexConfig
 from slipstream.prefill.config import PrefillConfig
 from slipstream.scheduler.config import SchedulerConfig
+from slipstream.simulate.config import SimulateConfig
 from slipstream.tokenizer.config import TokenizerConfig
 
 SERVICES: dict[str, type[ServiceConfig]] = {
@@ -36,7 +37,23 @@ class PrepareConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = "demo"
 
 
-CONFIGURED: dict[str, type[msgspec.Struct]] = {"serve": ServeConfig, **SERVICES}
+class FitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prints a file for `slipstream simulate --step-model`, fitted to what workers recorded."""
+
+    folder: Annotated[
+        str,
+        Meta(
+            description="Recordings that `slipstream serve --record FOLDER` wrote.",
+            extra={"positional": "FOLDER"},
+        ),
+    ]
+
+
+CONFIGURED: dict[str, type[msgspec.Struct]] = {
+    "serve": ServeConfig,
+    **SERVICES,
+    "simulate": SimulateConfig,
+}
 """What has a section in the configuration file and on the reference page."""
 
 SUMMARIES = {
@@ -47,6 +64,7 @@ SUMMARIES = {
     "prefill": "one prefill worker: computes prompts",
     "decode": "one decode worker: generates tokens",
     "kvindex": "one index service: prefixes in Redis",
+    "simulate": "replay a trace against a cluster in simulated time",
     "model": "prepare a model: slipstream model prepare [MODEL]",
     "config": "show settings and their origin; write the reference page",
 }

@@ -20,7 +20,7 @@ from slipstream.config import (
     ShmDir,
     Transports,
 )
-from slipstream.scheduler.config import Disaggregation
+from slipstream.scheduler.config import Disaggregation, Policy
 
 Count = Annotated[int, Meta(ge=1, le=64)]
 WorkerCount = Annotated[int, Meta(ge=0, le=64)]
@@ -55,7 +55,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokenizer: Annotated[Count, Meta(description="Tokenizers.")] = 1
     frontend: Annotated[Count, Meta(description="Frontends, on port, port + 1, …")] = 1
     kvindex: Annotated[WorkerCount, Meta(description="Index services; 0: place by load.")] = 1
-    disaggregation: Disaggregation = "always"
+    disaggregation: Disaggregation = "auto"
+    policy: Policy = "cost"
     transports: Transports = "shm,bus"
     shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[
@@ -89,6 +90,6 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         if self.prefill == 0 and self.disaggregation == "always":
-            raise ValueError("--prefill 0 needs --disaggregation never")
+            raise ValueError("--prefill 0 needs --disaggregation auto or never")
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import msgspec
 
-from slipstream.cli.commands import CONFIGURED, SERVICES, SUMMARIES, PrepareConfig, known_settings
+from slipstream.cli.commands import (
+    CONFIGURED,
+    SERVICES,
+    SUMMARIES,
+    FitConfig,
+    PrepareConfig,
+    known_settings,
+)
 from slipstream.config import (
     ENV_PREFIX,
     HelpRequested,
@@ -23,6 +30,7 @@ from slipstream.config import (
 from slipstream.config.help import help_text
 from slipstream.config.loader import USAGE_ERROR
 from slipstream.config.values import kind_of
+from slipstream.simulate.config import SimulateConfig
 
 INTERRUPTED = 130
 
@@ -64,6 +72,8 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
             return _config(rest, environ)
         if command == "serve":
             return _serve(rest, environ)
+        if command == "simulate":
+            return _simulate(rest, environ)
         return _service(command, rest, environ)
     except HelpRequested:
         print(help_text(CONFIGURED[command], command))
@@ -88,6 +98,29 @@ def _serve(rest: list[str], environ: Mapping[str, str]) -> int:
     from slipstream.cli.serve import serve
 
     return serve(loaded, environ)
+
+
+def _simulate(rest: list[str], environ: Mapping[str, str]) -> int:
+    if rest[:1] == ["fit"]:
+        return _fit(rest[1:], environ)
+    config = load(SimulateConfig, "simulate", rest, environ)
+    from slipstream.simulate.__main__ import run
+
+    return run(config)
+
+
+def _fit(rest: list[str], environ: Mapping[str, str]) -> int:
+    try:
+        config = load(FitConfig, "simulate fit", rest, environ)
+    except HelpRequested:
+        print(help_text(FitConfig, "simulate fit"))
+        return 0
+    from slipstream.simulate.fit import as_toml, fit, recorded
+
+    hardware, error = fit(recorded(Path(config.folder)))
+    comment = f"Fitted by `slipstream simulate fit`; median error of a step {error:.1%}."
+    print(as_toml(hardware, comment), end="")
+    return 0
 
 
 def _check_environment(environ: Mapping[str, str]) -> None:

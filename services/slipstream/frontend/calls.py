@@ -69,9 +69,7 @@ def _unique(request: web.Request) -> str:
 
 def reply(body: msgspec.Struct, answers: Answers) -> web.Response:
     response = json_response(body)
-    path = answers.path()
-    if path.isprintable() and path:
-        response.headers["x-slipstream-path"] = path
+    response.headers.update(answers.headers())
     return response
 
 

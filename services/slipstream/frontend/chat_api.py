@@ -41,7 +41,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         if not call.stream:
             return calls.reply(await _collected(call, answers, top), answers)
         async with contextlib.aclosing(_events(call, answers, top)) as events:
-            return await stream_events(request, events, context.keeper)
+            return await stream_events(request, events, context.keeper, answers.headers)
 
 
 def _call(

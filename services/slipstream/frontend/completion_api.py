@@ -44,7 +44,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         if not call.stream:
             return calls.reply(await _collected(call, answers, heads), answers)
         async with contextlib.aclosing(_events(call, answers, heads)) as events:
-            return await stream_events(request, events, context.keeper)
+            return await stream_events(request, events, context.keeper, answers.headers)
 
 
 def _call(

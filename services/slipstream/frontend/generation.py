@@ -39,7 +39,9 @@ class Call(msgspec.Struct, kw_only=True):
 class Choice:
     """What has arrived of one choice."""
 
-    __slots__ = ("finish_reason", "path", "prompt_tokens", "stop_reason", "tokens", "usage")
+    __slots__ = (
+        *("decision", "finish_reason", "path", "prompt_tokens", "stop_reason", "tokens", "usage"),
+    )
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
@@ -47,12 +49,12 @@ class Choice:
         self.finish_reason = ""
         self.stop_reason: StopReason = None
         self.usage: Usage | None = None
-        self.path = ""
+        self.path = self.decision = ""
 
     def take(self, delta: TextDelta) -> None:
         self.tokens = max(self.tokens, delta.position + len(delta.tokens) // 4)
         if delta.path:
-            self.path = delta.path
+            self.path, self.decision = delta.path, delta.decision
         if delta.usage is not None:
             self.usage = delta.usage
         if delta.finish_reason is not None:
@@ -153,8 +155,15 @@ class Answers:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
 
-    def path(self) -> str:
-        return ", ".join(dict.fromkeys(choice.path for choice in self.choices if choice.path))
+    def headers(self) -> dict[str, str]:
+        """Who answers, and why they: as far as it is known by now."""
+        paths = dict.fromkeys(choice.path for choice in self.choices if choice.path)
+        decisions = dict.fromkeys(choice.decision for choice in self.choices if choice.decision)
+        found = {
+            "x-slipstream-path": ", ".join(paths),
+            "x-slipstream-decision": ", ".join(decisions),
+        }
+        return {name: text for name, text in found.items() if text and text.isprintable()}
 
 
 async def _pump(

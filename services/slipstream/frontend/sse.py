@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import msgspec
 from aiohttp import web
@@ -96,19 +96,23 @@ class StreamKeeper:
 
 
 async def stream_events(
-    request: web.Request, events: AsyncIterator[bytes], keeper: StreamKeeper
+    request: web.Request,
+    events: AsyncIterator[bytes],
+    keeper: StreamKeeper,
+    headers: Callable[[], dict[str, str]],
 ) -> web.StreamResponse:
     """Send `events`, which are whole and framed, then `[DONE]`.
 
     An ApiError before the first event leaves as such, to become an HTTP status; a later one is sent
-    inside the stream. Headers go out with the first event, or when keep-alives must begin.
+    inside the stream. Headers go out with the first event, or when keep-alives must begin, and
+    `headers` are asked for then.
     """
     first = asyncio.ensure_future(anext(events, None))
     try:
         await asyncio.wait({first}, timeout=keeper.keep_alive_s)
         if first.done():
             first.result()
-        response = web.StreamResponse(headers=_HEADERS)
+        response = web.StreamResponse(headers={**_HEADERS, **headers()})
         with contextlib.suppress(ConnectionResetError):  # the client is gone: nobody to tell
             await response.prepare(request)
             with keeper.watching(_Writer(response, request.transport)) as writer:

@@ -19,6 +19,7 @@ def run(config: SchedulerConfig) -> int:
         host=host_identity(),
     )
     settings = SchedulerSettings(
+        policy=config.policy,
         disaggregation=config.disaggregation,
         max_requests=config.max_requests,
         max_request_timeout_s=config.max_request_timeout_s,

@@ -8,10 +8,17 @@ from slipstream.config import MaxRequests, ServiceConfig
 from slipstream.types import Role
 
 Disaggregation: TypeAlias = Annotated[
-    Literal["always", "never"],
+    Literal["auto", "always", "never"],
     Meta(
-        description="always: every prompt goes through a prefill worker and a transfer; "
-        "never: each worker does both."
+        description="auto: what is cheaper for each prompt; always: every prompt goes through a "
+        "prefill worker and a transfer; never: each worker does both."
+    ),
+]
+Policy: TypeAlias = Annotated[
+    Literal["cost", "prefix", "load", "random", "round-robin"],
+    Meta(
+        description="How workers are chosen. cost: by predicted seconds; the others are there to "
+        "compare it with: longest cached prefix, least load, chance, in turn."
     ),
 ]
 
@@ -21,7 +28,8 @@ class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_f
 
     role: ClassVar[Role] = Role.SCHEDULER
 
-    disaggregation: Disaggregation = "always"
+    disaggregation: Disaggregation = "auto"
+    policy: Policy = "cost"
     max_requests: MaxRequests = 1024
     max_request_timeout_s: Annotated[
         float, Meta(gt=0, le=86_400, description="Longest time budget a request may ask for.")

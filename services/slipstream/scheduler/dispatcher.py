@@ -2,11 +2,16 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 from slipstream.core.machine import Effect, Send
 from slipstream.messages import Decode, Prefill
+from slipstream.scheduler.decisions import Decisions
+from slipstream.scheduler.demand import Demand, Placement
 from slipstream.scheduler.fleet import Fleet
-from slipstream.scheduler.policy import Demand, Placement, WorkerView, place
+from slipstream.scheduler.ledger import Ledger
+from slipstream.scheduler.policy import Rules, place
+from slipstream.scheduler.prices import TransferPrices
 from slipstream.scheduler.request import Request, State
 from slipstream.types import NodeId, RequestId
 
@@ -14,8 +19,11 @@ from slipstream.types import NodeId, RequestId
 class Dispatcher:
     """Requests wait here, not at the workers, so that they are placed by what is true then."""
 
-    def __init__(self, fleet: Fleet, disaggregated: bool):
-        self.fleet, self.disaggregated = fleet, disaggregated
+    def __init__(self, fleet: Fleet, rules: Rules):
+        self.fleet, self.rules = fleet, rules
+        self.ledger = Ledger()
+        self.transfers = TransferPrices()
+        self.decisions = Decisions()
         self.queue: OrderedDict[RequestId, Request] = OrderedDict()
         self.placed: Counter[str] = Counter()
 
@@ -29,83 +37,111 @@ class Dispatcher:
     def remove(self, request: Request) -> None:
         self.queue.pop(request.request_id, None)
 
-    def dispatch(self, live: Iterable[Request], now_s: float) -> list[Effect]:
+    def sync(self) -> None:
+        """The fleet has changed."""
+        taking = {node.node_id for node in self.fleet.workers()}
+        self.ledger.sync(self.fleet.nodes.values(), taking)
+
+    def dispatch(self, now_s: float) -> list[Effect]:
         """Place what waits until somebody finds no room: nobody overtakes."""
-        if not self.queue:
-            return []
-        views = self._views(live)
         effects: list[Effect] = []
-        for request in list(self.queue.values()):
-            demand = Demand(request.num_tokens, request.num_blocks, request.hints)
-            placement = place(demand, views.values(), self.disaggregated)
+        views = list(self.ledger.views.values())
+        while self.queue:
+            request = next(iter(self.queue.values()))
+            demand = request.demand()
+            turn = self.placed["alone"] + self.placed["apart"]
+            placement = place(demand, views, self.transfers, self.rules, turn, now_s)
             if placement is None:
                 break
-            effects += self._assign(request, placement, now_s)
-            _charge(views, request)
+            effects += self._assign(request, demand, placement, now_s)
         return effects
 
-    def _views(self, live: Iterable[Request]) -> dict[NodeId, WorkerView]:
-        views = {
-            node.node_id: WorkerView(node.node_id, node.role, node.worker)
-            for node in self.fleet.workers()
-            if node.worker is not None
-        }
-        for request in live:
-            _charge(views, request)
-        return views
+    # --- The account ------------------------------------------------------------------------------
 
-    def _assign(self, request: Request, placement: Placement, now_s: float) -> list[Effect]:
+    def adopt(self, request: Request, worker: NodeId, now_s: float) -> None:
+        """It runs there, from before our time."""
+        request.state, request.decode = State.DECODING, worker
+        self._give(request, worker, now_s)
+
+    def computed(self, request: Request, now_s: float) -> None:
+        """Its prompt is."""
+        view = self.ledger.views.get(request.prefill or request.decode or "")
+        if view is not None:
+            view.computed(request.request_id, now_s)
+
+    def settled(self, request: Request, now_s: float) -> None:
+        """It runs where it decodes; the worker that computed it is out of it."""
+        source, request.prefill = request.prefill, None
+        request.state = State.DECODING
+        self._take_back(request, source, now_s)
+
+    def take_back(self, request: Request, now_s: float) -> None:
+        """Nobody has anything of it any more, or nothing that counts."""
+        for worker in request.workers:
+            self._take_back(request, worker, now_s)
+
+    def _take_back(self, request: Request, worker: NodeId | None, now_s: float) -> None:
+        view = self.ledger.views.get(worker or "")
+        if view is not None:
+            view.take_back(request.request_id, now_s)
+
+    def _give(self, request: Request, worker: NodeId, now_s: float) -> None:
+        view = self.ledger.views[worker]
+        view.give(request.request_id, request.num_blocks)
+        if worker == request.decode:
+            view.give_stream(request.request_id, request.num_tokens)
+
+    def _assign(
+        self, request: Request, demand: Demand, placement: Placement, now_s: float
+    ) -> list[Effect]:
         self.remove(request)
         source, target = placement.prefill, placement.decode
         request.prefill, request.decode = source, target
-        submit, hints = request.submit, request.hints
-        timeout_s = max(0.0, request.deadline_s - now_s)
-        decode = Decode(
-            request_id=request.request_id,
+        for worker in sorted(request.workers):
+            self._give(request, worker, now_s)
+        cached = max(demand.cached_blocks(placement.computes), placement.holder_blocks)
+        computes = self.ledger.views[placement.computes]
+        computes.give_prompt(request.request_id, demand.prompt(cached), now_s)
+        request.decision = self.decisions.note(
+            demand,
+            placement,
+            now_s,
             attempt=request.attempt,
-            prompt=submit.prompt,
-            accepted=submit.accepted,
-            sampling=submit.sampling,
-            tokenizer=request.tokenizer,
-            prefill=source,
-            prefill_epoch=0 if source is None else self.fleet.nodes[source].epoch,
-            timeout_s=timeout_s,
-            salt=submit.salt,
-            claimed_blocks=hints.get(target, 0) if source is None else 0,
+            policy=self.rules.policy,
+            waited_s=max(0.0, now_s - request.since_s),
+            migrations=request.migrations,
         )
+        self.placed["alone" if source is None else "apart"] += 1
+        self.placed["fetching"] += placement.holder is not None
+        request.state = State.DECODING if source is None else State.PREFILLING
+        return [Send(to, message) for to, message in self._messages(request, placement, now_s)]
+
+    def _messages(
+        self, request: Request, placement: Placement, now_s: float
+    ) -> Iterable[tuple[NodeId, Decode | Prefill]]:
+        submit, source, target = request.submit, placement.prefill, placement.decode
+        assert request.decision is not None
+        holder = self.fleet.nodes.get(placement.holder or "")
+        common: dict[str, Any] = {
+            "request_id": request.request_id,
+            "attempt": request.attempt,
+            "prompt": submit.prompt,
+            "accepted": submit.accepted,
+            "sampling": submit.sampling,
+            "tokenizer": request.tokenizer,
+            "timeout_s": max(0.0, request.deadline_s - now_s),
+            "salt": submit.salt,
+            "decision": request.decision.header,
+        }
+        computing: dict[str, Any] = {
+            "claimed_blocks": request.hints.get(placement.computes, 0),
+            "holder": None if holder is None else holder.node_id,
+            "holder_epoch": 0 if holder is None else holder.epoch,
+            "holder_blocks": placement.holder_blocks,
+        }
         if source is None:
-            self.placed["alone"] += 1
-            request.state = State.DECODING
-            return [Send(target, decode)]
-        self.placed["apart"] += 1
-        request.state = State.PREFILLING
-        prefill = Prefill(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            prompt=submit.prompt,
-            accepted=submit.accepted,
-            sampling=submit.sampling,
-            tokenizer=request.tokenizer,
-            decode=target,
-            timeout_s=timeout_s,
-            salt=submit.salt,
-            claimed_blocks=hints.get(source, 0),
-        )
-        return [Send(target, decode), Send(source, prefill)]
-
-
-def _charge(views: dict[NodeId, WorkerView], request: Request) -> None:
-    """Count a request on the workers that hold something of it."""
-    if request.state is State.FINISHING:
-        return
-    for node_id in request.workers:
-        view = views.get(node_id)
-        if view is None:
-            continue  # draining
-        view.assigned += 1
-        view.blocks += request.num_blocks
-    # A prompt computed where it decodes has no end that we hear of: it counts as a stream alone.
-    source = views.get(request.prefill or "")
-    if source is not None:
-        demand = Demand(request.num_tokens, request.num_blocks, request.hints)
-        source.queued_tokens += demand.uncached(source.node_id)
+            yield target, Decode(**common, **computing)
+            return
+        epoch = self.fleet.nodes[source].epoch
+        yield target, Decode(**common, prefill=source, prefill_epoch=epoch)
+        yield source, Prefill(**common, **computing, decode=target)

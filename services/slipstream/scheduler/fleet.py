@@ -1,7 +1,6 @@
 """Who is there: every process that said Hello in a session that still stands."""
 
-import msgspec
-
+from slipstream.core.load import gauges_of
 from slipstream.core.machine import Effect, Send
 from slipstream.messages import Hello, NodeInfo, Peers, WorkerLoad
 from slipstream.types import Epoch, NodeId, Role
@@ -69,11 +68,7 @@ class Fleet:
 
     def gauges(self) -> dict[NodeId, dict[str, float]]:
         """The last word of each worker about itself."""
-        gauges = {}
-        for node_id, load in self.loads.items():
-            fields = msgspec.structs.asdict(load)
-            gauges[node_id] = {**fields.pop("counters"), **fields}
-        return gauges
+        return {node_id: gauges_of(load) for node_id, load in self.loads.items()}
 
     def announce(self) -> list[Effect]:
         """Tell everybody who is there."""

@@ -22,15 +22,13 @@ from slipstream.core.machine import (
     Started,
     TimerFired,
 )
-from slipstream.core.prefix import HASH_BYTES
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     AttemptFailed,
     ClusterLoad,
     Finished,
+    FirstToken,
     Hello,
-    LiveRequest,
-    Locate,
     Located,
     NodeInfo,
     Resume,
@@ -43,7 +41,9 @@ from slipstream.scheduler.admission import refusal
 from slipstream.scheduler.dispatcher import Dispatcher
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import Past
-from slipstream.scheduler.request import Request, State, drop, failed
+from slipstream.scheduler.policy import Disaggregation, Policy, Rules
+from slipstream.scheduler.reports import Reports
+from slipstream.scheduler.request import Request, State, drop, failed, question
 from slipstream.types import ATTEMPTS_PER_MOVE, NodeId, RequestId, Role
 
 TICK_S = 0.25
@@ -52,7 +52,8 @@ ORPHAN_GRACE_S = 10.0
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    disaggregation: str = "always"
+    policy: Policy = "cost"
+    disaggregation: Disaggregation = "auto"
     max_requests: int = 1024
     max_request_timeout_s: float = 3600.0
     locate_timeout_s: float = 0.05
@@ -67,17 +68,17 @@ class SchedulerMachine:
         self.fleet = Fleet(settings.index_stride)
         self.requests: dict[RequestId, Request] = {}
         self.counters: Counter[str] = Counter()
-        self.dispatcher = Dispatcher(self.fleet, settings.disaggregation == "always")
+        rules = Rules(settings.policy, settings.disaggregation)
+        self.dispatcher = Dispatcher(self.fleet, rules)
         self.past = Past()
-        self._reports: dict[RequestId, tuple[int, NodeId]] = {}
-        """What workers said runs in them, and no tokenizer has asked for yet."""
+        self._reports = Reports()
         self._recovering = False
         self._draining = False
         self._load_due_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         effects = self._on(event, now_s)
-        effects += self.dispatcher.dispatch(self.requests.values(), now_s)
+        effects += self.dispatcher.dispatch(now_s)
         if self._draining and not self.requests:
             effects.append(Exit())
         return effects
@@ -88,6 +89,7 @@ class SchedulerMachine:
             **{f"requests_{state}": states[state] for state in State},
             **{f"requests_{name}_total": count for name, count in self.counters.items()},
             **{f"requests_placed_{name}_total": n for name, n in self.dispatcher.placed.items()},
+            "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
             "nodes": len(self.fleet.nodes),
         }
 
@@ -100,6 +102,9 @@ class SchedulerMachine:
             assert placed == (request.decode is not None), request.state
             assert all(worker in self.fleet.nodes for worker in request.workers)
         assert self.dispatcher.queue.keys() <= self.requests.keys()
+        live = [r for r in self.requests.values() if r.state is not State.FINISHING]
+        for node_id, view in self.dispatcher.ledger.views.items():
+            view.check({r.request_id: r.num_blocks for r in live if node_id in r.workers})
 
     # --- Events -----------------------------------------------------------------------------------
 
@@ -140,19 +145,31 @@ class SchedulerMachine:
                 if request is not None and request.tokenizer == source:
                     return self._end(request, now_s)
             case WorkerLoad() if source in self.fleet.nodes:
-                self.fleet.loads[source] = message
+                self._loaded(source, message)
+            case FirstToken():
+                request = self._current(message.request_id, message.attempt)
+                if request is not None and source in request.workers:
+                    self.dispatcher.computed(request, now_s)
+                    self.dispatcher.decisions.first_token(message, now_s)
             case Located():
                 request = self._current(message.request_id, message.attempt)
                 self._located(request, message.blocks, now_s)
             case JobStarted():
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and request.decode == source and request.prefill:
-                    request.state, request.prefill = State.DECODING, None
+                    self.dispatcher.settled(request, now_s)
             case Finished():
-                return self._finished(source, message)
+                return self._finished(source, message, now_s)
             case AttemptFailed():
                 return self._attempt_failed(source, message, now_s)
         return []
+
+    def _loaded(self, source: NodeId, load: WorkerLoad) -> None:
+        self.fleet.loads[source] = load
+        self.dispatcher.transfers.learn(source, load.transfer_samples)
+        view = self.dispatcher.ledger.views.get(source)
+        if view is not None and load.step_samples:
+            view.prices.learn(load.step_samples)
 
     def _current(self, request_id: RequestId, attempt: int) -> Request | None:
         request = self.requests.get(request_id)
@@ -162,39 +179,32 @@ class SchedulerMachine:
 
     def _hello(self, source: NodeId, hello: Hello, now_s: float) -> list[Effect]:
         first = self.fleet.hello(source, hello)
+        self.dispatcher.sync()
         effects = self.fleet.announce()
         for live in hello.live if first else ():
             request = self._current(live.request_id, live.attempt)
             if live.waits:
                 effects.append(Send(source, drop(live.request_id, live.attempt)))
             elif request is not None and request.state is State.RECOVERING:
-                self._adopt(request, source)
+                self._adopt(request, source, now_s)
             elif self._recovering:
-                effects += self._reported(live, source)
+                effects += self._reports.note(live, source)
             elif request is None or source not in request.workers:
                 effects.append(Send(source, drop(live.request_id, live.attempt)))
         return effects
 
-    def _reported(self, live: LiveRequest, source: NodeId) -> list[Effect]:
-        """Perhaps a tokenizer asks for it. Of two attempts only the newer can be asked for."""
-        known = self._reports.get(live.request_id)
-        said = (live.attempt, source)
-        self._reports[live.request_id] = said if known is None else max(known, said)
-        if known is None or known[1] == source:
-            return []
-        attempt, worker = min(known, said)
-        return [Send(worker, drop(live.request_id, attempt))]
-
     def _peer_down(self, peer: NodeId, now_s: float) -> list[Effect]:
         if self.fleet.down(peer) is None:
             return []
-        self._reports = {key: said for key, said in self._reports.items() if said[1] != peer}
+        self._reports.lost(peer)
         effects = self.fleet.announce()
         for request in list(self.requests.values()):
             if request.tokenizer == peer:
                 request.orphan_s = now_s
             if peer in request.workers:
                 effects += self._retry(request, "worker_lost", now_s)
+        self.dispatcher.sync()
+        self.dispatcher.transfers.forget(peer)
         return effects
 
     def _recovered(self) -> list[Effect]:
@@ -205,9 +215,8 @@ class SchedulerMachine:
 
     def _drop_reports(self) -> list[Effect]:
         """No tokenizer wanted these."""
-        reports, self._reports = self._reports, {}
         effects: list[Effect] = []
-        for request_id, (attempt, worker) in reports.items():
+        for request_id, (attempt, worker) in self._reports.drain().items():
             request = self._current(request_id, attempt)
             if request is None or worker not in request.workers:
                 effects.append(Send(worker, drop(request_id, attempt)))
@@ -230,7 +239,7 @@ class SchedulerMachine:
         newer = submit.attempt > request.attempt
         if not newer and request.state is not State.RESUMING:
             return []
-        effects = self._withdraw(request)
+        effects = self._withdraw(request, now_s)
         request.submit, request.tokenizer, request.attempt = submit, source, submit.attempt
         return effects + (self._begin if newer else self._start)(request, now_s)
 
@@ -257,6 +266,7 @@ class SchedulerMachine:
         self.counters["accepted"] += 1
         timeout_s = min(submit.timeout_s, self.settings.max_request_timeout_s)
         request = Request(submit, source, now_s + timeout_s, submit.attempt, State.RECOVERING)
+        request.since_s = now_s
         self.requests[submit.request_id] = request
         return self._begin(request, now_s)
 
@@ -264,12 +274,11 @@ class SchedulerMachine:
         """Start what is fresh. What may run somewhere is adopted, or fenced off by the next
         attempt."""
         submit = request.submit
-        attempt, worker = self._reports.get(submit.request_id, (0, ""))
+        attempt, worker = self._reports.take(submit.request_id, submit.attempt)
         effects: list[Effect] = []
-        if 0 < attempt <= submit.attempt:
-            del self._reports[submit.request_id]
+        if worker:
             if submit.repeated and attempt == submit.attempt:
-                self._adopt(request, worker)
+                self._adopt(request, worker, now_s)
                 return []
             effects.append(Send(worker, drop(submit.request_id, attempt)))
         if not submit.repeated:
@@ -279,24 +288,13 @@ class SchedulerMachine:
 
     def _start(self, request: Request, now_s: float) -> list[Effect]:
         """Ask the index, if there is something to ask and somebody to be asked; then queue."""
-        submit, stride = request.submit, self.settings.index_stride
         request.hints = {}
-        hashes = submit.block_hashes
-        if stride > 1:
-            starts = range((stride - 1) * HASH_BYTES, len(hashes), stride * HASH_BYTES)
-            hashes = b"".join(hashes[start : start + HASH_BYTES] for start in starts)
-        indexes, workers = self.fleet.of_role(Role.KVINDEX), self.fleet.workers()
-        if not (hashes and indexes and workers and self.settings.locate_timeout_s):
+        locate = question(request, self.fleet, self.settings.index_stride)
+        indexes = self.fleet.of_role(Role.KVINDEX)
+        if locate is None or not (indexes and self.settings.locate_timeout_s):
             self.dispatcher.enqueue(request)
             return []
         request.state = State.LOCATING
-        assert workers[0].worker is not None
-        locate = Locate(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            kv_layout_id=workers[0].worker.kv_layout_id,
-            block_hashes=hashes,
-        )
         self.counters["locates"] += 1
         index = indexes[self.counters["locates"] % len(indexes)]
         timer = SetTimer(f"locate {request.request_id}", now_s + self.settings.locate_timeout_s)
@@ -310,17 +308,18 @@ class SchedulerMachine:
         self.counters["located" if blocks else "located_nowhere"] += 1
         self.dispatcher.enqueue(request)
 
-    def _adopt(self, request: Request, worker: NodeId) -> None:
+    def _adopt(self, request: Request, worker: NodeId, now_s: float) -> None:
         """It runs there, from before our time."""
         self.counters["adopted"] += 1
-        request.state, request.decode = State.DECODING, worker
+        self.dispatcher.adopt(request, worker, now_s)
 
-    def _finished(self, source: NodeId, finished: Finished) -> list[Effect]:
+    def _finished(self, source: NodeId, finished: Finished, now_s: float) -> list[Effect]:
         request = self._current(finished.request_id, finished.attempt)
         if request is None or source not in request.workers:
             return []
         # Ended by its first token: nothing comes to the decode worker.
         idle = [] if request.decode in (None, source) else [request.decode]
+        self.dispatcher.take_back(request, now_s)
         request.state, request.prefill, request.decode = State.FINISHING, None, source
         return [Send(node, drop(request.request_id, request.attempt)) for node in idle]
 
@@ -344,16 +343,17 @@ class SchedulerMachine:
                 f"{self.settings.max_migrations} (--max-migrations); the last cause: {cause}.",
             )
             return self._fail(request, problem, now_s)
-        return self._withdraw(request) + self._resume(request)
+        return self._withdraw(request, now_s) + self._resume(request)
 
     def _resume(self, request: Request) -> list[Effect]:
         request.attempt += 1
         request.state = State.RESUMING
         return [Send(request.tokenizer, request.resumption())]
 
-    def _withdraw(self, request: Request) -> list[Effect]:
+    def _withdraw(self, request: Request, now_s: float) -> list[Effect]:
         """Take it from the queue and from its workers."""
         self.dispatcher.remove(request)
+        self.dispatcher.take_back(request, now_s)
         workers = [node for node in sorted(request.workers) if node in self.fleet.nodes]
         request.prefill = request.decode = None
         return [Send(node, drop(request.request_id, request.attempt)) for node in workers]
@@ -366,7 +366,7 @@ class SchedulerMachine:
     def _end(self, request: Request, now_s: float, problem: Problem | None = None) -> list[Effect]:
         """It is over. A worker that has finished it keeps its tokens until they are heard."""
         finished = request.state is State.FINISHING and problem is None
-        effects = [] if finished else self._withdraw(request)
+        effects = [] if finished else self._withdraw(request, now_s)
         del self.requests[request.request_id]
         self.counters["ended"] += 1
         self.past.bury(request.request_id, request.attempt, problem, now_s)

@@ -1,107 +1,123 @@
-"""Where a request runs: a pure function of what is known about the workers."""
+"""Where a request runs: a pure function of what is known about the workers.
 
-from collections.abc import Iterable, Mapping
+`cost` is how the system is meant to run; the others are what it is compared with.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-from slipstream.messages import WorkerInfo
-from slipstream.types import BLOCK_TOKENS, NodeId, Role
+from slipstream.scheduler.cost import HYSTERESIS, Market
+from slipstream.scheduler.demand import Demand, Placement
+from slipstream.scheduler.ledger import WorkerView
+from slipstream.scheduler.prices import TransferPrices
+from slipstream.types import Role
 
-RUNNING_TOKENS = 32
-"""What a running stream costs a prompt beside it, as prompt tokens: a decode step goes over all
-streams and delays each chunk. A round number between that and nothing; measured prices replace
-it."""
+Policy: TypeAlias = Literal["cost", "prefix", "load", "random", "round-robin"]
+Disaggregation: TypeAlias = Literal["auto", "always", "never"]
 
-
-@dataclass(slots=True)
-class WorkerView:
-    """One worker with what the scheduler has given it, which counts at once."""
-
-    node_id: NodeId
-    role: Role
-    worker: WorkerInfo
-    assigned: int = 0
-    """Requests of which it may hold something."""
-    queued_tokens: int = 0
-    """Uncached tokens of prompts that it has been given and not finished."""
-    blocks: int = 0
-    """Blocks that its requests hold or will, shared ones counted for each."""
-
-    @property
-    def prefills(self) -> bool:
-        return self.worker.prefill_budget_tokens > 0
-
-    def admits(self, num_blocks: int) -> bool:
-        """Whether one more request may go there now. An idle worker takes what fits it at all."""
-        if self.assigned == 0:
-            return True
-        full = self.assigned >= self.worker.max_num_seqs
-        return not full and self.blocks + num_blocks <= self.worker.num_blocks
+_Order: TypeAlias = Callable[[Sequence[WorkerView]], WorkerView]
 
 
 @dataclass(slots=True, frozen=True)
-class Placement:
-    decode: NodeId
-    prefill: NodeId | None = None
-    """None: the decode worker computes the prompt itself."""
+class Rules:
+    policy: Policy = "cost"
+    disaggregation: Disaggregation = "auto"
 
 
-@dataclass(slots=True, frozen=True)
-class Demand:
-    """What placement knows about a request."""
+def place(
+    demand: Demand,
+    views: Sequence[WorkerView],
+    transfers: TransferPrices,
+    rules: Rules,
+    turn: int,
+    now_s: float,
+) -> Placement | None:
+    """The pair, or the one worker, for this request; None: nobody has room.
 
-    num_tokens: int
-    num_blocks: int
-    hints: Mapping[NodeId, int]
-
-    def uncached(self, node_id: NodeId) -> int:
-        """Tokens to compute there, if the index is right; at least the last one."""
-        return max(1, self.num_tokens - self.hints.get(node_id, 0) * BLOCK_TOKENS)
-
-
-def place(demand: Demand, workers: Iterable[WorkerView], disaggregated: bool) -> Placement | None:
-    """The pair, or the one worker, that has the first token soonest; None: nobody has room.
-
-    With `disaggregated` a prompt goes through a prefill worker as long as one lives; when none
-    does, the decode workers do it all.
+    `turn`: how many were placed before. `always`: through a prefill worker as long as one lives;
+    when none does, the decode workers do it all. `auto` leaves it to the prices; the other policies
+    have none, and do as with `always`.
     """
-    views = sorted(workers, key=lambda view: view.node_id)
-    hosts = [view for view in views if view.worker.accept_decode]
-    if disaggregated:
-        pairs = [
-            (source, target)
-            for source in views
-            if source.role is Role.PREFILL and source.prefills
-            for target in hosts
-            if target is not source and target.worker.kv_layout_id == source.worker.kv_layout_id
-        ]
-        if pairs:
-            return _best_pair(demand, pairs)
-    alone = [view for view in hosts if view.prefills and view.admits(demand.num_blocks)]
+    taking = [view for view in views if view.taking]
+    hosts = [view for view in taking if view.worker.accept_decode]
+    room = {view.node_id for view in taking if view.admits(demand.num_blocks)}
+    alone = [view for view in hosts if view.prefills and view.node_id in room]
+    free = [view for view in hosts if view.node_id in room]
+    if rules.policy == "cost":
+        market = Market(demand, views, transfers, now_s)
+        if rules.disaggregation == "auto":
+            sources = [v for v in taking if v.prefills and v.node_id in room]
+            return _cheaper(market.alone(alone), market.apart(sources, free))
+    if rules.disaggregation != "never":
+        partners = [view for view in taking if _is_partner(view, hosts)]
+        if partners:
+            sources = [view for view in partners if view.node_id in room]
+            if rules.policy == "cost":
+                return _cheaper(None, market.apart(sources, free))
+            return _pair(sources, free, _order(rules.policy, demand, turn))
     if not alone:
         return None
-    best = min(alone, key=lambda view: _prompt_cost(demand, view))
-    return Placement(best.node_id)
+    if rules.policy == "cost":
+        return _cheaper(market.alone(alone), None)
+    return Placement(_order(rules.policy, demand, turn)(alone).node_id)
 
 
-def _best_pair(demand: Demand, pairs: list[tuple[WorkerView, WorkerView]]) -> Placement | None:
-    free = [
-        (source, target)
-        for source, target in pairs
-        if source.admits(demand.num_blocks) and target.admits(demand.num_blocks)
-    ]
-    if not free:
-        return None
-    source, target = min(
-        free, key=lambda pair: (_prompt_cost(demand, pair[0]), _stream_cost(demand, pair[1]))
+def _is_partner(view: WorkerView, hosts: Sequence[WorkerView]) -> bool:
+    """Whether there is somebody to compute prompts for."""
+    return (
+        view.node.role is Role.PREFILL
+        and view.prefills
+        and any(host is not view and _fit(view, host) for host in hosts)
     )
-    return Placement(target.node_id, source.node_id)
 
 
-def _prompt_cost(demand: Demand, view: WorkerView) -> tuple[int, int]:
-    tokens = view.queued_tokens + demand.uncached(view.node_id)
-    return tokens + RUNNING_TOKENS * view.assigned, view.assigned
+def _fit(source: WorkerView, target: WorkerView) -> bool:
+    return source.worker.kv_layout_id == target.worker.kv_layout_id
 
 
-def _stream_cost(demand: Demand, view: WorkerView) -> tuple[int, int]:
-    """Least streams first: they share its steps. Among equals, who has most of it already."""
-    return view.assigned, demand.uncached(view.node_id)
+def _cheaper(
+    alone: tuple[float, Placement] | None, apart: tuple[float, Placement] | None
+) -> Placement | None:
+    if alone is None or apart is None:
+        either = alone or apart
+        return either and either[1]
+    return apart[1] if apart[0] < alone[0] * HYSTERESIS else alone[1]
+
+
+def _pair(
+    sources: Sequence[WorkerView], hosts: Sequence[WorkerView], order: _Order
+) -> Placement | None:
+    pairs = {
+        source.node_id: others
+        for source in sources
+        if (others := [host for host in hosts if host is not source and _fit(source, host)])
+    }
+    if not pairs:
+        return None
+    source = order([view for view in sources if view.node_id in pairs])
+    return Placement(order(pairs[source.node_id]).node_id, source.node_id)
+
+
+def _order(policy: Policy, demand: Demand, turn: int) -> _Order:
+    """How a policy that knows no prices chooses among workers with room."""
+
+    def load(view: WorkerView) -> tuple[int, int]:
+        return len(view.held), view.prompt_tokens
+
+    def chance(view: WorkerView) -> int:
+        return zlib.crc32(f"{demand.request_id} {view.node_id}".encode())
+
+    def prefix(view: WorkerView) -> tuple[int, int, int]:
+        return (-demand.cached_blocks(view.node_id), *load(view))
+
+    match policy:
+        case "prefix":
+            return lambda views: min(views, key=prefix)
+        case "load":
+            return lambda views: min(views, key=load)
+        case "random":
+            return lambda views: min(views, key=chance)
+        case _:
+            return lambda views: sorted(views, key=lambda v: v.node_id)[turn % len(views)]

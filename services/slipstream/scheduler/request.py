@@ -4,8 +4,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from slipstream.core.job import blocks_for
+from slipstream.core.prefix import HASH_BYTES
 from slipstream.errors import Problem
-from slipstream.messages import Drop, Failed, Resume, Submit
+from slipstream.messages import Drop, Failed, Locate, Resume, Submit
+from slipstream.scheduler.decisions import Decision
+from slipstream.scheduler.demand import Demand
+from slipstream.scheduler.fleet import Fleet
 from slipstream.types import NodeId, RequestId, count_tokens
 
 
@@ -33,6 +37,10 @@ class Request:
     decode: NodeId | None = None
     hints: dict[NodeId, int] = field(default_factory=dict)
     """Worker -> leading blocks of the prompt that it is said to hold."""
+    decision: Decision | None = None
+    """Of the current attempt, or the last one that was placed."""
+    since_s: float = 0.0
+    """When it was submitted."""
     migrations: int = 0
     orphan_s: float | None = None
     """Since when its tokenizer is silent."""
@@ -55,6 +63,9 @@ class Request:
         """Who may hold something of the current attempt."""
         return {node for node in (self.prefill, self.decode) if node is not None}
 
+    def demand(self) -> Demand:
+        return Demand(self.request_id, self.num_tokens, self.num_blocks, self.hints)
+
     def resumption(self) -> Resume:
         return Resume(request_id=self.request_id, attempt=self.attempt)
 
@@ -65,3 +76,19 @@ def drop(request_id: RequestId, attempt: int) -> Drop:
 
 def failed(request_id: RequestId, problem: Problem) -> Failed:
     return Failed(request_id=request_id, problem=problem)
+
+
+def question(request: Request, fleet: Fleet, stride: int) -> Locate | None:
+    """What the index is asked for it; None without a full block, or a worker to ask about."""
+    hashes, workers = request.submit.block_hashes, fleet.workers()
+    if stride > 1:
+        starts = range((stride - 1) * HASH_BYTES, len(hashes), stride * HASH_BYTES)
+        hashes = b"".join(hashes[start : start + HASH_BYTES] for start in starts)
+    if not hashes or not workers or workers[0].worker is None:
+        return None
+    return Locate(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        kv_layout_id=workers[0].worker.kv_layout_id,
+        block_hashes=hashes,
+    )

@@ -61,7 +61,7 @@ class Stream:
         self._tail = ""
         """What was held back until the end."""
         self._cached_tokens: int | None = None
-        self._path = self._path_told = ""
+        self._path = self._path_told = self._decision = ""
         self._hashes: list[BlockHash] = []
         self._space = b""
         self._submitted = 0
@@ -99,6 +99,7 @@ class Stream:
         if self._cached_tokens is None:
             self._cached_tokens = span.cached_tokens
         self._path = span.path or self._path
+        self._decision = span.decision or self._decision
         self._push(tokens[known:], (span.logprobs or ())[known:], span.stop_token)
         ends = span.finish_reason is not None and span.position + len(tokens) == len(self.tokens)
         if ends and self.finish_reason is None and span.finish_reason is not None:
@@ -193,6 +194,7 @@ class Stream:
             stop_reason=self.stop_reason if last else None,
             usage=self._usage() if last else None,
             path=path,
+            decision=self._decision if path else "",
         )
 
     def _usage(self) -> Usage:

@@ -111,7 +111,7 @@ class Batcher:
                 self._free(job)
                 continue
             job.num_computed = row.start + row.num_tokens
-            self.commit(job)
+            self.commit(job, row.start // BLOCK_TOKENS)
             landed.append((job, row))
         return landed
 
@@ -123,11 +123,14 @@ class Batcher:
                 self._free(job)
         return [job for job in jobs if not job.dropped]
 
-    def commit(self, job: Job) -> None:
-        """Let prefixes find the job's full, computed blocks."""
+    def commit(self, job: Job, first: int = 0) -> None:
+        """Let prefixes find the job's full, computed blocks from the `first` on."""
+        end = job.num_computed // BLOCK_TOKENS
+        if first >= end:
+            return  # most steps fill no block
         hashes = job.full_hashes(job.num_computed)
-        for position, (block, block_hash) in enumerate(zip(job.block_ids, hashes, strict=False)):
-            self.pool.commit(block, block_hash, position)
+        for index in range(first, end):
+            self.pool.commit(job.block_ids[index], hashes[index], index)
         if self.kv_events is not None:
             self.kv_events.cached(job.tokens, hashes)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from slipstream.core.prefix import extend_hashes
 from slipstream.errors import ErrorCode, Problem
-from slipstream.messages import Decode, Prefill, TokenSpan, WorkerInfo
+from slipstream.messages import Decode, FirstToken, Prefill, TokenSpan, WorkerInfo
 from slipstream.types import (
     BLOCK_TOKENS,
     BlockHash,
@@ -48,6 +48,9 @@ class Job:
     announced_blocks: int = 0
     on_device: bool = False
     preemptions: int = 0
+    fetched_blocks: int = 0
+    """Blocks that came from another holder before the prompt was computed."""
+    decision: str = ""
     dropped: bool = False
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
@@ -68,6 +71,7 @@ class Job:
             deadline_s=now_s + message.timeout_s,
             handover=message.decode if isinstance(message, Prefill) else None,
             path=f"{prefill}>{node_id}" if prefill else node_id,
+            decision=message.decision,
         )
 
     @property
@@ -83,7 +87,7 @@ class Job:
         """Hashes of the full blocks among the first `num_tokens` tokens."""
         count = num_tokens // BLOCK_TOKENS
         if len(self.hashes) < count:
-            extend_hashes(self.hashes, self.tokens[: count * BLOCK_TOKENS], self.space)
+            extend_hashes(self.hashes, self.tokens, self.space)
         return self.hashes[:count]
 
     def append(self, token: int, logprobs: TokenLogprobs | None) -> None:
@@ -101,6 +105,14 @@ class Job:
             self.finish_reason = FinishReason.LENGTH
         return self.finish_reason is not None
 
+    def first_token(self) -> FirstToken:
+        return FirstToken(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            cached_tokens=self.cached_tokens or 0,
+            fetched_blocks=self.fetched_blocks,
+        )
+
     def span(self, start: int) -> TokenSpan:
         """The output tokens of this attempt from the `start`-th on, for the tokenizer."""
         first = self.num_prompt + self.num_accepted
@@ -114,6 +126,7 @@ class Job:
             stop_token=self.stop_token,
             cached_tokens=self.cached_tokens or 0,
             path=self.path,
+            decision=self.decision,
         )
 
 
@@ -133,7 +146,8 @@ def unfit(message: Prefill | Decode, worker: WorkerInfo) -> Problem | None:
             message=f"A worker holds {limit} tokens of one request. This one has {len(prompt)} in "
             f"the prompt and asks for {max_tokens} more.",
         )
-    if not prompt or not all(0 <= token < worker.vocab_size for token in prompt + accepted):
+    tokens = prompt + accepted
+    if not prompt or min(tokens) < 0 or max(tokens) >= worker.vocab_size:
         return Problem(
             code=ErrorCode.INVALID_VALUE,
             message=f"Token ids must be in [0, {worker.vocab_size}), at least one.",

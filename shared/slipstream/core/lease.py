@@ -8,14 +8,18 @@ did not change between the grant and the answer, without any agreement on clocks
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from slipstream.types import BlockId, NodeId
+from slipstream.types import BlockId, NodeId, RequestId
 
 
 @dataclass(slots=True)
 class Lease:
     lease_id: str
+    request_id: RequestId
+    attempt: int
     reader: NodeId
-    expires_s: float
+    loan: bool = False
+    """Of cached blocks, and not half of a hand-over: its reader can do without."""
+    expires_s: float = float("inf")
     blocks: list[BlockId] = field(default_factory=list)
 
 
@@ -25,12 +29,11 @@ class LeaseTable:
         self.live: dict[str, Lease] = {}
         self.lapsed = 0
 
-    def grant(self, lease_id: str, reader: NodeId, blocks: Sequence[BlockId]) -> None:
+    def grant(self, fresh: Lease, blocks: Sequence[BlockId]) -> None:
         """Begin a lease, or add blocks to it. It does not run until `start`: its owner still
         works."""
-        lease = self.live.get(lease_id)
-        if lease is None:
-            lease = self.live[lease_id] = Lease(lease_id, reader, float("inf"))
+        lease_id = fresh.lease_id
+        lease = self.live.setdefault(lease_id, fresh)
         assert lease.expires_s == float("inf"), f"lease {lease_id} grows after its start"
         lease.blocks += blocks
 

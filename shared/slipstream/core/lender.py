@@ -1,12 +1,13 @@
-"""The prefill side of a hand-over: announce blocks as they fill, hold them under a lease,
-answer."""
+"""The lending side: announce blocks of a hand-over as they fill, lend cached ones to whoever asks,
+hold both under a lease, answer for it."""
 
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, blocks_for
-from slipstream.core.lease import LeaseTable
-from slipstream.core.machine import BatchDone, Row
-from slipstream.messages import KvReady
-from slipstream.types import BLOCK_TOKENS, Epoch, NodeId, RequestId, TokenLogprobs
+from slipstream.core.lease import Lease, LeaseTable
+from slipstream.core.machine import BatchDone, BlocksDigested, DigestBlocks, Effect, Row, Send
+from slipstream.core.prefix import split_hashes
+from slipstream.messages import Borrow, KvReady, Lent
+from slipstream.types import BLOCK_TOKENS, BlockId, Epoch, NodeId, RequestId, TokenLogprobs
 
 
 class Lender:
@@ -15,6 +16,10 @@ class Lender:
     def __init__(self, pool: BlockPool, epoch: Epoch, lease_s: float):
         self.pool, self.epoch = pool, epoch
         self.table = LeaseTable(lease_s)
+        self.blocks_asked = 0
+        """By other workers, as the index told them."""
+        self.blocks_lent = 0
+        self._digesting: dict[str, tuple[BlockId, ...]] = {}
 
     def announce(
         self, job: Job, row: Row, done: BatchDone, first: TokenLogprobs | None, now_s: float
@@ -27,7 +32,7 @@ class Lender:
         digests = [self._digest(job, block, done) for block in blocks]
         lease_id = f"{job.request_id}/{job.attempt}"
         self.pool.take(blocks)
-        self.table.grant(lease_id, job.handover, blocks)
+        self.table.grant(Lease(lease_id, job.request_id, job.attempt, job.handover), blocks)
         if last:
             self.table.start(lease_id, now_s)
         first_block, job.announced_blocks = job.announced_blocks, end
@@ -45,32 +50,72 @@ class Lender:
             cached_tokens=job.cached_tokens or 0,
         )
 
+    def borrow(self, message: Borrow, reader: NodeId, now_s: float) -> list[Effect]:
+        """Lend the leading blocks that are here; nothing to who asks in torn words."""
+        try:
+            hashes = split_hashes(message.block_hashes)
+        except ValueError:
+            hashes = []
+        blocks = self.pool.match(hashes) if message.epoch == self.epoch else []
+        self.blocks_asked += len(hashes)
+        self.blocks_lent += len(blocks)
+        lease_id = message.lease_id
+        if not blocks or lease_id in self.table.live:
+            return [Send(reader, _lent(message, self.epoch))]
+        self.pool.take(blocks)
+        lease = Lease(lease_id, message.request_id, message.attempt, reader, loan=True)
+        self.table.grant(lease, blocks)
+        self.table.start(lease_id, now_s)
+        unknown = tuple(block for block in blocks if self.pool.digests[block] is None)
+        if not unknown:
+            return [self._lend(lease)]
+        self._digesting[lease_id] = unknown
+        return [DigestBlocks(lease_id, unknown)]
+
+    def digested(self, done: BlocksDigested) -> list[Effect]:
+        """The digests that a loan has waited for; its lease keeps the blocks as they were."""
+        blocks = self._digesting.pop(done.op_id)
+        lease = self.table.live.get(done.op_id)
+        if lease is None:
+            return []
+        for block, digest in zip(blocks, done.digests, strict=True):
+            self.pool.digests[block] = digest
+        return [self._lend(lease)]
+
+    def _lend(self, lease: Lease) -> Effect:
+        digests = [self.pool.digests[block] for block in lease.blocks]
+        return Send(
+            lease.reader,
+            Lent(
+                request_id=lease.request_id,
+                attempt=lease.attempt,
+                lease_id=lease.lease_id,
+                epoch=self.epoch,
+                block_ids=lease.blocks,
+                digests=b"".join(digest for digest in digests if digest is not None),
+            ),
+        )
+
     def release(self, lease_id: str, reader: NodeId, now_s: float) -> bool:
         """End a lease at its reader's word; whether it was alive until now."""
         lease = self.table.live.get(lease_id)
         if lease is None or lease.reader != reader:
             return False
-        self.table.end(lease_id)
-        self.pool.release(lease.blocks)
+        self._end(lease)
         return lease.expires_s > now_s
 
     def drop(self, request_id: RequestId, attempt: int) -> None:
-        """End the leases of every attempt up to this one, at the scheduler's word."""
-        for lease_id in list(self.table.live):
-            owner, _, number = lease_id.rpartition("/")
-            if owner == request_id and int(number) <= attempt:
-                lease = self.table.end(lease_id)
-                assert lease is not None
-                self.pool.release(lease.blocks)
+        """End the hand-overs of every attempt up to this one, at the scheduler's word."""
+        for lease in list(self.table.live.values()):
+            if lease.request_id == request_id and lease.attempt <= attempt and not lease.loan:
+                self._end(lease)
 
     def reader_down(self, reader: NodeId) -> list[tuple[RequestId, int]]:
-        """End the leases of a peer that fell silent: which attempts they were for."""
+        """End the leases of a peer that fell silent: which attempts cannot go on without it."""
         lost = [lease for lease in self.table.live.values() if lease.reader == reader]
         for lease in lost:
-            self.table.end(lease.lease_id)
-            self.pool.release(lease.blocks)
-        keys = [lease.lease_id.rpartition("/") for lease in lost]
-        return [(request_id, int(attempt)) for request_id, _, attempt in keys]
+            self._end(lease)
+        return [(lease.request_id, lease.attempt) for lease in lost if not lease.loan]
 
     def lapse(self, now_s: float) -> list[str]:
         """End what nobody renewed; the ids."""
@@ -78,6 +123,10 @@ class Lender:
         for lease in over:
             self.pool.release(lease.blocks)
         return [lease.lease_id for lease in over]
+
+    def _end(self, lease: Lease) -> None:
+        self.table.end(lease.lease_id)
+        self.pool.release(lease.blocks)
 
     def _digest(self, job: Job, block: int, done: BatchDone) -> bytes:
         known = self.pool.digests[block]
@@ -88,3 +137,13 @@ class Lender:
         if full:
             self.pool.digests[block] = digest
         return digest
+
+
+def _lent(message: Borrow, epoch: Epoch) -> Lent:
+    """Nothing of what was asked for."""
+    return Lent(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        lease_id=message.lease_id,
+        epoch=epoch,
+    )

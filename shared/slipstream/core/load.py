@@ -1,11 +1,54 @@
 """What a worker says about itself, twice a second."""
 
+from collections import deque
 from typing import TYPE_CHECKING
 
-from slipstream.messages import WorkerLoad
+import msgspec
+
+from slipstream.core.machine import BatchDone, BatchPlan
+from slipstream.core.step_model import sample_of
+from slipstream.messages import StepSample, WorkerLoad
 
 if TYPE_CHECKING:
     from slipstream.core.worker import WorkerMachine
+
+
+SAMPLES_MAX = 16
+"""Of each kind in one load: with many steps in between, the last ones tell enough."""
+
+
+class Samples:
+    """Steps since the last load: what placement fits its prices to."""
+
+    def __init__(self) -> None:
+        # Apart, so that many steps of one kind do not push out the few of the other.
+        self._prefills: deque[StepSample] = deque(maxlen=SAMPLES_MAX)
+        self._decodes: deque[StepSample] = deque(maxlen=SAMPLES_MAX)
+
+    def step(self, plan: BatchPlan, done: BatchDone) -> None:
+        sample = sample_of(plan.rows, done.elapsed_s)
+        (self._prefills if sample.prefill_tokens else self._decodes).append(sample)
+
+    def drain(self) -> list[StepSample]:
+        steps = [*self._prefills, *self._decodes]
+        self._prefills.clear()
+        self._decodes.clear()
+        return steps
+
+
+def load_with_samples(worker: "WorkerMachine") -> WorkerLoad:
+    """Each sample is told once."""
+    load = load_of(worker)
+    steps, transfers = worker.samples.drain(), list(worker.reads.samples)
+    worker.reads.samples.clear()
+    return msgspec.structs.replace(load, step_samples=steps, transfer_samples=transfers)
+
+
+def gauges_of(load: WorkerLoad) -> dict[str, float]:
+    """The numbers in it."""
+    fields = msgspec.structs.asdict(load)
+    numbers = {name: value for name, value in fields.items() if isinstance(value, int)}
+    return {**numbers, **load.counters}
 
 
 def load_of(worker: "WorkerMachine") -> WorkerLoad:
@@ -29,15 +72,18 @@ def _counters(worker: "WorkerMachine") -> dict[str, float]:
     batcher, receiver = worker.batcher, worker.receiver
     return {
         "blocks_pulled_total": receiver.blocks_pulled,
-        "blocks_quarantined": sum(
-            len(handover.job.block_ids) for handover in receiver.zombies.values()
-        ),
+        "blocks_fetched_total": worker.fetcher.blocks_fetched,
+        "blocks_lent_total": worker.lender.blocks_lent,
+        "blocks_quarantined": sum(len(read.local) for read in worker.reads.given_up.values()),
+        "index_claims_total": worker.reporter.claims + worker.lender.blocks_asked,
         "leases_lapsed_total": worker.lender.table.lapsed,
         "preemptions_total": batcher.preemptions,
         "prefix_hit_tokens_total": batcher.hit_tokens,
         "prefix_query_tokens_total": batcher.queried_tokens,
-        "index_claims_total": worker.reporter.claims,
-        "index_claims_wrong_total": worker.reporter.claims_wrong,
+        "index_claims_wrong_total": (
+            worker.reporter.claims_wrong + worker.lender.blocks_asked - worker.lender.blocks_lent
+        ),
         **{f"handover_{cause}_total": n for cause, n in receiver.failures.items()},
+        **{f"fetch_{cause}_total": n for cause, n in worker.fetcher.failures.items()},
         **{f"attempts_failed_{cause}_total": n for cause, n in worker.failures.items()},
     }

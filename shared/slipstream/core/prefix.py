@@ -7,9 +7,10 @@ that changes the bytes: model, dtype, block layout and the client's cache salt.
 import hashlib
 from collections.abc import Sequence
 
-from slipstream.types import BLOCK_TOKENS, BlockHash, pack_tokens
+from slipstream.types import BLOCK_TOKENS, TOKEN_BYTES, BlockHash, pack_tokens
 
 HASH_BYTES = 16
+BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 
 def namespace(kv_layout_id: str, salt: str) -> bytes:
@@ -19,8 +20,9 @@ def namespace(kv_layout_id: str, salt: str) -> bytes:
 def extend_hashes(hashes: list[BlockHash], tokens: Sequence[int], space: bytes) -> None:
     """Append the hashes of the full blocks of `tokens` that `hashes` does not cover yet."""
     parent = hashes[-1] if hashes else b""
-    for start in range(len(hashes) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        block = pack_tokens(list(tokens[start : start + BLOCK_TOKENS]))
+    fresh = pack_tokens(list(tokens[len(hashes) * BLOCK_TOKENS :]))
+    for start in range(0, len(fresh) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        block = fresh[start : start + BLOCK_BYTES]
         parent = hashlib.sha256(space + parent + block).digest()[:HASH_BYTES]
         hashes.append(parent)
 

@@ -4,62 +4,67 @@
         any failure -> given up -> (no READ in flight, first token known) -> recompute
 
 Local blocks are allocated all at once, so that two hand-overs never wait for each other's blocks.
-Blocks that a READ may still write into stay referenced until the READ is over, whoever gave it up.
 """
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, blocks_for
-from slipstream.core.machine import Effect, PullBlocks, PullDone, Send
-from slipstream.core.prefix import HASH_BYTES
-from slipstream.messages import KvReady, Release, Renew
-from slipstream.types import BLOCK_TOKENS, BlockId, Epoch, NodeId, RequestId
+from slipstream.core.machine import Effect, PullDone, Send
+from slipstream.core.reading import LeasedRead, Reads
+from slipstream.messages import KvReady, Renew
+from slipstream.types import BLOCK_TOKENS, Epoch, NodeId, RequestId
 
-DIGEST_BYTES = HASH_BYTES
+EARLY_MAX = 256
+EARLY_KEEP_S = 10.0
+
+_Announced: TypeAlias = tuple[NodeId, RequestId, int]
 
 
-@dataclass(slots=True, eq=False)
-class Handover:
+@dataclass(slots=True, eq=False, kw_only=True)
+class Handover(LeasedRead):
     job: Job
-    source: NodeId
-    epoch: Epoch
-    lease_id: str = ""
-    sources: list[BlockId] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
     last: KvReady | None = None
     hits: int = 0
     """Blocks that were cached here and are not read; their bytes are our own."""
-    pulled: int = 0
-    pulling: str = ""
-    """Id of the READ in flight."""
-    pull_end: int = 0
-    releasing: bool = False
-    failed: str = ""
-    pull_count: int = 0
 
     @property
     def allocated(self) -> bool:
-        return bool(self.job.block_ids)
+        return bool(self.local)
 
 
 class Receiver:
     """All hand-overs into one worker. `ready` and `recompute` fill up for the machine to
     collect."""
 
-    def __init__(self, pool: BlockPool, pull_timeout_s: float):
-        self.pool, self.pull_timeout_s = pool, pull_timeout_s
+    def __init__(self, reads: Reads):
+        self.reads, self.pool = reads, reads.pool
         self.live: dict[RequestId, Handover] = {}
-        self.zombies: dict[str, Handover] = {}
-        """Given up while a READ ran, by the READ's id: their blocks are in quarantine."""
+        self.early: OrderedDict[_Announced, tuple[float, list[KvReady]]] = OrderedDict()
+        """Announcements that overtook their `Decode`: they come from another sender."""
         self.ready: list[Job] = []
         self.recompute: list[Job] = []
         self.failures: Counter[str] = Counter()
         self.blocks_pulled = 0
 
-    def expect(self, job: Job, source: NodeId, epoch: Epoch) -> None:
-        self.live[job.request_id] = Handover(job, source, epoch)
+    def expect(self, job: Job, source: NodeId, epoch: Epoch) -> list[Effect]:
+        name = f"{job.request_id}/{job.attempt}"
+        self.live[job.request_id] = Handover(name=name, source=source, epoch=epoch, job=job)
+        _, early = self.early.pop((source, *job.key), (0.0, []))
+        return [effect for message in early for effect in self.announced(source, message)]
+
+    def overtook(self, source: NodeId, message: KvReady, now_s: float) -> None:
+        """Its `Decode` is not here yet."""
+        key = source, message.request_id, message.attempt
+        _, early = self.early.setdefault(key, (now_s + EARLY_KEEP_S, []))
+        early.append(message)
+        if len(self.early) > EARLY_MAX:
+            self.early.popitem(last=False)
+
+    def expire(self, now_s: float) -> None:
+        while self.early and next(iter(self.early.values()))[0] <= now_s:
+            self.early.popitem(last=False)
 
     def announced(self, source: NodeId, message: KvReady) -> list[Effect]:
         """One more chunk is in the source's memory."""
@@ -71,35 +76,19 @@ class Receiver:
         if message.epoch != handover.epoch or message.first_block != len(handover.sources):
             return []
         handover.lease_id = message.lease_id
-        handover.sources += message.block_ids
-        packed = message.digests
-        handover.digests += [
-            packed[i : i + DIGEST_BYTES] for i in range(0, len(packed), DIGEST_BYTES)
-        ]
         if message.first_token is not None:
             handover.last = message
-        if not self._coherent(handover):
+        whole = handover.announce(message.block_ids, message.digests)
+        if not (whole and self._coherent(handover)):
             handover.failed = "malformed"
         return self._advance(handover)
 
     def pulled(self, done: PullDone) -> list[Effect]:
-        """A READ is over."""
-        zombie = self.zombies.pop(done.pull_id, None)
-        if zombie is not None:
-            self._free(zombie)
-            return []
+        """A READ that somebody waits for is over."""
         handover = next((h for h in self.live.values() if h.pulling == done.pull_id), None)
         if handover is None:
             return []
-        handover.pulling = ""
-        start, end = handover.pulled, handover.pull_end
-        if done.error is not None:
-            handover.failed = handover.failed or "read"
-        elif list(done.digests) != handover.digests[start:end]:
-            handover.failed = handover.failed or "digest"
-        else:
-            handover.pulled = end
-            self.blocks_pulled += end - start
+        self.blocks_pulled += self.reads.land(handover, done)
         return self._advance(handover)
 
     def released(self, lease_id: str, ok: bool) -> list[Effect]:
@@ -125,11 +114,8 @@ class Receiver:
         handover = self.live.pop(request_id, None)
         if handover is None:
             return []
-        if handover.pulling:
-            self.zombies[handover.pulling] = handover
-        else:
-            self._free(handover)
-        return self._release(handover)
+        self.reads.free(handover)
+        return handover.release()
 
     def source_down(self, source: NodeId, epoch: Epoch | None = None) -> list[Job]:
         """The source fell silent; `epoch`: which life of it, if that is known. A later one is not
@@ -163,10 +149,10 @@ class Receiver:
     def _coherent(self, handover: Handover) -> bool:
         """Whether what was announced so far can be this job's KV."""
         num_tokens, count = len(handover.job.tokens), len(handover.sources)
-        if count != len(handover.digests) or count > blocks_for(num_tokens):
-            return False
         last = handover.last
-        return last is None or (last.num_tokens == num_tokens and count == blocks_for(num_tokens))
+        if last is None:
+            return count <= blocks_for(num_tokens)
+        return last.num_tokens == num_tokens and count == blocks_for(num_tokens)
 
     def _advance(self, handover: Handover) -> list[Effect]:
         if handover.failed:
@@ -176,10 +162,10 @@ class Receiver:
         if handover.pulling or handover.releasing:
             return []
         if handover.pulled < len(handover.sources):
-            return [self._pull(handover)]
+            return [self.reads.pull(handover)]
         if handover.last is not None and handover.pulled >= len(handover.job.block_ids):
             handover.releasing = True
-            return self._release(handover)
+            return handover.release()
         return []
 
     def _allocate(self, handover: Handover) -> bool:
@@ -191,23 +177,9 @@ class Receiver:
         if blocks is None:
             self.pool.release(hits)
             return False
-        job.block_ids = hits + blocks
+        job.block_ids = handover.local = hits + blocks
         handover.hits = handover.pulled = len(hits)
         return True
-
-    def _pull(self, handover: Handover) -> Effect:
-        job = handover.job
-        handover.pull_count += 1
-        handover.pulling = f"{job.request_id}/{job.attempt}/{handover.pull_count}"
-        handover.pull_end = len(handover.sources)
-        return PullBlocks(
-            pull_id=handover.pulling,
-            peer=handover.source,
-            epoch=handover.epoch,
-            source_blocks=tuple(handover.sources[handover.pulled : handover.pull_end]),
-            local_blocks=tuple(job.block_ids[handover.pulled : handover.pull_end]),
-            timeout_s=self.pull_timeout_s,
-        )
 
     def _give_up(self, handover: Handover) -> list[Effect]:
         """Nothing that was read is used. Go on from the tokens alone, once they are known."""
@@ -216,22 +188,13 @@ class Receiver:
         job = handover.job
         self.failures[handover.failed] += 1
         del self.live[job.request_id]
-        self._free(handover)
+        self.reads.free(handover)
         self._take_first_token(handover)
         self.recompute.append(job)
-        return [] if handover.releasing else self._release(handover)
+        return [] if handover.releasing else handover.release()
 
     def _take_first_token(self, handover: Handover) -> None:
         job, last = handover.job, handover.last
         assert last is not None and last.first_token is not None
         job.append(last.first_token, last.first_logprobs)
         job.cached_tokens = last.cached_tokens
-
-    def _release(self, handover: Handover) -> list[Effect]:
-        if not handover.lease_id:
-            return []
-        return [Send(handover.source, Release(lease_id=handover.lease_id, epoch=handover.epoch))]
-
-    def _free(self, handover: Handover) -> None:
-        self.pool.release(handover.job.block_ids)
-        handover.job.block_ids = []

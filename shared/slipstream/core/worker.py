@@ -5,22 +5,23 @@ the batcher and leaves by `Finished`, by `AttemptFailed` or at the scheduler's `
 ends in `_settle`: collect what became ready, plan the next step, say what there is to say.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from itertools import chain
-from typing import TypeAlias
 
 import msgspec
 
 from slipstream.core.batching import Batcher
 from slipstream.core.blocks import BlockPool
+from slipstream.core.fetcher import Fetcher
 from slipstream.core.job import Job, unfit
 from slipstream.core.kv_events import KvEvents
 from slipstream.core.lender import Lender
-from slipstream.core.load import load_of
+from slipstream.core.load import Samples, gauges_of, load_of, load_with_samples
 from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
     BatchPlan,
+    BlocksDigested,
     CancelTimer,
     Drain,
     Effect,
@@ -40,6 +41,7 @@ from slipstream.core.machine import (
 )
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import namespace
+from slipstream.core.reading import Reads
 from slipstream.core.receiver import Receiver
 from slipstream.core.reporter import IndexReporter
 from slipstream.core.token_log import TokenLog
@@ -47,10 +49,12 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     SCHEDULER,
     AttemptFailed,
+    Borrow,
     Decode,
     Drop,
     Finished,
     KvReady,
+    Lent,
     LiveRequest,
     NodeInfo,
     Peers,
@@ -66,14 +70,9 @@ from slipstream.messages import Started as JobStarted
 from slipstream.types import BLOCK_TOKENS, BlockId, Epoch, NodeId, RequestId
 
 TICK_S = 0.5
-EARLY_MAX = 256
-EARLY_KEEP_S = 10.0
 LOG_KEEP_S = 30.0
 DEADLINE_SLACK_S = 5.0
 """A worker ends what is overdue by itself only if the scheduler did not."""
-
-
-_Announced: TypeAlias = tuple[NodeId, RequestId, int]
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,18 +99,19 @@ class WorkerMachine:
         kv_events = KvEvents(self.pool) if settings.kv_events else None
         self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens, kv_events)
         self.lender = Lender(self.pool, node.epoch, settings.lease_s)
-        self.receiver = Receiver(self.pool, settings.pull_timeout_s)
+        self.reads = Reads(self.pool, settings.pull_timeout_s)
+        self.receiver = Receiver(self.reads)
+        self.fetcher = Fetcher(self.reads, node.node_id)
         self.reporter = IndexReporter(self.pool, self.membership, kv_events)
         self.log = TokenLog(LOG_KEEP_S)
         self.jobs: dict[RequestId, Job] = {}
         self.failures: Counter[str] = Counter()
+        self.samples = Samples()
         self._eos = frozenset(settings.eos_token_ids)
         self._plan: BatchPlan | None = None
         self._draining = False
         self._epochs: dict[NodeId, Epoch] = {}
         """Of the peers whose sessions are up."""
-        self._early: OrderedDict[_Announced, tuple[float, list[KvReady]]] = OrderedDict()
-        """Announcements that overtook their `Decode`: they come from another sender."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         effects = self.membership.handle(event, now_s)
@@ -120,26 +120,24 @@ class WorkerMachine:
         return effects
 
     def statistics(self) -> dict[str, float]:
-        load = load_of(self)
-        gauges = msgspec.structs.asdict(load)
-        counters = gauges.pop("counters")
-        return {**gauges, **counters}
+        return gauges_of(load_of(self))
 
     def check(self) -> None:
         """Every block reference has an owner, and every owner its references."""
         self.pool.check()
         expected: Counter[BlockId] = Counter()
         dropped = [job for job in self.batcher.in_flight if job.dropped]
-        zombies = [handover.job for handover in self.receiver.zombies.values()]
-        for job in (*self.jobs.values(), *dropped, *zombies):
+        for job in (*self.jobs.values(), *dropped):
             expected.update(job.block_ids)
+        for read in (*self.reads.given_up.values(), *self.fetcher.live.values()):
+            expected.update(read.local)
+        expected.update(chain.from_iterable(f.kept for f in self.fetcher.live.values()))
         for lease in self.lender.table.live.values():
             expected.update(lease.blocks)
         for block, count in enumerate(self.pool.references):
             assert count == expected[block], f"block {block}: {count} held, {expected[block]} known"
         load = load_of(self)
         assert load.blocks_free + load.blocks_used + load.blocks_leased == self.info.num_blocks
-        assert len(self._early) <= EARLY_MAX
 
     # --- Events -----------------------------------------------------------------------------------
 
@@ -152,11 +150,16 @@ class WorkerMachine:
             case BatchFailed(step, cause):
                 return self._batch_failed(step, cause)
             case PullDone():
-                return self.receiver.pulled(event)
+                if self.reads.over(event):
+                    return []
+                return self.receiver.pulled(event) + self.fetcher.pulled(event)
+            case BlocksDigested():
+                return self.lender.digested(event)
             case TimerFired("tick"):
                 return self._tick(now_s)
             case TimerFired("renew"):
-                return [*self.receiver.renew(), SetTimer("renew", now_s + self.settings.renew_s)]
+                renewals = self.receiver.renew() + self.fetcher.renew()
+                return [*renewals, SetTimer("renew", now_s + self.settings.renew_s)]
             case TimerFired("step"):
                 return [Exit(f"no step has ended for {self.settings.step_timeout_s:g} s")]
             case Started():
@@ -185,6 +188,10 @@ class WorkerMachine:
                 return self._drop(message.request_id, message.attempt)
             case KvReady():
                 return self._announced(source, message, now_s)
+            case Borrow():
+                return self.lender.borrow(message, source, now_s)
+            case Lent():
+                return self.fetcher.lent(source, message)
             case Renew():
                 for lease_id in message.lease_ids:
                     self.lender.table.renew(lease_id, now_s)
@@ -193,7 +200,8 @@ class WorkerMachine:
                 ok = mine and self.lender.release(message.lease_id, source, now_s)
                 return [Send(source, Released(lease_id=message.lease_id, ok=ok))]
             case Released():
-                return self.receiver.released(message.lease_id, message.ok)
+                lease_id, ok = message.lease_id, message.ok
+                return self.receiver.released(lease_id, ok) + self.fetcher.released(lease_id, ok)
             case StreamAck():
                 self.log.acknowledge(message.request_id, message.attempt)
             case Resend():
@@ -221,23 +229,14 @@ class WorkerMachine:
         if message.claimed_blocks:
             self.reporter.claimed(job.full_hashes(len(job.tokens)), message.claimed_blocks)
         if isinstance(message, Decode) and message.prefill is not None:
-            self.receiver.expect(job, message.prefill, message.prefill_epoch)
-            _, early = self._early.pop((message.prefill, *job.key), (0.0, []))
-            for announcement in early:
-                effects += self.receiver.announced(message.prefill, announcement)
-        else:
-            self.batcher.add(job)
-        return effects
+            return effects + self.receiver.expect(job, message.prefill, message.prefill_epoch)
+        return effects + self.fetcher.begin(job, message, now_s)
 
     def _announced(self, source: NodeId, message: KvReady, now_s: float) -> list[Effect]:
         job = self.jobs.get(message.request_id)
         if job is not None and job.attempt >= message.attempt:
             return self.receiver.announced(source, message)
-        key = source, message.request_id, message.attempt
-        _, early = self._early.setdefault(key, (now_s + EARLY_KEEP_S, []))
-        early.append(message)
-        if len(self._early) > EARLY_MAX:
-            self._early.popitem(last=False)
+        self.receiver.overtook(source, message, now_s)
         return []
 
     # --- The step ---------------------------------------------------------------------------------
@@ -246,12 +245,15 @@ class WorkerMachine:
         plan, self._plan = self._plan, None
         assert plan is not None and plan.step == done.step
         outputs = {(output.request_id, output.attempt): output for output in done.outputs}
+        self.samples.step(plan, done)
         effects: list[Effect] = [CancelTimer("step")]
         for job, row in self.batcher.land(plan):
             if row.sample and not self._append(job, outputs.get(job.key)):
                 problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
                 effects += self._fail(job, "no_token", problem)
                 continue
+            if row.sample and row.position == job.num_accepted:
+                effects.append(Send(SCHEDULER, job.first_token()))
             if job.handover is not None:
                 effects += self._lend(job, row, done, now_s)
             elif row.sample:
@@ -297,6 +299,10 @@ class WorkerMachine:
 
     def _settle(self, now_s: float) -> list[Effect]:
         effects = self.receiver.retry()
+        fetched, self.fetcher.ready = self.fetcher.ready, []
+        for job in fetched:
+            if not job.dropped:
+                self.batcher.add(job)
         ready, self.receiver.ready = self.receiver.ready, []
         recompute, self.receiver.recompute = self.receiver.recompute, []
         for job in ready:
@@ -344,9 +350,9 @@ class WorkerMachine:
         effects: list[Effect] = []
         job = self.jobs.get(request_id)
         if job is not None and job.attempt <= attempt:
-            if request_id in self.receiver.live:
+            if request_id in self.receiver.live or request_id in self.fetcher.live:
                 del self.jobs[request_id]
-                effects = self.receiver.drop(request_id)
+                effects = self.receiver.drop(request_id) + self.fetcher.drop(request_id)
             else:
                 self._leave(job)
         self.lender.drop(request_id, attempt)
@@ -355,7 +361,9 @@ class WorkerMachine:
 
     def _half_lost(self, peer: NodeId) -> list[Effect]:
         """What waits for this peer's word, or it for ours, goes on nowhere."""
-        lost = self.receiver.source_down(peer, self._epochs.pop(peer, None))
+        epoch = self._epochs.pop(peer, None)
+        self.fetcher.source_down(peer, epoch)
+        lost = self.receiver.source_down(peer, epoch)
         effects = [effect for job in lost for effect in self._fail(job, "prefill_lost")]
         for job in [job for job in self.jobs.values() if job.handover == peer]:
             effects += self._fail(job, "decode_lost")
@@ -367,9 +375,10 @@ class WorkerMachine:
 
     def _tick(self, now_s: float) -> list[Effect]:
         self.lender.lapse(now_s)
-        while self._early and next(iter(self._early.values()))[0] <= now_s:
-            self._early.popitem(last=False)
-        effects: list[Effect] = [SetTimer("tick", now_s + TICK_S), Send(SCHEDULER, load_of(self))]
+        self.receiver.expire(now_s)
+        effects = self.fetcher.expire(now_s)
+        effects.append(SetTimer("tick", now_s + TICK_S))
+        effects.append(Send(SCHEDULER, load_with_samples(self)))
         for job in self.log.tick(now_s):
             effects += self._fail(job, "unheard")
         for job in list(self.jobs.values()):
@@ -385,5 +394,5 @@ class WorkerMachine:
         return [LiveRequest(job.request_id, job.attempt, job.request_id in halves) for job in jobs]
 
     def _empty(self) -> bool:
-        held = self.jobs or self.log.ended or self.lender.table.live or self.receiver.zombies
+        held = self.jobs or self.log.ended or self.lender.table.live or self.reads.given_up
         return not held and not self.batcher.busy

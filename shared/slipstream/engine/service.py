@@ -16,8 +16,10 @@ from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.model_config import ModelConfig, ModelError
 from slipstream.engine.runner import Runner
-from slipstream.kv.bus import BusTransport, bus_address
+from slipstream.kv.bus import bus_address
+from slipstream.kv.choice import Transports
 from slipstream.kv.layout import KvDtype, KvLayout
+from slipstream.kv.offers import Pool, offer
 from slipstream.kv.segment import (
     HEADER_BYTES,
     NO_MEMORY,
@@ -28,8 +30,6 @@ from slipstream.kv.segment import (
     remove_dead_segments,
     segment_path,
 )
-from slipstream.kv.shm import ShmTransport
-from slipstream.kv.transport import Transport, Transports
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.runtime.log import set_up
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
@@ -79,11 +79,12 @@ def run_worker(config: WorkerConfig) -> int:
             shape = (plan.num_blocks, *plan.layout.block_shape)
             runner = Runner(config.model, plan.dtype, pool.view(shape), plan.threads)
             _announce(config, plan, transports)
-            directory = machine.membership.nodes.get
             kv_events = _kv_events(config, node)
             if kv_events is not None:
                 stack.callback(kv_events.close)
-            executor = WorkerExecutor(runner, segment.blocks, transports, directory, kv_events)
+            executor = WorkerExecutor(
+                runner, segment.blocks, transports, lambda: machine.membership.nodes, kv_events
+            )
             return run_service(config, node, machine, executor)
     except ModelError as error:
         raise StartError(f"slipstream {config.role}: {error}", MODEL_ERROR) from None
@@ -193,21 +194,11 @@ def _segment(config: WorkerConfig, plan: _Plan, epoch: Epoch) -> Segment:
 
 
 def _transports(config: WorkerConfig, segment: Segment) -> Transports:
-    made: list[Transport] = []
-    for name in config.transports.split(","):
-        match name:
-            case "shm":
-                made.append(ShmTransport(segment))
-            case "bus":
-                bind = bus_address(config.listen, config.run_dir, config.node_id)
-                epoch = segment.header.epoch
-                made.append(BusTransport(segment.blocks, epoch, bind, config.advertise))
-            case _:
-                raise ConfigError(
-                    f"slipstream {config.role}: --transports: {name} is not known (only shm, bus)"
-                )
+    bind = bus_address(config.listen, config.run_dir, config.node_id)
+    pool = Pool(segment, config.node_id, bind, config.advertise)
+    transports, absent = offer(config.transports, pool)
     header = segment.header
-    return Transports(made, header.kv_layout_id, header.block_bytes, host_identity())
+    return Transports(transports, header.kv_layout_id, header.block_bytes, host_identity(), absent)
 
 
 def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> NodeInfo:
@@ -228,6 +219,7 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
             prefill_budget_tokens=config.prefill_budget_tokens,
             accept_decode=config.accept_decode,
             transports=transports.advertise(),
+            device=f"cpu {','.join(map(str, sorted(os.sched_getaffinity(0))))}",
         ),
     )
 
@@ -267,3 +259,5 @@ def _announce(config: WorkerConfig, plan: _Plan, transports: Transports) -> None
         ",".join(transports.advertise()),
         plan.threads,
     )
+    for name, reason in transports.absent.items():
+        _LOG.info("no transport %s: %s", name, reason)

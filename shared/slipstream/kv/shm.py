@@ -1,27 +1,25 @@
 """Transport `shm`: peers on one host map each other's segments and copy."""
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from slipstream.kernels.verified_copy import verified_copy
 from slipstream.kv.segment import Blocks, Segment, SegmentError, SegmentHeader, attach_segment
-from slipstream.kv.transport import TransferError
+from slipstream.kv.transport import Digests, Read, TransferError, check_range
 from slipstream.messages import NodeInfo
-from slipstream.types import BlockId, NodeId
+from slipstream.types import NodeId
 
 
 class ShmTransport:
-    """Reads by memory copy. A copy cannot hang, so there is no deadline to keep."""
+    """Reads by memory copy, on the caller's thread. A copy cannot hang, so no deadline is kept."""
 
     name = "shm"
 
     def __init__(self, segment: Segment):
         self._path = segment.path
-        self._blocks = segment.blocks
         self._attached: dict[NodeId, tuple[int, Blocks]] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def advertise(self) -> str:
         return str(self._path)
@@ -31,6 +29,9 @@ class ShmTransport:
         worker = peer.worker
         if worker is None:
             raise TransferError("attach", f"{peer.node_id} is no worker")
+        with self._lock:
+            if self._attached.get(peer.node_id, (0,))[0] == peer.epoch:
+                return
         expected = SegmentHeader(
             kv_layout_id=worker.kv_layout_id,
             epoch=peer.epoch,
@@ -42,23 +43,16 @@ class ShmTransport:
         except SegmentError as error:
             raise TransferError("attach", str(error)) from None
         with self._lock:
+            if self._closed:
+                raise TransferError("closed")
             self._attached[peer.node_id] = (peer.epoch, blocks)
 
-    def read(
-        self,
-        peer: NodeInfo,
-        source_blocks: Sequence[BlockId],
-        local_blocks: Sequence[BlockId],
-        timeout_s: float,
-    ) -> None:
-        with self._lock:
-            epoch, blocks = self._attached.get(peer.node_id, (0, self._blocks[:0]))
-        if epoch != peer.epoch:
-            raise TransferError("epoch", f"{peer.node_id} is not attached")
-        if not all(0 <= block < len(blocks) for block in source_blocks):
-            raise TransferError("range", f"{peer.node_id} has {len(blocks)} blocks")
-        for source, local in zip(source_blocks, local_blocks, strict=True):
-            np.copyto(self._blocks[local], blocks[source])
+    def read(self, read: Read) -> None:
+        try:
+            result: Digests | TransferError = self._copy(read)
+        except TransferError as error:
+            result = error
+        read.done(result)
 
     def forget(self, node_id: NodeId) -> None:
         with self._lock:
@@ -66,4 +60,15 @@ class ShmTransport:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             self._attached.clear()
+
+    def _copy(self, read: Read) -> Digests:
+        with self._lock:
+            if self._closed:
+                raise TransferError("closed")
+            epoch, blocks = self._attached.get(read.peer.node_id, (0, read.into))
+        if epoch != read.peer.epoch:
+            raise TransferError("epoch", f"{read.peer.node_id} is not attached")
+        check_range(read)
+        return verified_copy(blocks, read.source_blocks, read.into, read.local_blocks, read.verify)

@@ -1,14 +1,16 @@
-"""How KV blocks come from a peer's pool into ours: the protocol, and the choice for each peer."""
+"""How KV blocks come from a peer's pool into ours: what a READ is, what every transport does."""
 
-import logging
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
+from slipstream.kv.segment import Blocks
 from slipstream.messages import NodeInfo
-from slipstream.types import BlockId, Epoch, NodeId
+from slipstream.types import BlockId, NodeId
 
-_LOG = logging.getLogger(__name__)
+Digests: TypeAlias = tuple[bytes, ...]
 
 
 class TransferError(Exception):
@@ -17,6 +19,25 @@ class TransferError(Exception):
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """One READ: `source_blocks` of the peer's pool into rows `local_blocks` of `into`.
+
+    `done` is called exactly once, by any thread, with the digests of what was stored (none unless
+    `verify`) or with the reason why the local bytes are worthless. From then on nobody writes into
+    the local rows any more, whatever the peer does.
+    """
+
+    peer: NodeInfo
+    source_blocks: Sequence[BlockId]
+    into: Blocks
+    local_blocks: Sequence[BlockId]
+    deadline_s: float
+    """On this host's monotonic clock. A READ ends with cause `timeout` soon after it."""
+    done: Callable[[Digests | TransferError], None]
+    verify: bool = True
 
 
 class Transport(Protocol):
@@ -33,21 +54,14 @@ class Transport(Protocol):
         ...
 
     def connect(self, peer: NodeInfo) -> None:
-        """Prepare to read from this process. TransferError: this way does not lead there."""
+        """Prepare to read from this process; may block for seconds, may be said again.
+
+        TransferError: this way does not lead there.
+        """
         ...
 
-    def read(
-        self,
-        peer: NodeInfo,
-        source_blocks: Sequence[BlockId],
-        local_blocks: Sequence[BlockId],
-        timeout_s: float,
-    ) -> None:
-        """Copy the peer's blocks into the local ones; blocks the calling thread.
-
-        When it returns or raises, nobody writes into the local blocks any more. TransferError: the
-        local bytes are worthless.
-        """
+    def read(self, read: Read) -> None:
+        """Begin a READ from a connected peer. Waits for nobody, but may copy before it returns."""
         ...
 
     def forget(self, node_id: NodeId) -> None:
@@ -55,80 +69,40 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """End running READs and serve nobody any more. Idempotent."""
+        """End running READs with cause `closed` and serve nobody any more. Idempotent."""
         ...
 
 
-class _Choice(NamedTuple):
-    epoch: Epoch
-    transport: Transport
+def read_now(
+    transport: Transport,
+    peer: NodeInfo,
+    source_blocks: Sequence[BlockId],
+    into: Blocks,
+    local_blocks: Sequence[BlockId],
+    timeout_s: float,
+    verify: bool = True,
+) -> Digests:
+    """A READ that blocks the calling thread until it is over. TransferError: it did not happen."""
+    over = threading.Event()
+    results: list[Digests | TransferError] = []
+
+    def done(result: Digests | TransferError) -> None:
+        results.append(result)
+        over.set()
+
+    deadline_s = time.monotonic() + timeout_s
+    transport.read(Read(peer, source_blocks, into, local_blocks, deadline_s, done, verify))
+    over.wait()
+    (result,) = results
+    if isinstance(result, TransferError):
+        raise result
+    return result
 
 
-class Transports:
-    """The transports of one worker, best first, and which of them serves which peer."""
-
-    def __init__(
-        self, transports: Sequence[Transport], kv_layout_id: str, block_bytes: int, host: str
-    ):
-        """`host`: as in our own `NodeInfo`; a detour to a peer on the same host is worth a
-        warning."""
-        self._transports = tuple(transports)
-        self._kv_layout_id, self._block_bytes, self._host = kv_layout_id, block_bytes, host
-        self._choices: dict[NodeId, _Choice] = {}
-        self._lock = threading.Lock()
-
-    def advertise(self) -> dict[str, str]:
-        """For `WorkerInfo.transports`."""
-        return {transport.name: transport.advertise() for transport in self._transports}
-
-    @property
-    def peers(self) -> dict[NodeId, Epoch]:
-        """Those to which something is kept open."""
-        with self._lock:
-            return {node_id: choice.epoch for node_id, choice in self._choices.items()}
-
-    def choose(self, peer: NodeInfo) -> Transport:
-        """The first transport that both sides have and that leads there; decided once an epoch.
-
-        TransferError `layout`: its blocks mean something else. `transport`: there is none.
-        """
-        with self._lock:
-            known = self._choices.get(peer.node_id)
-            if known is not None and known.epoch == peer.epoch:
-                return known.transport
-        if known is not None:
-            self.forget(peer.node_id)
-        transport = self._connect(peer)
-        with self._lock:
-            self._choices[peer.node_id] = _Choice(peer.epoch, transport)
-        _LOG.info("KV blocks of %s come by %s", peer.node_id, transport.name)
-        return transport
-
-    def forget(self, node_id: NodeId) -> None:
-        with self._lock:
-            self._choices.pop(node_id, None)
-        for transport in self._transports:
-            transport.forget(node_id)
-
-    def close(self) -> None:
-        for transport in self._transports:
-            transport.close()
-
-    def _connect(self, peer: NodeInfo) -> Transport:
-        worker = peer.worker
-        if worker is None:
-            raise TransferError("transport", f"{peer.node_id} is no worker")
-        ours = (self._kv_layout_id, self._block_bytes)
-        if (worker.kv_layout_id, worker.block_bytes) != ours:
-            raise TransferError("layout", f"{peer.node_id} has {worker.kv_layout_id}")
-        for transport in self._transports:
-            if transport.name not in worker.transports:
-                continue
-            try:
-                transport.connect(peer)
-            except TransferError as error:
-                level = logging.WARNING if peer.host == self._host else logging.INFO
-                _LOG.log(level, "SLOW: no %s from %s: %s", transport.name, peer.node_id, error)
-                continue
-            return transport
-        raise TransferError("transport", f"no way to {peer.node_id} that both sides have")
+def check_range(read: Read) -> None:
+    """TransferError `range`: the peer, or the pool here, has no such block."""
+    count = read.peer.worker.num_blocks if read.peer.worker else 0
+    if not all(0 <= block < count for block in read.source_blocks):
+        raise TransferError("range", f"{read.peer.node_id} has {count} blocks")
+    if not all(0 <= block < len(read.into) for block in read.local_blocks):
+        raise TransferError("range", f"there are {len(read.into)} blocks here")

@@ -1,0 +1,42 @@
+"""What is to be placed, and where it went."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from slipstream.scheduler.ledger import Prompt
+from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
+
+
+@dataclass(slots=True, frozen=True)
+class Demand:
+    """What placement knows about a request."""
+
+    request_id: RequestId
+    num_tokens: int
+    num_blocks: int
+    hints: Mapping[NodeId, int] = field(default_factory=dict)
+    """Worker -> leading blocks that it is said to hold."""
+
+    def cached_blocks(self, node_id: NodeId) -> int:
+        """Those of use: the last token is computed in any case, for its logits."""
+        return min(self.hints.get(node_id, 0), (self.num_tokens - 1) // BLOCK_TOKENS)
+
+    def prompt(self, cached_blocks: int) -> Prompt:
+        cached = cached_blocks * BLOCK_TOKENS
+        return Prompt(cached, self.num_tokens - cached)
+
+
+@dataclass(slots=True, frozen=True)
+class Placement:
+    decode: NodeId
+    prefill: NodeId | None = None
+    """None: the decode worker computes the prompt itself."""
+    holder: NodeId | None = None
+    """From whom the computing worker fetches up to `holder_blocks` leading blocks first."""
+    holder_blocks: int = 0
+    ttft_s: float = 0.0
+    """Predicted, from now on."""
+
+    @property
+    def computes(self) -> NodeId:
+        return self.prefill or self.decode

@@ -1,0 +1,146 @@
+"""What each worker has been given and not finished: the scheduler's own account, true at once."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from slipstream.core.step_model import prefill_pairs
+from slipstream.messages import NodeInfo, WorkerInfo
+from slipstream.scheduler.prices import StepPrices
+from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
+
+PRICES_MAX = 1024
+
+
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    """A prompt as work: `tokens` to compute on top of `cached_tokens`."""
+
+    cached_tokens: int
+    tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class WorkerView:
+    """One worker, with what the scheduler has given it."""
+
+    node: NodeInfo
+    worker: WorkerInfo
+    prices: StepPrices
+    taking: bool = True
+    """Whether it takes something new."""
+    held: dict[RequestId, int] = field(default_factory=dict)
+    """Requests that it may hold something of -> blocks, shared ones counted for each."""
+    prompts: dict[RequestId, Prompt] = field(default_factory=dict)
+    """Not computed yet, in order."""
+    streams: dict[RequestId, int] = field(default_factory=dict)
+    """Those that decode here, or will -> tokens that each step looks back on."""
+    blocks: int = 0
+    prompt_tokens: int = 0
+    prompt_pairs: int = 0
+    context_tokens: int = 0
+    since_s: float = 0.0
+    """When the first of `prompts` began, as far as we know."""
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.node.node_id
+
+    @property
+    def prefills(self) -> bool:
+        return self.worker.prefill_budget_tokens > 0
+
+    def admits(self, num_blocks: int) -> bool:
+        """Whether one more request may go there now. An idle worker takes what fits it at all."""
+        if not self.held:
+            return True
+        full = len(self.held) >= self.worker.max_num_seqs
+        return not full and self.blocks + num_blocks <= self.worker.num_blocks
+
+    def give(self, request_id: RequestId, num_blocks: int) -> None:
+        self.held[request_id] = num_blocks
+        self.blocks += num_blocks
+
+    def give_prompt(self, request_id: RequestId, prompt: Prompt, now_s: float) -> None:
+        if not self.prompts:
+            self.since_s = now_s
+        self.prompts[request_id] = prompt
+        self.prompt_tokens += prompt.tokens
+        self.prompt_pairs += prefill_pairs(prompt.cached_tokens, prompt.tokens)
+
+    def give_stream(self, request_id: RequestId, context_tokens: int) -> None:
+        self.streams[request_id] = context_tokens
+        self.context_tokens += context_tokens
+
+    def computed(self, request_id: RequestId, now_s: float) -> None:
+        """The prompt is, or is not wanted any more."""
+        prompt = self.prompts.pop(request_id, None)
+        if prompt is not None:
+            self.since_s = now_s
+            self.prompt_tokens -= prompt.tokens
+            self.prompt_pairs -= prefill_pairs(prompt.cached_tokens, prompt.tokens)
+
+    def take_back(self, request_id: RequestId, now_s: float) -> None:
+        """Everything that it had of the request."""
+        self.computed(request_id, now_s)
+        self.blocks -= self.held.pop(request_id, 0)
+        self.context_tokens -= self.streams.pop(request_id, 0)
+
+    def step_s(self) -> float:
+        """A decode step of what runs here."""
+        return self.prices.step_s(len(self.streams), self.context_tokens)
+
+    def chunks(self, tokens: int) -> int:
+        """Steps that a prompt of so many tokens takes."""
+        return -(-tokens // max(BLOCK_TOKENS, self.worker.prefill_budget_tokens))
+
+    def backlog_s(self, now_s: float) -> float:
+        """Until all prompts that wait here are computed."""
+        if not self.prompts:
+            return 0.0
+        prices = self.prices
+        work_s = prices.token_s * self.prompt_tokens + prices.pair_s * self.prompt_pairs
+        work_s += self.chunks(self.prompt_tokens) * self.step_s()
+        first = next(iter(self.prompts.values()))
+        first_s = prices.prompt_s(first.cached_tokens, first.tokens) + self.step_s()
+        # What has been done of the first one; the last bit is done when we hear of it.
+        return work_s - min(max(0.0, now_s - self.since_s), 0.9 * first_s)
+
+    def check(self, held: Mapping[RequestId, int]) -> None:
+        """`held`: what requests say that they have here, in blocks."""
+        assert self.held == held, self.node_id
+        assert self.prompts.keys() <= held.keys() and self.streams.keys() <= held.keys()
+        assert self.blocks == sum(held.values())
+        assert self.prompt_tokens == sum(prompt.tokens for prompt in self.prompts.values())
+        assert self.context_tokens == sum(self.streams.values())
+
+
+class Ledger:
+    """All workers that are there."""
+
+    def __init__(self) -> None:
+        self.views: dict[NodeId, WorkerView] = {}
+        self._prices: dict[NodeId, StepPrices] = {}
+
+    def sync(self, nodes: Iterable[NodeInfo], taking: Collection[NodeId]) -> None:
+        """Who is there now, and who of them takes something new."""
+        known, self.views = self.views, {}
+        for node in nodes:
+            if node.worker is None:
+                continue
+            view = known.get(node.node_id)
+            if view is None or view.node.epoch != node.epoch:
+                view = WorkerView(node, node.worker, self._price_of(node))
+            view.node, view.worker, view.taking = node, node.worker, node.node_id in taking
+            self.views[node.node_id] = view
+
+    def taking(self) -> list[WorkerView]:
+        return [view for view in self.views.values() if view.taking]
+
+    def _price_of(self, node: NodeInfo) -> StepPrices:
+        """What it was last time; else that of another worker."""
+        known = self._prices.pop(node.node_id, None)
+        like = next(reversed(self._prices.values()), None)
+        self._prices[node.node_id] = prices = known or StepPrices(like)
+        if len(self._prices) > PRICES_MAX:
+            del self._prices[next(iter(self._prices))]
+        return prices

@@ -1,0 +1,190 @@
+"""What work costs on each worker, in seconds, fitted to what the workers measure.
+
+A fit keeps a known form and learns how many times each of its terms is what was believed before:
+least squares of relative errors with a forgetting memory, drawn a little towards one common factor.
+So it is without units, terms that nobody measures keep their proportion to those that are, and a
+worker that becomes three times slower is believed three times slower in everything at once.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from slipstream.core.step_model import StepModel, prefill_pairs
+from slipstream.messages import StepSample, TransferSample
+from slipstream.types import NodeId
+
+FORGET = 0.97
+"""What one sample leaves of the weight of those before it."""
+PULL = 0.1
+"""Weight of the common factor, in samples."""
+LEAST = 0.02
+"""A term never vanishes: nobody could find it again."""
+SWEEPS = 8
+SURPRISE = 1.5
+"""A mean error of this factor in two reports in a row is news, not noise: the past is over."""
+KNOWN_WELL = 8
+"""Samples after which a kind can surprise."""
+Sample: TypeAlias = tuple[int, Sequence[float], float]
+"""Kind, what was done, measured seconds."""
+
+TYPICAL = StepModel(
+    base_s=5e-3,
+    prefill_token_s=5e-5,
+    prefill_pair_s=1e-9,
+    decode_row_s=1e-4,
+    decode_context_s=1e-7,
+)
+"""Of a worker that has measured nothing, and knows nobody who has. Its first report mends it."""
+TYPICAL_TRANSFER = (1e-3, 5e-5)
+"""Seconds of a READ, and of each block in it."""
+
+
+class Fit:
+    """`believed[i] * x[i]` summed is the price of x; `believed` follows the samples."""
+
+    def __init__(self, prior: Sequence[float], kinds: int = 1):
+        """`kinds`: samples of one kind do not make those of another forgotten."""
+        self.believed = tuple(prior)
+        self._seen = [0] * kinds
+        """Samples of each kind since the last new beginning."""
+        self._doubts: Sequence[Sample] = []
+        """A surprising report: noise, unless the next one says the same."""
+        self._rebase(1.0)
+
+    def price(self, x: Sequence[float]) -> float:
+        return sum(b * v for b, v in zip(self.believed, x, strict=True))
+
+    def learn(self, samples: Sequence[Sample]) -> None:
+        """Take in one report."""
+        known = [sample for sample in samples if sample[2] > 0.0]
+        if not known:
+            return
+        if not any(self._seen):
+            self._rebase(self._ratio(known))
+        # Only what was known well can come as a surprise; the rest is ignorance, and soon mended.
+        judged = [sample for sample in known if self._seen[sample[0]] >= KNOWN_WELL]
+        if judged and not 1 / SURPRISE < (ratio := self._ratio(judged)) < SURPRISE:
+            if not self._doubts:
+                self._doubts = known
+                return
+            self._rebase(ratio)
+            known = [*self._doubts, *known]
+        self._doubts = []
+        for kind, x, y in known:
+            self._seen[kind] += 1
+            self._add(kind, [p * v / y for p, v in zip(self._prior, x, strict=True)])
+        self._solve()
+
+    def _ratio(self, samples: Sequence[Sample]) -> float:
+        """How many times longer these took than their price."""
+        price_s = sum(self.price(x) for _, x, _ in samples)
+        return sum(y for _, _, y in samples) / max(1e-12, price_s)
+
+    def _rebase(self, factor: float) -> None:
+        """From here on as if this had been believed from the beginning, and nothing measured."""
+        size = len(self.believed)
+        self._prior = self.believed = tuple(b * factor for b in self.believed)
+        self._times = [1.0] * size
+        self._squares = [[[0.0] * size for _ in range(size)] for _ in self._seen]
+        self._sums = [[0.0] * size for _ in self._seen]
+        self._seen = [0] * len(self._seen)
+
+    def _add(self, kind: int, shares: Sequence[float]) -> None:
+        """`shares[i]`: the part of the measured time that the i-th term accounts for, if the prior
+        is right; with the right factors they add up to 1."""
+        squares, sums = self._squares[kind], self._sums[kind]
+        for i, share in enumerate(shares):
+            row = squares[i]
+            for j, other in enumerate(shares):
+                row[j] = FORGET * row[j] + share * other
+            sums[i] = FORGET * sums[i] + share
+
+    def _solve(self) -> None:
+        """Gauss-Seidel on the normal equations, kept positive."""
+        size = range(len(self._prior))
+        squares = [[sum(kind[i][j] for kind in self._squares) for j in size] for i in size]
+        sums = [sum(kind[i] for kind in self._sums) for i in size]
+        common = sum(sums) / max(1e-9, sum(map(sum, squares)))
+        times = self._times
+        for _ in range(SWEEPS):
+            for i in size:
+                rest = sums[i] - sum(squares[i][j] * times[j] for j in size if j != i)
+                times[i] = max(LEAST * common, (rest + PULL * common) / (squares[i][i] + PULL))
+        self.believed = tuple(p * t for p, t in zip(self._prior, times, strict=True))
+
+
+class StepPrices:
+    """Of one worker's steps."""
+
+    def __init__(self, like: "StepPrices | None" = None) -> None:
+        """`like`: a worker of the same model, until this one has measured something."""
+        prior = _terms(TYPICAL) if like is None else like.terms
+        self._fit = Fit(prior, kinds=2)
+        self._set()
+
+    def learn(self, samples: Sequence[StepSample]) -> None:
+        self._fit.learn([(int(s.prefill_tokens > 0), _shape(s), s.elapsed_s) for s in samples])
+        self._set()
+
+    def prompt_s(self, cached_tokens: int, tokens: int) -> float:
+        """Of the tokens alone, without the steps that they are spread over."""
+        pairs = prefill_pairs(cached_tokens, tokens)
+        return self.token_s * tokens + self.pair_s * pairs
+
+    def step_s(self, streams: int, context_tokens: int) -> float:
+        """Of a step that decodes these and nothing else."""
+        return self.base_s + self.row_s * streams + self.context_s * context_tokens
+
+    def _set(self) -> None:
+        self.terms: tuple[float, ...] = self._fit.believed
+        self.base_s, self.token_s, self.pair_s, self.row_s, self.context_s = self.terms
+
+
+_UNKNOWN = Fit(TYPICAL_TRANSFER)
+
+
+class TransferPrices:
+    """Of READs, by transport. Which one serves a pair is known when it has been used."""
+
+    def __init__(self) -> None:
+        self._fits: dict[str, Fit] = {}
+        self._of_pair: dict[tuple[NodeId, NodeId], str] = {}
+
+    def learn(self, reader: NodeId, samples: Sequence[TransferSample]) -> None:
+        for sample in samples:
+            self._of_pair[reader, sample.source] = sample.transport
+        for transport in sorted({sample.transport for sample in samples}):
+            reads = [sample for sample in samples if sample.transport == transport]
+            fit = self._fits.setdefault(transport, Fit(TYPICAL_TRANSFER))
+            fit.learn([(0, (1.0, read.num_blocks), read.elapsed_s) for read in reads])
+
+    def read_s(self, reader: NodeId, source: NodeId, num_blocks: int) -> float:
+        read = (1.0, num_blocks)
+        fit = self._fits.get(self._of_pair.get((reader, source), ""))
+        if fit is not None:
+            return fit.price(read)
+        # The best that is known: whoever is never tried is never known.
+        return min((fit.price(read) for fit in self._fits.values()), default=_UNKNOWN.price(read))
+
+    def forget(self, node_id: NodeId) -> None:
+        self._of_pair = {pair: name for pair, name in self._of_pair.items() if node_id not in pair}
+
+
+def _terms(model: StepModel) -> tuple[float, ...]:
+    return (
+        model.base_s,
+        model.prefill_token_s,
+        model.prefill_pair_s,
+        model.decode_row_s,
+        model.decode_context_s,
+    )
+
+
+def _shape(sample: StepSample) -> tuple[float, ...]:
+    return (
+        1.0,
+        sample.prefill_tokens,
+        sample.prefill_pairs,
+        sample.decode_rows,
+        sample.decode_context,
+    )

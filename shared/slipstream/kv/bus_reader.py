@@ -1,0 +1,231 @@
+"""The reading half of transport `bus`: one thread for all READs, so that none waits for another.
+
+A READ has a socket of its own while it runs. After a failure the socket is closed: what comes late
+for a failed READ comes to nobody.
+"""
+
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import zmq
+
+from slipstream.kernels.verified_copy import verified_copy
+from slipstream.kv.bus_wire import ReadReply, ReadRequest, blocks_per_reply
+from slipstream.kv.transport import Digests, Read, TransferError
+from slipstream.messages import NodeInfo
+from slipstream.types import Epoch, NodeId
+
+_LOG = logging.getLogger(__name__)
+
+WINDOW = 4
+"""Questions under way for one READ."""
+READS_PER_PEER = 4
+"""Of one peer at a time; more wait in its queue, so that one which hangs holds up itself alone."""
+
+_Socket = zmq.Socket[bytes]
+_Peer = tuple[NodeId, Epoch]
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ReadReply).decode
+
+
+class BusReader:
+    """Carries out READs. `connect(peer)` makes a socket, on the reader's thread."""
+
+    def __init__(self, connect: Callable[[NodeInfo], _Socket]):
+        self._connect = connect
+        self._commands: queue.SimpleQueue[Read | NodeId | None] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._running: dict[_Socket, _Flight] = {}
+        self._waiting: defaultdict[_Peer, deque[Read]] = defaultdict(deque)
+        self._busy: defaultdict[_Peer, int] = defaultdict(int)
+        self._idle: defaultdict[_Peer, list[_Socket]] = defaultdict(list)
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="kv-bus-reader", daemon=True)
+        self._thread.start()
+
+    def read(self, read: Read) -> None:
+        with self._lock:
+            if not self._closed:
+                self._say(read)
+                return
+        read.done(TransferError("closed"))
+
+    def forget(self, node_id: NodeId) -> None:
+        with self._lock:
+            if not self._closed:
+                self._say(node_id)
+
+    def close(self) -> None:
+        """Ends all READs and waits for the thread. Idempotent."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._say(None)
+        self._thread.join()
+
+    def _say(self, command: Read | NodeId | None) -> None:
+        self._commands.put(command)
+        os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        self._poller.register(self._wake, zmq.POLLIN)
+        while True:
+            ready = self._poller.poll(self._patience_ms())
+            for connection, _ in ready:
+                if isinstance(connection, int):
+                    os.eventfd_read(self._wake)
+                else:
+                    self._advance(connection)
+            while not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    self._end_all()
+                    return
+                self._obey(command)
+            self._expire(time.monotonic())
+
+    def _patience_ms(self) -> int | None:
+        deadlines = [flight.read.deadline_s for flight in self._running.values()]
+        deadlines += [read.deadline_s for line in self._waiting.values() for read in line]
+        if not deadlines:
+            return None
+        return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
+
+    def _obey(self, command: Read | NodeId) -> None:
+        if isinstance(command, Read):
+            self._waiting[_peer(command)].append(command)
+            self._begin(_peer(command))
+        else:
+            for peer in [peer for peer in self._idle if peer[0] == command]:
+                for connection in self._idle.pop(peer):
+                    connection.close()
+
+    def _begin(self, peer: _Peer) -> None:
+        while self._waiting[peer] and self._busy[peer] < READS_PER_PEER:
+            read = self._waiting[peer].popleft()
+            try:
+                idle = self._idle[peer]
+                connection = idle.pop() if idle else self._connect(read.peer)
+            except TransferError as error:
+                read.done(error)
+                continue
+            self._busy[peer] += 1
+            self._running[connection] = _Flight(read, next(self._ids))
+            self._poller.register(connection, zmq.POLLIN)
+            self._advance(connection)
+        for of_peers in (self._waiting, self._busy, self._idle):
+            if not of_peers[peer]:
+                del of_peers[peer]
+
+    def _advance(self, connection: _Socket) -> None:
+        """Ask on, and take one reply if there is one: then it is another READ's turn."""
+        flight = self._running[connection]
+        try:
+            flight.step(connection)
+        except TransferError as error:
+            self._end(connection, error)
+        except zmq.ZMQError as error:
+            self._end(connection, TransferError("socket", str(error)))
+        except Exception as error:  # noqa: BLE001 every other READ would end with this thread
+            _LOG.exception("READ from %s", flight.read.peer.node_id)
+            self._end(connection, TransferError("internal", str(error)))
+        else:
+            if flight.complete:
+                self._end(connection, tuple(flight.digests))
+
+    def _end(self, connection: _Socket, result: Digests | TransferError) -> None:
+        flight = self._running.pop(connection)
+        peer = _peer(flight.read)
+        self._poller.unregister(connection)
+        self._busy[peer] -= 1
+        if isinstance(result, TransferError) or len(self._idle[peer]) >= READS_PER_PEER:
+            connection.close()
+        else:
+            self._idle[peer].append(connection)
+        flight.read.done(result)
+        self._begin(peer)
+
+    def _expire(self, now_s: float) -> None:
+        late = [c for c, flight in self._running.items() if flight.read.deadline_s <= now_s]
+        for connection in late:
+            self._end(connection, TransferError("timeout"))
+        for peer, line in list(self._waiting.items()):
+            for read in [read for read in line if read.deadline_s <= now_s]:
+                line.remove(read)
+                read.done(TransferError("timeout", f"{READS_PER_PEER} READs before it"))
+            if not line:
+                del self._waiting[peer]
+
+    def _end_all(self) -> None:
+        reads = [flight.read for flight in self._running.values()]
+        reads += [read for line in self._waiting.values() for read in line]
+        for connection in [*self._running, *itertools.chain(*self._idle.values())]:
+            connection.close()
+        for read in reads:
+            read.done(TransferError("closed"))
+        os.close(self._wake)
+
+
+class _Flight:
+    """One READ: its parts, and which of them are asked for and answered."""
+
+    def __init__(self, read: Read, read_id: int):
+        step = blocks_per_reply(read.into.shape[1])
+        starts = range(0, len(read.source_blocks), step)
+        self.read, self._read_id = read, read_id
+        self._sources = [list(read.source_blocks[start : start + step]) for start in starts]
+        self._locals = [list(read.local_blocks[start : start + step]) for start in starts]
+        self._asked = self._answered = 0
+        self.digests: list[bytes] = []
+
+    @property
+    def complete(self) -> bool:
+        return self._answered == len(self._sources)
+
+    def step(self, connection: _Socket) -> None:
+        if self._asked > self._answered:
+            try:
+                frames = connection.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            self._absorb(frames)
+        while self._asked < min(self._answered + WINDOW, len(self._sources)):
+            sources, epoch = self._sources[self._asked], self.read.peer.epoch
+            request = ReadRequest(self._read_id, self._asked, epoch, sources)
+            connection.send(_encode(request), zmq.DONTWAIT)
+            self._asked += 1
+
+    def _absorb(self, frames: list[zmq.Frame]) -> None:
+        read, part = self.read, self._answered
+        try:
+            reply = _decode(frames[0].buffer)
+        except msgspec.DecodeError as error:
+            raise TransferError("malformed", str(error)) from None
+        if reply.epoch != read.peer.epoch:
+            raise TransferError("epoch")
+        if (reply.read_id, reply.part) != (self._read_id, part):
+            raise TransferError("malformed", "the answer to something else")
+        if reply.error:
+            raise TransferError(reply.error)
+        block_bytes = read.into.shape[1]
+        if [len(frame) for frame in frames[1:]] != [block_bytes] * len(self._locals[part]):
+            raise TransferError("malformed", "blocks of another size or number")
+        for local, frame in zip(self._locals[part], frames[1:], strict=True):
+            row = np.frombuffer(frame.buffer, np.uint8).reshape(1, block_bytes)
+            self.digests += verified_copy(row, (0,), read.into, (local,), read.verify)
+        self._answered += 1
+
+
+def _peer(read: Read) -> _Peer:
+    return read.peer.node_id, read.peer.epoch

@@ -1,0 +1,146 @@
+"""Prices follow what workers measure."""
+
+import random
+
+import pytest
+
+from slipstream.core.step_model import StepModel, prefill_pairs
+from slipstream.messages import StepSample, TransferSample
+from slipstream.scheduler.prices import TYPICAL_TRANSFER, StepPrices, TransferPrices
+
+TRUE = StepModel(
+    base_s=8e-3,
+    prefill_token_s=1.2e-4,
+    prefill_pair_s=6e-9,
+    decode_row_s=3e-4,
+    decode_context_s=4e-7,
+)
+
+
+def shape(rng: random.Random, prefill: bool) -> StepSample:
+    if not prefill:
+        rows = rng.randrange(1, 32)
+        return StepSample(0, 0, rows, rows * rng.randrange(100, 2000), 0.0)
+    tokens, cached = rng.choice((64, 200, 512)), rng.randrange(0, 4000)
+    rows = rng.randrange(0, 8)
+    return StepSample(tokens, prefill_pairs(cached, tokens), rows, rows * 500, 0.0)
+
+
+def measured(
+    rng: random.Random, count: int, slower: float = 1.0, prefills: float = 0.4
+) -> list[StepSample]:
+    samples = []
+    for _ in range(count):
+        step = shape(rng, rng.random() < prefills)
+        elapsed_s = TRUE.step_s(step) * slower * rng.lognormvariate(0.0, 0.1)
+        samples.append(
+            StepSample(
+                step.prefill_tokens,
+                step.prefill_pairs,
+                step.decode_rows,
+                step.decode_context,
+                elapsed_s,
+            )
+        )
+    return samples
+
+
+def error(prices: StepPrices, rng: random.Random, slower: float = 1.0) -> float:
+    """Median relative error over drawn steps."""
+    model = StepModel(*prices.terms)
+    errors = []
+    for _ in range(200):
+        step = shape(rng, rng.random() < 0.5)
+        true_s = TRUE.step_s(step) * slower
+        errors.append(abs(model.step_s(step) - true_s) / true_s)
+    return sorted(errors)[100]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_few_reports_are_enough(seed: int) -> None:
+    rng = random.Random(seed)
+    prices = StepPrices()
+    assert error(prices, rng) > 0.3
+    for _ in range(6):
+        prices.learn(measured(rng, 16))
+    assert error(prices, rng) < 0.1
+
+
+@pytest.mark.parametrize("slower", [3.0, 0.25, 20.0])
+def test_a_worker_that_changes_its_pace_is_believed_in_two_reports(slower: float) -> None:
+    rng = random.Random(1)
+    prices = StepPrices()
+    for _ in range(20):
+        prices.learn(measured(rng, 16))
+    for _ in range(2):
+        prices.learn(measured(rng, 16, slower, prefills=0.0))
+    assert error(prices, rng, slower) < 0.2, "also for prompts, which it has not computed since"
+
+
+def test_one_odd_report_is_noise() -> None:
+    rng = random.Random(2)
+    prices = StepPrices()
+    for _ in range(20):
+        prices.learn(measured(rng, 16))
+    prices.learn(measured(rng, 4, 10.0))
+    prices.learn(measured(rng, 16))
+    assert error(prices, rng) < 0.3
+
+
+def test_decoding_does_not_make_prompts_forgotten() -> None:
+    rng = random.Random(3)
+    prices = StepPrices()
+    for _ in range(20):
+        prices.learn(measured(rng, 16))
+    before = prices.prompt_s(1000, 500)
+    for _ in range(200):
+        prices.learn(measured(rng, 16, prefills=0.0))
+    assert prices.prompt_s(1000, 500) == pytest.approx(before, rel=0.1)
+
+
+def test_a_newcomer_is_taken_for_one_of_those_that_are_known() -> None:
+    rng = random.Random(4)
+    known = StepPrices()
+    for _ in range(20):
+        known.learn(measured(rng, 16))
+    assert StepPrices(known).terms == known.terms
+
+
+@pytest.mark.parametrize("elapsed_s", [0.0, -1.0])
+def test_what_cannot_be_is_not_learnt(elapsed_s: float) -> None:
+    prices = StepPrices()
+    before = prices.terms
+    prices.learn([StepSample(0, 0, 1, 10, elapsed_s)] * 4)
+    assert prices.terms == before
+
+
+def test_prices_stay_positive_whatever_is_said() -> None:
+    rng = random.Random(5)
+    prices = StepPrices()
+    for _ in range(300):
+        step = shape(rng, rng.random() < 0.5)
+        nonsense = StepSample(
+            *(step.prefill_tokens, step.prefill_pairs, step.decode_rows, step.decode_context),
+            rng.choice((1e-7, 1e-3, 5.0, 1e4)),
+        )
+        prices.learn([nonsense] * rng.randrange(1, 4))
+        assert all(0.0 < term < 1e9 for term in prices.terms), prices.terms
+
+
+def test_transfers_are_priced_by_the_transport_that_serves_the_pair() -> None:
+    transfers = TransferPrices()
+    assert transfers.read_s("a", "b", 10) == pytest.approx(
+        TYPICAL_TRANSFER[0] + 10 * TYPICAL_TRANSFER[1]
+    )
+    for _ in range(20):
+        for count in (1, 8, 64):
+            quick, slow = 1e-3 + 2e-5 * count, 4e-3 + 2e-3 * count
+            both = [
+                TransferSample("b", "shm", count, quick),
+                TransferSample("c", "bus", count, slow),
+            ]
+            transfers.learn("a", both)
+    assert transfers.read_s("a", "b", 30) == pytest.approx(1.6e-3, rel=0.2)
+    assert transfers.read_s("a", "c", 30) == pytest.approx(64e-3, rel=0.2)
+    transfers.forget("c")
+    assert transfers.read_s("a", "c", 30) < 64e-3 / 2, "a new life may have another transport"
