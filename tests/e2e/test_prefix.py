@@ -2,6 +2,8 @@
 
 import asyncio
 
+from redis import Redis
+
 from e2e.client import Client
 from e2e.stack import Stack, until
 
