@@ -107,11 +107,12 @@ def test_who_follows_knows_the_pool(seed: int) -> None:
             tier = draw.choice((1, 2))
             some = draw.sample(sorted(known), min(3, len(known)))
             lower |= dict.fromkeys(some, tier)
-            events.lowered(some, tier)
+            for block_hash in some:
+                events.moved(block_hash, tier)
         elif kind < 0.85 and lower:
             block_hash = draw.choice(sorted(lower))
             del lower[block_hash]
-            events.gone([block_hash])
+            events.moved(block_hash, None)
         if draw.random() < 0.4:
             events.changed(pool.drain_changes())
             follower.follow(events.flush())

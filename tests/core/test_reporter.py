@@ -6,7 +6,7 @@ import pytest
 
 from core.builders import EPOCH, node_info
 from slipstream.core.blocks import BlockPool, Named
-from slipstream.core.machine import PeerDown, Received, Send
+from slipstream.core.machine import BlockMove, PeerDown, Received, Send
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import split_hashes
 from slipstream.core.reporter import IndexReporter
@@ -33,6 +33,9 @@ class Desk:
             assert blocks is not None
             self.pool.commit(blocks[0], name * 16, _named(name).position)
             self.pool.release(blocks)
+
+    def moved(self, tier: int | None, *names: bytes) -> None:
+        self.reporter.moved([BlockMove(*_named(name), tier) for name in names])
 
     def flush(self, now_s: float = 0.0) -> list[tuple[str, Snapshot | BlockEvents]]:
         effects = self.reporter.flush(now_s)
@@ -112,7 +115,7 @@ def test_with_a_stride_the_last_of_each_group_is_reported() -> None:
     assert desk.flush()[0][1].stored == _packed(b"c", b"f")
     desk.store(b"h")
     assert desk.flush() == [], "nothing that the index is to know"
-    desk.reporter.lowered([_named(b"g"), _named(b"i"), _named(b"j")], 1)
+    desk.moved(1, b"g", b"i", b"j")
     assert desk.flush() == [
         (INDEX, BlockEvents(epoch=EPOCH, seq=2, lower={1: _packed(b"i")})),
     ]
@@ -126,7 +129,7 @@ def test_each_block_is_told_where_it_is_best() -> None:
     desk.flush()
     desk.store(b"a", b"b", b"c", b"d")
     desk.flush()
-    desk.reporter.lowered([_named(b"a")], 1)
+    desk.moved(1, b"a")
     assert desk.flush()[0][1].stored == _packed(b"a"), "it is still in the pool"
     desk.store(b"e", b"f")
     told = desk.flush()[0][1]
@@ -134,13 +137,13 @@ def test_each_block_is_told_where_it_is_best() -> None:
     assert (told.stored, told.removed, told.lower) == (
         *(_packed(b"e", b"f"), _packed(b"b"), {1: _packed(b"a")}),
     )
-    desk.reporter.lowered([_named(b"a"), _named(b"b")], 2)
+    desk.moved(2, b"a", b"b")
     assert desk.flush()[0][1].lower == {2: _packed(b"a", b"b")}
     snapshot = desk.reporter.snapshot(INDEX)[0]
     assert isinstance(snapshot, Send) and isinstance(snapshot.message, Snapshot)
     assert snapshot.message.stored == _packed(b"c", b"d", b"e", b"f")
     assert snapshot.message.lower == {2: _packed(b"a", b"b")}
-    desk.reporter.gone([b"a" * 16, b"x" * 16])
+    desk.moved(None, b"a", b"x")
     assert desk.flush()[0][1] == BlockEvents(epoch=EPOCH, seq=7, removed=_packed(b"a"))
 
 
@@ -149,7 +152,7 @@ def test_what_was_claimed_wrongly_is_put_right() -> None:
     desk.flush()
     desk.store(b"a")
     desk.flush()
-    desk.reporter.lowered([_named(b"b")], 1)
+    desk.moved(1, b"b")
     desk.flush()
     chain = [letter * 16 for letter in (b"a", b"b", b"c", b"d")]
     desk.reporter.claimed(chain, 2)
@@ -184,10 +187,10 @@ def test_who_follows_knows_where_everything_is(seed: int) -> None:
             desk.pool.release([held.pop()])
         if draw.random() < 0.2:
             lower[name * 16] = draw.choice((1, 2))
-            desk.reporter.lowered([_named(name)], lower[name * 16])
+            desk.moved(lower[name * 16], name)
         elif draw.random() < 0.2:
             lower.pop(name * 16, None)
-            desk.reporter.gone([name * 16])
+            desk.moved(None, name)
         elif draw.random() < 0.1:
             count = draw.randrange(10)
             desk.reporter.claimed([bytes([ord("a") + n]) * 16 for n in range(count)], count)

@@ -30,11 +30,13 @@ STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 class Worker:
     """A machine and its device; steps and READs end when the test says so."""
 
-    def __init__(self, node_id: NodeId = "decode-0", **info: object):
+    def __init__(
+        self, node_id: NodeId = "decode-0", offload_after_hits: int | None = None, **info: object
+    ):
         epoch = 7 if node_id.startswith("prefill") else EPOCH
         self.node_id = node_id
         self.info = worker_info(**info)
-        settings = WorkerSettings(eos_token_ids=(EOS,))
+        settings = WorkerSettings(eos_token_ids=(EOS,), offload_after_hits=offload_after_hits)
         self.machine = WorkerMachine(node_info(node_id, epoch, self.info), settings)
         self.device = Device(self.info.num_blocks)
         self.now_s = 0.0
@@ -65,7 +67,12 @@ class Worker:
                     self.timers[key] = at_s
                 case m.Exit():
                     self.exits = True
+                case _:
+                    self.executes(effect)
         self.machine.check()
+
+    def executes(self, effect: m.Effect) -> None:
+        """For who looks at more than steps and READs."""
 
     def hear(self, message: AnyMessage, source: NodeId = SCHEDULER) -> None:
         self.handle(m.Received(source, message))
@@ -130,6 +137,9 @@ class Worker:
             assert span.position <= len(tokens)
             tokens[span.position :] = unpack_tokens(span.tokens)
         return tokens
+
+    def load_of(self, name: str) -> float:
+        return self.machine.statistics()[name]
 
     @property
     def load(self) -> dict[str, float]:

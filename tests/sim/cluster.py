@@ -150,7 +150,8 @@ class Cluster:
             ("cost", "cost", "cost", "prefix", "load", "random", "round-robin")
         )
         self.layout = self._draw_layout()
-        self.num_blocks = rng.choice((16, 24, 64))
+        self.num_blocks = rng.choice((16, 16, 24, 64))
+        self.offload_after_hits = rng.choice((None, 0, 1, 2))
         self.max_num_seqs = rng.choice((1, 3, 8))
         self.budget_tokens = rng.choice((16, 48, 256))
         stems = [[rng.randrange(1, VOCAB) for _ in range(150)] for _ in range(rng.choice((1, 3)))]
@@ -220,7 +221,10 @@ class Cluster:
                 return FrontendMachine(info, FrontendSettings())
             case Role.KVINDEX:
                 return KvIndexMachine(info, KvIndexSettings())
-        return WorkerMachine(info, WorkerSettings(eos_token_ids=(EOS,), step_timeout_s=20.0))
+        settings = WorkerSettings(
+            eos_token_ids=(EOS,), step_timeout_s=20.0, offload_after_hits=self.offload_after_hits
+        )
+        return WorkerMachine(info, settings)
 
     # --- Clients ----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import msgspec
 
 from sim.device import VOCAB, Device
 from sim.faults import Faults
+from sim.tier import Tier
 from slipstream.core import machine as m
 from slipstream.core.link import Transmit
 from slipstream.core.machine import Effect, Event, Machine
@@ -111,6 +112,7 @@ class Process:
         scheduler = None if info.role is Role.SCHEDULER else (SCHEDULER, SCHEDULER)
         self.node = Node(info, checked, scheduler)
         self.device = Device(info.worker.num_blocks) if info.worker is not None else None
+        self.tier = Tier(self)
         self._timers: dict[str, int] = {}
         self._timer_count = 0
         self._wake_at_s = float("inf")
@@ -178,6 +180,10 @@ class Process:
                 self._run_batch(plan)
             case m.PullBlocks():
                 self._pull(action)
+            case m.SaveBlocks():
+                self.tier.save(action)
+            case m.LoadBlocks():
+                self.tier.load(action)
             case m.DigestBlocks(op_id, blocks):
                 digests = tuple(self.device.digest(block) for block in blocks)
                 self.later(0.0005 * len(blocks), m.BlocksDigested(op_id, digests))
@@ -220,9 +226,9 @@ class Process:
             self.post(m.BatchDone(plan.step, outputs, digests, elapsed_s))
 
         if not world.faults.strikes("hang", 0.002, world.now_s):
-            self._unless_frozen(elapsed_s, finish)
+            self.unless_frozen(elapsed_s, finish)
 
-    def _unless_frozen(self, delay_s: float, action: Callable[[], None]) -> None:
+    def unless_frozen(self, delay_s: float, action: Callable[[], None]) -> None:
         """A thread of this process: stops with it, dies with it."""
 
         def attempt() -> None:
@@ -262,7 +268,7 @@ class Process:
         self.device.memory[here][half] = source.device.memory[there][half]
         if self.world.faults.strikes("corruption", 0.03, self.world.now_s):
             self.device.memory[here][half.start] ^= 1
-        self._unless_frozen(pause_s, lambda: self._copy(pull, source, halves, pause_s))
+        self.unless_frozen(pause_s, lambda: self._copy(pull, source, halves, pause_s))
 
     # --- The index's store ------------------------------------------------------------------------
 

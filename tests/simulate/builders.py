@@ -16,7 +16,7 @@ HARDWARE = msgspec.structs.replace(load_hardware("h200-8b"), kv_cache_tokens=200
 def a_run(**changes: object) -> Run:
     run = Run(
         policy="cost",
-        disaggregation="never",
+        disaggregation="auto",
         rate_scale=1.0,
         workers=2,
         prefill=0,

@@ -126,13 +126,15 @@ def test_limits_decide_what_is_good() -> None:
     requests = synthetic_trace(60, 6)
     cluster = played(a_run(rate_scale=20.0), requests)
     middle_s = sorted(stream.first_s for stream in cluster.driver.streams)[29]
-    for limits, share in (
-        (Limits(600.0, 600.0), 1.0),
-        (Limits(middle_s, 600.0), 0.5),
-        (Limits(600.0, 1e-6), sum(r.output_tokens == 1 for r in requests) / 60),
+    ones = sum(r.output_tokens == 1 for r in requests)
+    for limits, missed in (
+        (Limits(600.0, 600.0), (0, 0)),
+        (Limits(middle_s, 600.0), (30, 0)),
+        (Limits(600.0, 1e-6), (0, 60 - ones)),
     ):
         found = summarize(played(a_run(rate_scale=20.0, limits=limits), requests), 0.0)
-        assert found.good_share == pytest.approx(share)
+        assert (found.missed_ttft, found.missed_itl) == missed
+        assert found.good_share == pytest.approx(1 - sum(missed) / 60)
 
 
 def test_a_run_can_stop_when_too_many_are_late() -> None:

@@ -54,7 +54,7 @@ def test_a_trace_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("", 3, "either --trace FILE or --synthetic N is needed"),
         ("--synthetic 5 --trace x", 3, "either --trace FILE or --synthetic N is needed"),
         ("--trace /no/such", 3, "--trace: /no/such: No such file or directory"),
-        ("--synthetic 5 --policy best", 3, "--policy: expected some of cost, prefix"),
+        ("--synthetic 5 --policy best", 3, "--policy: expected some of cost, prefix, "),
         ("--synthetic 5 --rate-scale 1,x", 3, "--rate-scale: expected numbers > 0 and <= 1e6"),
         ("--synthetic 5 --rate-scale 0", 3, "--rate-scale: expected numbers > 0 and <= 1e6"),
         ("--synthetic 5 --prefill 16", 3, "--prefill 16 of --workers 16 leaves nobody to decode"),

@@ -1,9 +1,14 @@
 """Several runs: the search for a rate, processes beside each other, and the numbers they give."""
 
 import math
+import signal
 import statistics
+import subprocess
+import sys
+import time
 
 import msgspec
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +78,24 @@ def test_processes_give_what_one_gives_and_in_order() -> None:
     assert beside == clockless(1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_command_ends_its_runs(number: signal.Signals) -> None:
+    words = ("simulate", "--synthetic", "100000", "--rate-scale", "1,2", "--jobs", "2")
+    with subprocess.Popen(
+        [sys.executable, "-m", "slipstream.cli.main", *words], stderr=subprocess.PIPE
+    ) as command:
+        process = psutil.Process(command.pid)
+        while len(process.children()) < 2:
+            time.sleep(0.05)
+        children = process.children()
+        assert command.stderr is not None and command.stderr.readline()
+        command.send_signal(number)
+        assert command.wait(20) == (130 if number is signal.SIGINT else -number)
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+        assert not command.stderr.read()
+
+
 @given(st.lists(st.floats(0, 1e3), min_size=2, max_size=200))
 def test_percentiles(values: list[float]) -> None:
     cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -106,5 +129,5 @@ def test_the_table_has_a_line_for_each_run() -> None:
     found = summarize(played(a_run(), [request(0.0, 100, 3, 1)]), 0.0)
     lines = table([found, msgspec.structs.replace(found, rate_scale=2.5)]).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
-    assert {line.count("|") for line in lines} == {22}
+    assert {line.count("|") for line in lines} == {23}
     assert " 2.5 |" in lines[3]

@@ -12,6 +12,10 @@ from slipstream.config import (
     MaxModelLen,
     MaxNumSeqs,
     MaxRequests,
+    OffloadAfterHits,
+    OffloadDir,
+    OffloadDiskBytes,
+    OffloadHostBytes,
     PortNumber,
     PrefillBudget,
     Record,
@@ -57,8 +61,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kvindex: Annotated[WorkerCount, Meta(description="Index services; 0: place by load.")] = 1
     disaggregation: Disaggregation = "auto"
     policy: Policy = "cost"
-    transports: Transports = "shm,bus"
+    transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"
+    offload_host_bytes: OffloadHostBytes = 0
+    offload_disk_bytes: OffloadDiskBytes = 0
+    offload_dir: OffloadDir = ""
+    offload_after_hits: OffloadAfterHits = 1
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads of each worker; 0: one for each core.")
     ] = 0
@@ -91,5 +99,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.prefill == 0 and self.disaggregation == "always":
             raise ValueError("--prefill 0 needs --disaggregation auto or never")
+        if self.offload_disk_bytes and not self.offload_dir:
+            raise ValueError("--offload-disk-bytes needs --offload-dir")
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")

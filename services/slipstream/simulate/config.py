@@ -1,6 +1,7 @@
 """Settings of `slipstream simulate`."""
 
-from typing import Annotated, ClassVar, Literal, get_args
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -8,8 +9,9 @@ from msgspec import Meta
 from slipstream.config import MaxRequests
 from slipstream.scheduler.policy import Disaggregation, Policy
 
-POLICIES = get_args(Policy)
-DISAGGREGATIONS = get_args(Disaggregation)
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+DISAGGREGATIONS: tuple[Disaggregation, ...] = get_args(Disaggregation)
+W = TypeVar("W", bound=str)
 
 
 class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,8 +74,8 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     disaggregation: Annotated[
         str,
         Meta(
-            description=f"One or more, of {', '.join(DISAGGREGATIONS)}; "
-            "empty: never without --prefill, else always."
+            description=f"One or more, with commas; of {', '.join(DISAGGREGATIONS)}. "
+            "Empty: never without --prefill, else auto."
         ),
     ] = ""
     rate_scale: Annotated[
@@ -110,19 +112,18 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(
                 f"--prefill {self.prefill} of --workers {self.workers} leaves nobody to decode"
             )
-        _known("--policy", self.policies, POLICIES)
-        _known("--disaggregation", self.disaggregations, DISAGGREGATIONS)
+        _ = self.policies, self.rate_scales
         if not self.prefill and "always" in self.disaggregations:
             raise ValueError("--disaggregation always needs --prefill 1 or more")
-        _ = self.rate_scales
 
     @property
-    def policies(self) -> list[str]:
-        return _words(self.policy)
+    def policies(self) -> list[Policy]:
+        return _chosen("--policy", self.policy, POLICIES)
 
     @property
-    def disaggregations(self) -> list[str]:
-        return _words(self.disaggregation) or ["auto" if self.prefill else "never"]
+    def disaggregations(self) -> list[Disaggregation]:
+        text = self.disaggregation or ("auto" if self.prefill else "never")
+        return _chosen("--disaggregation", text, DISAGGREGATIONS)
 
     @property
     def rate_scales(self) -> list[float]:
@@ -143,8 +144,11 @@ def _words(text: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
-def _known(flag: str, words: list[str], choices: tuple[str, ...]) -> None:
+def _chosen(flag: str, text: str, choices: Sequence[W]) -> list[W]:
+    """In the order given."""
+    words = _words(text)
     wrong = [word for word in words if word not in choices]
     if wrong or not words:
         got = wrong[0] if wrong else "nothing"
         raise ValueError(f"{flag}: expected some of {', '.join(choices)}, got {got}")
+    return [choice for word in words for choice in choices if choice == word]

@@ -60,21 +60,27 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     e2e_s: Percentiles
     good_share: float
     goodput_per_s: float
+    missed_ttft: int
+    """Requests that were answered, but not inside this limit; `missed_itl` too."""
+    missed_itl: int
 
     hit_blocks: int
-    """Leading blocks of prompts that were in the pool of the worker that began to compute them."""
+    """Leading blocks of prompts that were in the pool of the worker that began to compute them,
+    those included that it had fetched for it."""
+    fetched_blocks: int
     query_blocks: int
     hit_share: float
     reusable_share: float
     """What one cache without end would have hit."""
 
     placement_s: Percentiles
-    """Wall clock of the scheduler's calls that place."""
+    """Processor time of the scheduler's calls that place."""
     placements: int
     migrated: int
     preemptions: int
     blocks_pulled: int
-    handover_failures: dict[str, int]
+    read_failures: dict[str, int]
+    """Of hand-overs and fetches, by cause."""
     imbalance: float
     """Time in steps: the busiest worker over the mean, in the role where that is worst."""
     workers: dict[str, WorkerSummary]
@@ -93,7 +99,9 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
     workers = cluster.workers.values()
     hit_blocks = sum(worker.batcher.hit_tokens for worker in workers) // BLOCK_TOKENS
     reusable, query_blocks = reusable_blocks(stream.request for stream in streams)
-    failures: Counter[str] = sum((worker.receiver.failures for worker in workers), Counter())
+    failures: Counter[str] = Counter()
+    for worker in workers:
+        failures += worker.exchange.receiver.failures + worker.exchange.fetcher.failures
     scheduler = cluster.scheduler
     return Summary(
         policy=run.policy,
@@ -110,7 +118,10 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         e2e_s=Percentiles.of([stream.ended_s or 0.0 for stream in done]),
         good_share=good / len(streams),
         goodput_per_s=good / elapsed_s,
+        missed_ttft=sum(stream.first_s > run.limits.ttft_s for stream in done),
+        missed_itl=sum(stream.mean_itl_s > run.limits.itl_s for stream in done),
         hit_blocks=hit_blocks,
+        fetched_blocks=sum(worker.exchange.fetcher.blocks_fetched for worker in workers),
         query_blocks=query_blocks,
         hit_share=hit_blocks / max(1, query_blocks),
         reusable_share=reusable / max(1, query_blocks),
@@ -118,8 +129,8 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         placements=len(scheduler.placement_s),
         migrated=scheduler.inner.counters["migrated"],
         preemptions=sum(worker.batcher.preemptions for worker in workers),
-        blocks_pulled=sum(worker.receiver.blocks_pulled for worker in workers),
-        handover_failures=dict(failures),
+        blocks_pulled=sum(worker.exchange.receiver.blocks_pulled for worker in workers),
+        read_failures=dict(failures),
         imbalance=_imbalance(cluster),
         workers={name: _worker(cluster, name, elapsed_s) for name in cluster.workers},
         events=cluster.world.events,
@@ -149,7 +160,7 @@ def _imbalance(cluster: Cluster) -> float:
 _COLUMNS = (
     *("policy", "disagg.", "scale", "req/s", "good", "good/s"),
     *("TTFT p50", "p90", "p99 s", "ITL p50", "p90", "p99 ms", "E2E p50 s"),
-    *("hit", "of", "place µs", "p99", "imbal.", "failed", "migr.", "wall s"),
+    *("hit", "fetched", "of", "place µs", "p99", "imbal.", "failed", "migr.", "wall s"),
 )
 
 
@@ -175,7 +186,9 @@ def _row(summary: Summary) -> tuple[str, ...]:
         f"{summary.goodput_per_s:.1f}",
         *(f"{ttft.p50:.2f}", f"{ttft.p90:.2f}", f"{ttft.p99:.2f}"),
         *(f"{itl.p50 * 1e3:.1f}", f"{itl.p90 * 1e3:.1f}", f"{itl.p99 * 1e3:.1f}"),
-        *(f"{summary.e2e_s.p50:.1f}", f"{summary.hit_share:.1%}", f"{summary.reusable_share:.1%}"),
+        *(f"{summary.e2e_s.p50:.1f}", f"{summary.hit_share:.1%}"),
+        f"{summary.fetched_blocks / max(1, summary.query_blocks):.1%}",
+        f"{summary.reusable_share:.1%}",
         *(f"{placement.p50 * 1e6:.0f}", f"{placement.p99 * 1e6:.0f}"),
         *(f"{summary.imbalance:.2f}", f"{sum(summary.failed.values())}", f"{summary.migrated}"),
         f"{summary.wall_s:.0f}",

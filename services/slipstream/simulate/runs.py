@@ -1,7 +1,10 @@
 """Runs, one after the other or in processes beside each other, and the search for a rate."""
 
 import math
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -112,5 +115,25 @@ def perform_all(tasks: Sequence[Task], jobs: int) -> Iterator[Summary]:
     if jobs == 1:
         yield from map(perform, tasks)
         return
-    with ProcessPoolExecutor(jobs) as pool:
+    pool = ProcessPoolExecutor(jobs, initializer=_live_with_parent)
+    try:
         yield from pool.map(perform, tasks)
+    except BaseException:  # Ctrl-C too: nobody waits for runs that nobody will see
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _live_with_parent() -> None:
+    """A run lasts minutes: whatever ends the command ends the runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

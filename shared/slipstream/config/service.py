@@ -38,6 +38,22 @@ MaxModelLen: TypeAlias = Annotated[
 KvCacheBytes: TypeAlias = Annotated[
     ByteSize, Meta(description="Memory for KV blocks of one worker; 0: sized by what is free.")
 ]
+OffloadHostBytes: TypeAlias = Annotated[
+    ByteSize,
+    Meta(description="Host memory of a worker for KV blocks that its pool has no room for."),
+]
+OffloadDiskBytes: TypeAlias = Annotated[
+    ByteSize, Meta(description="The same on disk, in --offload-dir.")
+]
+OffloadDir: TypeAlias = Annotated[
+    str, Meta(description="Folder for KV blocks on disk; each worker has one of its own in it.")
+]
+OffloadAfterHits: TypeAlias = Annotated[
+    int,
+    Meta(
+        ge=0, le=1000, description="Hits after which a block is saved below the pool; 0: all are."
+    ),
+]
 MaxNumSeqs: TypeAlias = Annotated[
     int, Meta(ge=1, le=4096, description="Choices that one worker computes at a time.")
 ]
@@ -52,7 +68,8 @@ Transports: TypeAlias = Annotated[
     str,
     Meta(
         pattern=r"^[a-z_]+(,[a-z_]+)*$",
-        description="Ways to move KV blocks, best first: shm (one host), bus (anywhere).",
+        description="Ways to move KV blocks, the preferred first: cuda_ipc (GPUs of one host), "
+        "shm (one host), nixl (RDMA or TCP), bus (anywhere); auto: all that can work here.",
     ),
 ]
 ShmDir: TypeAlias = Annotated[
@@ -136,7 +153,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Seconds,
         Meta(description="Longest step of the model; a worker that hangs longer starts anew."),
     ] = 120.0
-    transports: Transports = "shm,bus"
+    transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads for computing; 0: one for each core.")
@@ -144,6 +161,10 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     enable_prefix_caching: Annotated[
         bool, Meta(description="Reuse KV blocks of equal prompt beginnings.")
     ] = True
+    offload_host_bytes: OffloadHostBytes = 0
+    offload_disk_bytes: OffloadDiskBytes = 0
+    offload_dir: OffloadDir = ""
+    offload_after_hits: OffloadAfterHits = 1
     kv_events_endpoint: Annotated[
         str,
         Meta(
@@ -164,11 +185,19 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(description="map: as vLLM 0.32 writes events; array: as llm-d reads them."),
     ] = "map"
 
+    @property
+    def offloads(self) -> bool:
+        """Whether there is a tier below the pool."""
+        room = self.offload_host_bytes or self.offload_disk_bytes
+        return bool(room and self.enable_prefix_caching)
+
     def __post_init__(self) -> None:
         if self.renew_s >= self.lease_s:
             raise ValueError(
                 f"--renew-s {self.renew_s:g} must be less than --lease-s {self.lease_s:g}"
             )
+        if self.offload_disk_bytes and not self.offload_dir:
+            raise ValueError("--offload-disk-bytes needs --offload-dir")
         if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
             raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 

@@ -49,6 +49,8 @@ class Batcher:
     def add(self, job: Job) -> None:
         """A new job, to be prefilled here."""
         self.waiting.append(job)
+        if self.kv_events is not None:
+            self.kv_events.cached(job.tokens, job.hashes)  # what was fetched for it
 
     def add_computed(self, job: Job) -> None:
         """A job whose KV is here already, all but the last token's."""
@@ -168,6 +170,7 @@ class Batcher:
                 self.pool.release(hits)
                 return
             self.waiting.popleft()
+            self.pool.hit(hits)
             job.block_ids = hits + blocks
             job.num_computed = len(hits) * BLOCK_TOKENS
             if job.cached_tokens is None:

@@ -22,8 +22,12 @@ class Named(NamedTuple):
 
 
 class BlockPool:
-    def __init__(self, num_blocks: int, caching: bool = True):
+    def __init__(self, num_blocks: int, caching: bool = True, hot_hits: int | None = None):
+        """`hot_hits`: how often a block has to be hit to be hot; 0: each one is; None: none."""
         assert num_blocks > 0
+        self._hot_hits = hot_hits
+        self._hits = [0] * num_blocks
+        self._hot: list[BlockId] = []
         self.num_blocks, self.caching = num_blocks, caching
         self.references = [0] * num_blocks
         self.digests: list[bytes | None] = [None] * num_blocks
@@ -115,7 +119,28 @@ class BlockPool:
         self._positions[block] = position
         self._block_of[block_hash] = block
         self._changed[block_hash] = position
+        self._hits[block] = 0
+        if self._hot_hits == 0:
+            self._hot.append(block)
         return True
+
+    def hit(self, blocks: Iterable[BlockId]) -> None:
+        """Somebody found these by their prefix, and uses them."""
+        if self._hot_hits:
+            for block in blocks:
+                self._hits[block] += 1
+                if self._hits[block] % self._hot_hits == 0:
+                    self._hot.append(block)
+
+    def drain_hot(self) -> list[BlockId]:
+        """Blocks that became hot since the last call."""
+        hot, self._hot = self._hot, []
+        return hot
+
+    def name_of(self, block: BlockId) -> Named | None:
+        """What a prefix finds in it; None if it is not found."""
+        block_hash = self._hash_of[block]
+        return None if block_hash is None else Named(block_hash, self._positions[block])
 
     def __contains__(self, block_hash: BlockHash) -> bool:
         return block_hash in self._block_of

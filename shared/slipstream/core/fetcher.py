@@ -1,6 +1,7 @@
-"""A prefix that another worker holds, brought here before the rest of the prompt is computed.
+"""A prefix that lies in a tier below or at another worker, brought here before the rest is
+computed.
 
-    asked -> lent -> pulled -> releasing -> in the prefix cache
+    in the pool -> from the tiers -> asked -> lent -> pulled -> releasing -> in the pool
         any failure, or no answer in time -> computed here like the rest
 
 What comes is put into the prefix cache and let go of: the batcher finds it there when the job's
@@ -11,67 +12,58 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from slipstream.core.job import Job
-from slipstream.core.machine import Effect, PullDone, Send
+from slipstream.core.machine import Effect, LoadBlocks, PullDone, Send
 from slipstream.core.reading import LeasedRead, Reads
+from slipstream.core.tiers import Tiers
 from slipstream.messages import Borrow, Decode, Lent, Prefill, Release, Renew
 from slipstream.types import BlockHash, BlockId, Epoch, NodeId, RequestId
 
 ANSWER_S = 1.0
-"""Longest wait for a holder's `Lent`: to compute 16 tokens takes less."""
+"""Longest wait for a holder's `Lent`."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Fetch(LeasedRead):
+    """`source` is the holder; without a `lease_id` it has not been asked yet."""
+
     job: Job
-    due_s: float
-    """Until when the holder has to answer."""
     hashes: list[BlockHash]
-    """Of the blocks asked for."""
+    """Of all blocks that are of use."""
+    holder_blocks: int
     kept: list[BlockId] = field(default_factory=list)
-    """The blocks before them, which are here and have to stay."""
+    """The leading blocks that are here; they have to stay."""
+    due_s: float = float("inf")
+    """Until when the tiers have to be through, or the holder has to answer."""
 
 
 class Fetcher:
     """All fetches of one worker. `ready` fills up for the machine to collect."""
 
-    def __init__(self, reads: Reads, node_id: NodeId):
-        self.reads, self.pool, self.node_id = reads, reads.pool, node_id
+    def __init__(self, reads: Reads, node_id: NodeId, tiers: Tiers):
+        self.reads, self.pool, self.node_id, self.tiers = reads, reads.pool, node_id, tiers
         self.live: dict[RequestId, Fetch] = {}
         self.ready: list[Job] = []
         self.failures: Counter[str] = Counter()
         self.blocks_fetched = 0
 
     def begin(self, job: Job, message: Prefill | Decode, now_s: float) -> list[Effect]:
-        """Ask the holder for what is missing here; a job that lacks nothing is ready at once."""
+        """Bring what is missing here; a job that lacks nothing is ready at once."""
         # The last token is computed in any case: its logits are what is wanted.
-        wanted = job.full_hashes(len(job.tokens) - 1)[: message.holder_blocks]
-        kept = self.pool.match(wanted)
-        hashes = wanted[len(kept) :]
-        if message.holder in (None, self.node_id) or not hashes or not self.pool.caching:
-            self.ready.append(job)
-            return []
-        assert message.holder is not None
+        hashes = job.full_hashes(len(job.tokens) - 1) if self.pool.caching else []
+        kept = self.pool.match(hashes)
         self.pool.take(kept)
-        lease_id = f"{job.request_id}/{job.attempt}@{self.node_id}"
-        self.live[job.request_id] = Fetch(
-            name=lease_id,
-            source=message.holder,
+        strange = message.holder in (None, self.node_id)
+        fetch = Fetch(
+            name=f"{job.request_id}/{job.attempt}@{self.node_id}",
+            source=message.holder or "",
             epoch=message.holder_epoch,
-            lease_id=lease_id,
             job=job,
-            due_s=now_s + ANSWER_S,
             hashes=hashes,
+            holder_blocks=0 if strange else min(message.holder_blocks, len(hashes)),
             kept=kept,
         )
-        borrow = Borrow(
-            request_id=job.request_id,
-            attempt=job.attempt,
-            lease_id=lease_id,
-            epoch=message.holder_epoch,
-            first_block=len(kept),
-            block_hashes=b"".join(hashes),
-        )
-        return [Send(message.holder, borrow)]
+        self.live[job.request_id] = fetch
+        return self._load(fetch, now_s) or self._ask(fetch, now_s)
 
     def lent(self, source: NodeId, message: Lent) -> list[Effect]:
         """The holder's answer. One that nobody waits for any more is given back."""
@@ -83,7 +75,8 @@ class Fetcher:
         if not count:
             return self._end(fetch, "absent")
         whole = fetch.announce(message.block_ids, message.digests)
-        if message.epoch != fetch.epoch or not whole or count > len(fetch.hashes):
+        missing = fetch.holder_blocks - len(fetch.kept)
+        if message.epoch != fetch.epoch or not whole or count > missing:
             return self._end(fetch, "malformed")
         blocks = self.pool.allocate(count)
         if blocks is None:
@@ -91,11 +84,19 @@ class Fetcher:
         fetch.local = blocks
         return [self.reads.pull(fetch)]
 
-    def pulled(self, done: PullDone) -> list[Effect]:
-        """A READ that somebody waits for is over."""
+    def pulled(self, done: PullDone, now_s: float) -> list[Effect]:
+        """A READ, or a load from the tiers, that somebody waits for is over."""
         fetch = next((f for f in self.live.values() if f.pulling == done.pull_id), None)
         if fetch is None:
             return []
+        if not fetch.lease_id:
+            fetch.pulling = ""
+            self.reads.note(self.node_id, len(done.digests), done)
+            self.tiers.blocks_loaded += len(done.digests)
+            if len(done.digests) < len(fetch.local):
+                self.failures["tier"] += 1
+            self._keep(fetch, list(done.digests))
+            return self._ask(fetch, now_s)
         self.reads.land(fetch, done)
         if fetch.failed:
             return self._end(fetch, fetch.failed)
@@ -109,11 +110,8 @@ class Fetcher:
             return []
         if not ok:
             return self._end(fetch, "expired")
-        for index, block in enumerate(fetch.local):
-            self.pool.digests[block] = fetch.digests[index]
-            self.pool.commit(block, fetch.hashes[index], len(fetch.kept) + index)
         self.blocks_fetched += len(fetch.local)
-        fetch.job.fetched_blocks = len(fetch.local)
+        self._keep(fetch, fetch.digests)
         return self._end(fetch)
 
     def drop(self, request_id: RequestId) -> list[Effect]:
@@ -123,12 +121,12 @@ class Fetcher:
 
     def source_down(self, source: NodeId, epoch: Epoch | None = None) -> None:
         """A holder fell silent; `epoch`: which life of it, if that is known."""
-        for fetch in [f for f in self.live.values() if f.source == source]:
+        for fetch in [f for f in self.live.values() if f.source == source and f.lease_id]:
             if epoch is None or fetch.epoch <= epoch:
                 self._end(fetch, "peer")
 
     def expire(self, now_s: float) -> list[Effect]:
-        """Wait no longer for answers that are overdue."""
+        """Wait no longer for what is overdue."""
         late = [f for f in self.live.values() if not f.sources and now_s >= f.due_s]
         return [effect for fetch in late for effect in self._end(fetch, "silent")]
 
@@ -138,6 +136,44 @@ class Fetcher:
             for fetch in self.live.values()
             if fetch.sources
         ]
+
+    def _load(self, fetch: Fetch, now_s: float) -> list[Effect]:
+        """What the tiers have of it, if there is room."""
+        hashes = self.tiers.run(fetch.hashes[len(fetch.kept) :])
+        blocks = self.pool.allocate(len(hashes)) if hashes else None
+        if not blocks:
+            return []
+        fetch.local, fetch.pulling = blocks, f"{fetch.name}/tier"
+        fetch.due_s = now_s + self.reads.pull_timeout_s
+        return [LoadBlocks(fetch.pulling, tuple(hashes), tuple(blocks))]
+
+    def _ask(self, fetch: Fetch, now_s: float) -> list[Effect]:
+        """The holder for what is still missing."""
+        hashes = fetch.hashes[len(fetch.kept) : fetch.holder_blocks]
+        if not hashes:
+            return self._end(fetch)
+        fetch.lease_id = fetch.name
+        fetch.due_s = now_s + ANSWER_S
+        borrow = Borrow(
+            request_id=fetch.job.request_id,
+            attempt=fetch.job.attempt,
+            lease_id=fetch.lease_id,
+            epoch=fetch.epoch,
+            first_block=len(fetch.kept),
+            block_hashes=b"".join(hashes),
+        )
+        return [Send(fetch.source, borrow)]
+
+    def _keep(self, fetch: Fetch, digests: list[bytes]) -> None:
+        """These came whole, the rest of `local` did not: prefixes find them from now on."""
+        start, count = len(fetch.kept), len(digests)
+        for index, (block, digest) in enumerate(zip(fetch.local, digests, strict=False), start):
+            self.pool.digests[block] = digest
+            self.pool.commit(block, fetch.hashes[index], index)
+        fetch.kept += fetch.local[:count]
+        fetch.job.fetched_blocks += count
+        self.pool.release(fetch.local[count:])
+        fetch.local = []
 
     def _end(self, fetch: Fetch, cause: str = "") -> list[Effect]:
         """The job goes on, with what is in the cache by now."""
@@ -149,6 +185,6 @@ class Fetcher:
     def _let_go(self, fetch: Fetch) -> list[Effect]:
         del self.live[fetch.job.request_id]
         self.reads.free(fetch)
-        self.pool.release(fetch.kept)  # last: the tail of a prefix is evicted before its head
+        self.pool.release(fetch.kept)
         fetch.kept = []
         return [] if fetch.releasing else fetch.release()

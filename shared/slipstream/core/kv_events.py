@@ -69,21 +69,17 @@ class KvEvents:
         self._told.difference_update(removed)
         self._removed(removed, POOL_MEDIUM)
 
-    def lowered(self, hashes: Iterable[BlockHash], tier: int) -> None:
-        """These are in this tier, and no more in another one below the pool."""
-        hashes = list(hashes)
-        medium = TIER_MEDIA.get(tier, TIER_MEDIA[2])
-        self.gone(h for h in hashes if self._lower.get(h, medium) != medium)
-        fresh = tuple(h for h in hashes if h not in self._lower)
-        self._lower |= dict.fromkeys(fresh, medium)
-        if fresh:
-            self._events.append(_stored(fresh, None, (), medium))
-
-    def gone(self, hashes: Iterable[BlockHash]) -> None:
-        """These are in no tier below the pool any more."""
-        for block_hash in hashes:
-            if block_hash in self._lower:
-                self._removed([block_hash], self._lower.pop(block_hash))
+    def moved(self, block_hash: BlockHash, tier: int | None) -> None:
+        """It is in this tier, and no more in another one below the pool; None: in none."""
+        medium = None if tier is None else TIER_MEDIA.get(tier, TIER_MEDIA[2])
+        before = self._lower.pop(block_hash, None)
+        if before not in (None, medium):
+            self._removed([block_hash], before or "")
+        if medium is None:
+            return
+        self._lower[block_hash] = medium
+        if before != medium:
+            self._events.append(_stored((block_hash,), None, (), medium))
 
     def flush(self) -> tuple[KvEvent, ...]:
         events, self._events = self._events, []

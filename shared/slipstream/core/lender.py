@@ -63,6 +63,7 @@ class Lender:
         if not blocks or lease_id in self.table.live:
             return [Send(reader, _lent(message, self.epoch))]
         self.pool.take(blocks)
+        self.pool.hit(blocks)
         lease = Lease(lease_id, message.request_id, message.attempt, reader, loan=True)
         self.table.grant(lease, blocks)
         self.table.start(lease_id, now_s)

@@ -39,8 +39,8 @@ class Samples:
 def load_with_samples(worker: "WorkerMachine") -> WorkerLoad:
     """Each sample is told once."""
     load = load_of(worker)
-    steps, transfers = worker.samples.drain(), list(worker.reads.samples)
-    worker.reads.samples.clear()
+    steps, transfers = worker.samples.drain(), list(worker.exchange.reads.samples)
+    worker.exchange.reads.samples.clear()
     return msgspec.structs.replace(load, step_samples=steps, transfer_samples=transfers)
 
 
@@ -54,7 +54,7 @@ def gauges_of(load: WorkerLoad) -> dict[str, float]:
 def load_of(worker: "WorkerMachine") -> WorkerLoad:
     """Each block counts once: leased before used. At rest `used == cached` and `leased == 0`."""
     pool, batcher = worker.pool, worker.batcher
-    leased = worker.lender.table.leased_blocks()
+    leased = worker.exchange.lender.table.leased_blocks()
     return WorkerLoad(
         steps=batcher.steps,
         running=len(worker.jobs) - len(batcher.waiting),
@@ -69,21 +69,24 @@ def load_of(worker: "WorkerMachine") -> WorkerLoad:
 
 
 def _counters(worker: "WorkerMachine") -> dict[str, float]:
-    batcher, receiver = worker.batcher, worker.receiver
+    batcher, exchange = worker.batcher, worker.exchange
     return {
-        "blocks_pulled_total": receiver.blocks_pulled,
-        "blocks_fetched_total": worker.fetcher.blocks_fetched,
-        "blocks_lent_total": worker.lender.blocks_lent,
-        "blocks_quarantined": sum(len(read.local) for read in worker.reads.given_up.values()),
-        "index_claims_total": worker.reporter.claims + worker.lender.blocks_asked,
-        "leases_lapsed_total": worker.lender.table.lapsed,
+        "blocks_pulled_total": exchange.receiver.blocks_pulled,
+        "blocks_fetched_total": exchange.fetcher.blocks_fetched,
+        "blocks_loaded_total": exchange.tiers.blocks_loaded,
+        "blocks_lent_total": exchange.lender.blocks_lent,
+        "blocks_quarantined": sum(len(read.local) for read in exchange.reads.given_up.values()),
+        "index_claims_total": worker.reporter.claims + exchange.lender.blocks_asked,
+        "leases_lapsed_total": exchange.lender.table.lapsed,
         "preemptions_total": batcher.preemptions,
         "prefix_hit_tokens_total": batcher.hit_tokens,
         "prefix_query_tokens_total": batcher.queried_tokens,
         "index_claims_wrong_total": (
-            worker.reporter.claims_wrong + worker.lender.blocks_asked - worker.lender.blocks_lent
+            worker.reporter.claims_wrong
+            + exchange.lender.blocks_asked
+            - exchange.lender.blocks_lent
         ),
-        **{f"handover_{cause}_total": n for cause, n in receiver.failures.items()},
-        **{f"fetch_{cause}_total": n for cause, n in worker.fetcher.failures.items()},
+        **{f"handover_{cause}_total": n for cause, n in exchange.receiver.failures.items()},
+        **{f"fetch_{cause}_total": n for cause, n in exchange.fetcher.failures.items()},
         **{f"attempts_failed_{cause}_total": n for cause, n in worker.failures.items()},
     }

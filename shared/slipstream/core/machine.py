@@ -102,6 +102,24 @@ class BlocksDigested(_Record, frozen=True):
     digests: tuple[bytes, ...]
 
 
+class BlocksSaved(_Record, frozen=True):
+    """Nobody copies from these blocks any more. Where they went, `BlocksMoved` says."""
+
+    op_id: str
+
+
+class BlockMove(_Record, frozen=True):
+    """A block is in this tier now and in no better one below the pool; None: in none."""
+
+    block_hash: BlockHash
+    position: int
+    tier: int | None
+
+
+class BlocksMoved(_Record, frozen=True):
+    moved: tuple[BlockMove, ...]
+
+
 class Encoded(_Record, frozen=True):
     """A prompt was encoded (or not); `request_id` is a request's or a codec call's."""
 
@@ -157,6 +175,8 @@ Event: TypeAlias = (
     | BatchFailed
     | PullDone
     | BlocksDigested
+    | BlocksSaved
+    | BlocksMoved
     | Encoded
     | Opened
     | Closed
@@ -253,6 +273,31 @@ class DigestBlocks(_Record, frozen=True):
     blocks: tuple[BlockId, ...]
 
 
+class SavedBlock(_Record, frozen=True):
+    block: BlockId
+    block_hash: BlockHash
+    position: int
+    """How many blocks of its prompt come before it."""
+    digest: bytes | None
+    """If it is known."""
+
+
+class SaveBlocks(_Record, frozen=True):
+    """Copy these to the tier below, if it takes them; ends as `BlocksSaved`."""
+
+    op_id: str
+    blocks: tuple[SavedBlock, ...]
+
+
+class LoadBlocks(_Record, frozen=True):
+    """Bring these from the tiers below into local blocks, verified. Ends as `PullDone` with the
+    digests of the leading ones that were there and whole."""
+
+    pull_id: str
+    block_hashes: tuple[BlockHash, ...]
+    local_blocks: tuple[BlockId, ...]
+
+
 class PublishKvEvents(_Record, frozen=True):
     """Tell routers that are not ours, in order; nothing comes back."""
 
@@ -346,6 +391,8 @@ Effect: TypeAlias = (
     | RunBatch
     | PullBlocks
     | DigestBlocks
+    | SaveBlocks
+    | LoadBlocks
     | PublishKvEvents
     | EncodePrompt
     | Deliver

@@ -90,10 +90,15 @@ class Reads:
             read.failed = read.failed or "digest"
         else:
             read.pulled = read.pull_end
-            sample = TransferSample(read.source, done.transport, count, done.elapsed_s)
-            self.samples.append(sample)
+            self.note(read.source, count, done)
             return count
         return 0
+
+    def note(self, source: NodeId, num_blocks: int, done: PullDone) -> None:
+        """What it took, for the prices."""
+        if num_blocks:
+            sample = TransferSample(source, done.transport, num_blocks, done.elapsed_s)
+            self.samples.append(sample)
 
     def free(self, read: LeasedRead) -> None:
         """Give the local blocks back, now or as soon as nobody writes into them."""

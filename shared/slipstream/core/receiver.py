@@ -177,6 +177,7 @@ class Receiver:
         if blocks is None:
             self.pool.release(hits)
             return False
+        self.pool.hit(hits)
         job.block_ids = handover.local = hits + blocks
         handover.hits = handover.pulled = len(hits)
         return True

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from slipstream.core.blocks import BlockPool, Named
 from slipstream.core.kv_events import KvEvents
-from slipstream.core.machine import Effect, PublishKvEvents, Send
+from slipstream.core.machine import BlockMove, Effect, PublishKvEvents, Send
 from slipstream.core.membership import Membership
 from slipstream.messages import BlockEvents, Snapshot
 from slipstream.types import BlockHash, NodeId, Role
@@ -18,7 +18,7 @@ class IndexReporter:
     """Each worker reports to one kvindex of those alive, found by its own name.
 
     Of each prompt it reports the last of every `index_stride` blocks: it stands for those before
-    it. The pool tells by itself what is in it; of the tiers below, `lowered` does.
+    it. The pool tells by itself what is in it; of the tiers below, `moved` does.
     """
 
     def __init__(self, pool: BlockPool, membership: Membership, kv_events: KvEvents | None = None):
@@ -33,24 +33,20 @@ class IndexReporter:
         """Hash -> position and tier."""
         self._touched: dict[BlockHash, None] = {}
 
-    def lowered(self, blocks: Iterable[Named], tier: int) -> None:
-        """These are in this tier now, and in none between the pool and it."""
-        blocks = list(blocks)
-        if self.kv_events is not None:
-            self.kv_events.lowered((block.block_hash for block in blocks), tier)
-        for block in blocks:
-            self._lower[block.block_hash] = block.position, tier
-            self._touch(block)
+    def moved(self, moved: Iterable[BlockMove]) -> None:
+        """What the tiers say about themselves."""
+        for move in moved:
+            known = self._lower.pop(move.block_hash, None)
+            if move.tier is not None:
+                self._lower[move.block_hash] = move.position, move.tier
+            if known or move.tier is not None:
+                self._touch(Named(move.block_hash, move.position))
+            if self.kv_events is not None:
+                self.kv_events.moved(move.block_hash, move.tier)
 
-    def gone(self, hashes: Iterable[BlockHash]) -> None:
-        """These are in no tier below the pool any more."""
-        hashes = list(hashes)
-        if self.kv_events is not None:
-            self.kv_events.gone(hashes)
-        for block_hash in hashes:
-            if block_hash in self._lower:
-                position, _ = self._lower.pop(block_hash)
-                self._touch(Named(block_hash, position))
+    def tier_of(self, block_hash: BlockHash) -> int | None:
+        """Of the tiers below the pool the best that has it."""
+        return self._lower.get(block_hash, (0, None))[1]
 
     def claimed(self, hashes: Sequence[BlockHash], count: int) -> None:
         """The index was believed to say that the first `count` blocks of a prompt are here. It is

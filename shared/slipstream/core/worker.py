@@ -12,16 +12,17 @@ import msgspec
 
 from slipstream.core.batching import Batcher
 from slipstream.core.blocks import BlockPool
-from slipstream.core.fetcher import Fetcher
+from slipstream.core.exchange import Exchange
 from slipstream.core.job import Job, unfit
 from slipstream.core.kv_events import KvEvents
-from slipstream.core.lender import Lender
 from slipstream.core.load import Samples, gauges_of, load_of, load_with_samples
 from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
     BatchPlan,
     BlocksDigested,
+    BlocksMoved,
+    BlocksSaved,
     CancelTimer,
     Drain,
     Effect,
@@ -41,8 +42,6 @@ from slipstream.core.machine import (
 )
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import namespace
-from slipstream.core.reading import Reads
-from slipstream.core.receiver import Receiver
 from slipstream.core.reporter import IndexReporter
 from slipstream.core.token_log import TokenLog
 from slipstream.errors import ErrorCode, Problem
@@ -67,7 +66,7 @@ from slipstream.messages import (
     StreamAck,
 )
 from slipstream.messages import Started as JobStarted
-from slipstream.types import BLOCK_TOKENS, BlockId, Epoch, NodeId, RequestId
+from slipstream.types import BLOCK_TOKENS, Epoch, NodeId, RequestId
 
 TICK_S = 0.5
 LOG_KEEP_S = 30.0
@@ -82,6 +81,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     pull_timeout_s: float = 10.0
     step_timeout_s: float = 120.0
     enable_prefix_caching: bool = True
+    offload_after_hits: int | None = None
+    """None: there are no tiers below the pool."""
     kv_events: bool = False
     """Emit `PublishKvEvents`."""
 
@@ -93,16 +94,16 @@ class WorkerMachine:
         assert node.worker is not None
         self.info, self.settings = node.worker, settings
         self.membership = Membership(node, self._live)
-        self.pool = BlockPool(self.info.num_blocks, settings.enable_prefix_caching)
+        caching, hot_hits = settings.enable_prefix_caching, settings.offload_after_hits
+        self.pool = BlockPool(self.info.num_blocks, caching, hot_hits)
         # Preempted and failed hand-overs are computed here, even on a worker that does not prefill.
         budget_tokens = max(self.info.prefill_budget_tokens, BLOCK_TOKENS)
         kv_events = KvEvents(self.pool) if settings.kv_events else None
         self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens, kv_events)
-        self.lender = Lender(self.pool, node.epoch, settings.lease_s)
-        self.reads = Reads(self.pool, settings.pull_timeout_s)
-        self.receiver = Receiver(self.reads)
-        self.fetcher = Fetcher(self.reads, node.node_id)
         self.reporter = IndexReporter(self.pool, self.membership, kv_events)
+        self.exchange = Exchange(
+            self.pool, node, self.reporter, settings.lease_s, settings.pull_timeout_s
+        )
         self.log = TokenLog(LOG_KEEP_S)
         self.jobs: dict[RequestId, Job] = {}
         self.failures: Counter[str] = Counter()
@@ -125,15 +126,10 @@ class WorkerMachine:
     def check(self) -> None:
         """Every block reference has an owner, and every owner its references."""
         self.pool.check()
-        expected: Counter[BlockId] = Counter()
+        expected = self.exchange.references()
         dropped = [job for job in self.batcher.in_flight if job.dropped]
         for job in (*self.jobs.values(), *dropped):
             expected.update(job.block_ids)
-        for read in (*self.reads.given_up.values(), *self.fetcher.live.values()):
-            expected.update(read.local)
-        expected.update(chain.from_iterable(f.kept for f in self.fetcher.live.values()))
-        for lease in self.lender.table.live.values():
-            expected.update(lease.blocks)
         for block, count in enumerate(self.pool.references):
             assert count == expected[block], f"block {block}: {count} held, {expected[block]} known"
         load = load_of(self)
@@ -149,17 +145,12 @@ class WorkerMachine:
                 return self._batch_done(event, now_s)
             case BatchFailed(step, cause):
                 return self._batch_failed(step, cause)
-            case PullDone():
-                if self.reads.over(event):
-                    return []
-                return self.receiver.pulled(event) + self.fetcher.pulled(event)
-            case BlocksDigested():
-                return self.lender.digested(event)
+            case PullDone() | BlocksDigested() | BlocksSaved() | BlocksMoved():
+                return self.exchange.happened(event, now_s)
             case TimerFired("tick"):
                 return self._tick(now_s)
             case TimerFired("renew"):
-                renewals = self.receiver.renew() + self.fetcher.renew()
-                return [*renewals, SetTimer("renew", now_s + self.settings.renew_s)]
+                return [*self.exchange.renew(), SetTimer("renew", now_s + self.settings.renew_s)]
             case TimerFired("step"):
                 return [Exit(f"no step has ended for {self.settings.step_timeout_s:g} s")]
             case Started():
@@ -186,22 +177,6 @@ class WorkerMachine:
                 return self._admit(message, now_s)
             case Drop():
                 return self._drop(message.request_id, message.attempt)
-            case KvReady():
-                return self._announced(source, message, now_s)
-            case Borrow():
-                return self.lender.borrow(message, source, now_s)
-            case Lent():
-                return self.fetcher.lent(source, message)
-            case Renew():
-                for lease_id in message.lease_ids:
-                    self.lender.table.renew(lease_id, now_s)
-            case Release():
-                mine = message.epoch == self.membership.node.epoch
-                ok = mine and self.lender.release(message.lease_id, source, now_s)
-                return [Send(source, Released(lease_id=message.lease_id, ok=ok))]
-            case Released():
-                lease_id, ok = message.lease_id, message.ok
-                return self.receiver.released(lease_id, ok) + self.fetcher.released(lease_id, ok)
             case StreamAck():
                 self.log.acknowledge(message.request_id, message.attempt)
             case Resend():
@@ -211,6 +186,11 @@ class WorkerMachine:
                     self.log.repeat(job, message.position)
             case SnapshotRequest() if message.epoch == self.membership.node.epoch:
                 return self.reporter.snapshot(source)
+            case KvReady() | Borrow() | Lent() | Renew() | Release() | Released():
+                job = None
+                if isinstance(message, KvReady):
+                    job = self.jobs.get(message.request_id)
+                return self.exchange.received(source, message, job, now_s)
             case Peers():
                 pass  # membership has read it
         return []
@@ -228,16 +208,7 @@ class WorkerMachine:
         self.jobs[job.request_id] = job
         if message.claimed_blocks:
             self.reporter.claimed(job.full_hashes(len(job.tokens)), message.claimed_blocks)
-        if isinstance(message, Decode) and message.prefill is not None:
-            return effects + self.receiver.expect(job, message.prefill, message.prefill_epoch)
-        return effects + self.fetcher.begin(job, message, now_s)
-
-    def _announced(self, source: NodeId, message: KvReady, now_s: float) -> list[Effect]:
-        job = self.jobs.get(message.request_id)
-        if job is not None and job.attempt >= message.attempt:
-            return self.receiver.announced(source, message)
-        self.receiver.overtook(source, message, now_s)
-        return []
+        return effects + self.exchange.expect(job, message, now_s)
 
     # --- The step ---------------------------------------------------------------------------------
 
@@ -276,11 +247,11 @@ class WorkerMachine:
         """Announce what this chunk filled; after the last one the job's work here is over."""
         assert job.handover is not None
         if job.finish_reason is not None:
-            self.lender.drop(job.request_id, job.attempt)  # nothing is left to decode
+            self.exchange.lender.drop(job.request_id, job.attempt)  # nothing is left to decode
             self.log.stage(job)
             return []
         first = job.logprobs[-1] if row.sample and job.logprobs else None
-        ready = self.lender.announce(job, row, done, first, now_s)
+        ready = self.exchange.lender.announce(job, row, done, first, now_s)
         if row.sample:
             self.log.stage(job)
             self._leave(job)
@@ -298,13 +269,10 @@ class WorkerMachine:
         return [CancelTimer("step"), *chain.from_iterable(failed)]
 
     def _settle(self, now_s: float) -> list[Effect]:
-        effects = self.receiver.retry()
-        fetched, self.fetcher.ready = self.fetcher.ready, []
-        for job in fetched:
-            if not job.dropped:
-                self.batcher.add(job)
-        ready, self.receiver.ready = self.receiver.ready, []
-        recompute, self.receiver.recompute = self.receiver.recompute, []
+        effects = self.exchange.receiver.retry()
+        for job in self.exchange.fetched():
+            self.batcher.add(job)
+        ready, recompute = self.exchange.settled()
         for job in ready:
             self.batcher.commit(job)
         for job in (*ready, *recompute):
@@ -321,6 +289,7 @@ class WorkerMachine:
         if plan is not None:
             self._plan = plan
             effects += [RunBatch(plan), SetTimer("step", now_s + self.settings.step_timeout_s)]
+        effects += self.exchange.tiers.flush()
         effects += self.log.flush()
         effects += self.reporter.flush(now_s)
         if self._draining and self._empty():
@@ -350,33 +319,29 @@ class WorkerMachine:
         effects: list[Effect] = []
         job = self.jobs.get(request_id)
         if job is not None and job.attempt <= attempt:
-            if request_id in self.receiver.live or request_id in self.fetcher.live:
+            if self.exchange.holds(request_id):
                 del self.jobs[request_id]
-                effects = self.receiver.drop(request_id) + self.fetcher.drop(request_id)
+                effects = self.exchange.drop(request_id)
             else:
                 self._leave(job)
-        self.lender.drop(request_id, attempt)
+        self.exchange.lender.drop(request_id, attempt)
         self.log.acknowledge(request_id, attempt)
         return effects
 
     def _half_lost(self, peer: NodeId) -> list[Effect]:
         """What waits for this peer's word, or it for ours, goes on nowhere."""
-        epoch = self._epochs.pop(peer, None)
-        self.fetcher.source_down(peer, epoch)
-        lost = self.receiver.source_down(peer, epoch)
+        lost = self.exchange.peer_down(peer, self._epochs.pop(peer, None))
         effects = [effect for job in lost for effect in self._fail(job, "prefill_lost")]
         for job in [job for job in self.jobs.values() if job.handover == peer]:
             effects += self._fail(job, "decode_lost")
-        for request_id, attempt in self.lender.reader_down(peer):
+        for request_id, attempt in self.exchange.lender.reader_down(peer):
             effects += self._failed(request_id, attempt, "decode_lost")
         return effects
 
     # --- Time -------------------------------------------------------------------------------------
 
     def _tick(self, now_s: float) -> list[Effect]:
-        self.lender.lapse(now_s)
-        self.receiver.expire(now_s)
-        effects = self.fetcher.expire(now_s)
+        effects = self.exchange.tick(now_s)
         effects.append(SetTimer("tick", now_s + TICK_S))
         effects.append(Send(SCHEDULER, load_with_samples(self)))
         for job in self.log.tick(now_s):
@@ -388,11 +353,13 @@ class WorkerMachine:
 
     def _live(self) -> list[LiveRequest]:
         """All attempts, and those that have ended unheard, even by a scheduler that began anew."""
-        halves = {key for key, handover in self.receiver.live.items() if handover.last is None}
+        halves = {
+            key for key, handover in self.exchange.receiver.live.items() if handover.last is None
+        }
         halves |= {job.request_id for job in self.jobs.values() if job.handover is not None}
         jobs = [*self.jobs.values(), *(ended.job for ended in self.log.ended.values())]
         return [LiveRequest(job.request_id, job.attempt, job.request_id in halves) for job in jobs]
 
     def _empty(self) -> bool:
-        held = self.jobs or self.log.ended or self.lender.table.live or self.reads.given_up
-        return not held and not self.batcher.busy
+        held = self.jobs or self.log.ended or self.batcher.busy
+        return not held and self.exchange.idle

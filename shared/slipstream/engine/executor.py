@@ -16,12 +16,15 @@ from slipstream.core.machine import (
     DigestBlocks,
     Effect,
     Event,
+    LoadBlocks,
     PublishKvEvents,
     PullBlocks,
     RowOutput,
     RunBatch,
+    SaveBlocks,
 )
 from slipstream.engine.kv_events import KvEventPublisher
+from slipstream.engine.offload import Offload
 from slipstream.engine.transfers import Transfers, one_line
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
@@ -45,10 +48,12 @@ class WorkerExecutor:
         blocks: Blocks,
         transports: Transports,
         directory: Callable[[], Mapping[NodeId, NodeInfo]],
+        offload: Offload | None = None,
         kv_events: KvEventPublisher | None = None,
     ):
-        """`blocks`: the runner's pool as bytes. `directory`: who is there now."""
-        self._kv_events = kv_events
+        """`blocks`: the runner's pool as bytes. `directory`: who is there now. `offload`,
+        `kv_events`: where the machine's settings have them."""
+        self._offload, self._kv_events = offload, kv_events
         self._runner, self._blocks = runner, blocks
         self._transfers = Transfers(blocks, transports, directory)
         self._compute = ThreadPoolExecutor(1, "compute")
@@ -59,6 +64,8 @@ class WorkerExecutor:
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
         self._transfers.start(post)
+        if self._offload is not None:
+            self._offload.start(post)
 
     def execute(self, effect: Effect) -> None:
         match effect:
@@ -66,6 +73,8 @@ class WorkerExecutor:
                 self._compute.submit(self._run, plan)
             case PullBlocks() | DigestBlocks():
                 self._transfers.execute(effect)
+            case SaveBlocks() | LoadBlocks() if self._offload is not None:
+                self._offload.execute(effect)
             case PublishKvEvents(events):
                 assert self._kv_events is not None
                 self._kv_events.publish(events)
@@ -76,14 +85,17 @@ class WorkerExecutor:
         """Ends READs under way; waits for the step under way."""
         await self._transfers.close()
         await asyncio.to_thread(self._compute.shutdown, cancel_futures=True)
+        if self._offload is not None:
+            await asyncio.to_thread(self._offload.close)
 
     def statistics(self) -> dict[str, float]:
         """Reads, bytes, seconds and failures by cause of each transport; steps and their seconds.
 
         Any thread.
         """
+        tiers = {} if self._offload is None else self._offload.store.statistics()
         with self._lock:
-            return self._transfers.statistics() | self._counters
+            return self._transfers.statistics() | tiers | self._counters
 
     def _run(self, plan: BatchPlan) -> None:
         began_s = time.monotonic()

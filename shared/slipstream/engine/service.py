@@ -15,6 +15,7 @@ from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.offload import Offload
 from slipstream.engine.runner import Runner
 from slipstream.kv.bus import bus_address
 from slipstream.kv.choice import Transports
@@ -83,7 +84,9 @@ def run_worker(config: WorkerConfig) -> int:
             if kv_events is not None:
                 stack.callback(kv_events.close)
             executor = WorkerExecutor(
-                runner, segment.blocks, transports, lambda: machine.membership.nodes, kv_events
+                *(runner, segment.blocks, transports, lambda: machine.membership.nodes),
+                offload=_offload(config, segment),
+                kv_events=kv_events,
             )
             return run_service(config, node, machine, executor)
     except ModelError as error:
@@ -193,6 +196,20 @@ def _segment(config: WorkerConfig, plan: _Plan, epoch: Epoch) -> Segment:
     return create_segment(path, header)
 
 
+def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
+    """What is below the pool, if the settings give it room."""
+    if not config.offloads:
+        return None
+    folder = Path(config.offload_dir) / config.node_id if config.offload_dir else None
+    return Offload(
+        segment.blocks,
+        segment.header.kv_layout_id,
+        folder=folder,
+        host_bytes=config.offload_host_bytes,
+        disk_bytes=config.offload_disk_bytes,
+    )
+
+
 def _transports(config: WorkerConfig, segment: Segment) -> Transports:
     bind = bus_address(config.listen, config.run_dir, config.node_id)
     pool = Pool(segment, config.node_id, bind, config.advertise)
@@ -243,6 +260,7 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
         pull_timeout_s=config.pull_timeout_s,
         step_timeout_s=config.step_timeout_s,
         enable_prefix_caching=config.enable_prefix_caching,
+        offload_after_hits=config.offload_after_hits if config.offloads else None,
         kv_events=bool(config.kv_events_endpoint),
     )
 
