@@ -82,6 +82,8 @@ def _tasks(config: SimulateConfig, hardware: Hardware) -> list[Task]:
                 workers=config.workers,
                 prefill=config.prefill,
                 hardware=hardware,
+                host_cache_tokens=config.host_cache_tokens,
+                offload_after_hits=config.offload_after_hits,
                 limits=Limits(config.ttft_limit_s, config.itl_limit_s),
                 timeout_s=config.timeout_s,
                 max_requests=config.max_requests,

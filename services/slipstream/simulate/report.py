@@ -68,6 +68,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Leading blocks of prompts that were in the pool of the worker that began to compute them,
     those included that it had fetched for it."""
     fetched_blocks: int
+    loaded_blocks: int
+    """From host memory."""
     query_blocks: int
     hit_share: float
     reusable_share: float
@@ -122,6 +124,7 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         missed_itl=sum(stream.mean_itl_s > run.limits.itl_s for stream in done),
         hit_blocks=hit_blocks,
         fetched_blocks=sum(worker.exchange.fetcher.blocks_fetched for worker in workers),
+        loaded_blocks=sum(worker.exchange.tiers.blocks_loaded for worker in workers),
         query_blocks=query_blocks,
         hit_share=hit_blocks / max(1, query_blocks),
         reusable_share=reusable / max(1, query_blocks),
