@@ -47,7 +47,7 @@ $(VENV)/.stamp-worker: $(INPUTS) | $(VENV)/bin/python
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-worker
 	@echo "Installing the tools for development."
-	$(INSTALL) --editable '.[worker,dev,loadtest$(if $(GPU),$(comma)gpu)]'
+	$(INSTALL) --editable '.[worker,nixl,dev,loadtest$(if $(GPU),$(comma)gpu)]'
 	@touch $@
 
 demo: $(VENV)/.stamp-worker

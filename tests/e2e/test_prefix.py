@@ -1,4 +1,4 @@
-"""A long prefix is prefilled where it is cached, as long as its holder lives."""
+"""A prefix that lies anywhere is computed nowhere again, also when its first holder is dead."""
 
 import asyncio
 
@@ -6,71 +6,68 @@ from redis import Redis
 
 from e2e.client import Client
 from e2e.stack import Stack, until
+from slipstream.types import pack_tokens
 
 PREFIX = [(7919 * index) % 40_000 + 200 for index in range(960)]
 BLOCKS = len(PREFIX) // 16
+DECODE = "decode-0"
 
 
-async def test_the_holder_is_preferred_over_an_idle_worker_until_it_dies(
+async def test_a_prefix_is_found_wherever_it_is_and_outlives_its_first_holder(
     twin: Stack, twin_client: Client
 ) -> None:
     ask = twin_client.complete
     first = await ask(PREFIX, max_tokens=4)
     assert first.cached_tokens == 0
-    holder = twin.path(first.id).partition(">")[0]
-    await asyncio.to_thread(_until_indexed, twin, holder)
+    holder = _prefilled(twin, first.id)
+    for worker in (holder, DECODE):
+        await asyncio.to_thread(_until_indexed, twin, worker, BLOCKS)
     question = [*PREFIX, 400, 401, 402]
-    # The holder gets something to do; beside it, the other one has nothing.
-    load = asyncio.create_task(ask(_unrelated(700, 3), max_tokens=1))
-    await asyncio.to_thread(until, lambda: _placed(twin, 700) == holder, "the load on the holder")
-    asked = asyncio.create_task(ask(question, max_tokens=8))
-    await asyncio.to_thread(until, lambda: _placed(twin, len(question)), "the question placed")
-    elsewhere = await ask(_unrelated(200, 5), max_tokens=1)
-    again = await asked
-    await load
-    assert twin.path(load.result().id).partition(">")[0] == holder
-    assert twin.path(again.id).partition(">")[0] == holder
+    again = await ask(question, max_tokens=8)
     assert again.cached_tokens == len(PREFIX)
-    assert twin.path(elsewhere.id).partition(">")[0] != holder, "load alone chose the holder"
 
-    epoch = twin.epochs()[holder]
+    # Who else is asked has it from one of those that hold it.
     twin.kill_child(holder)
-    # Sent sooner, its first attempt would be lost, and the next could find what that one computed.
+    epoch = twin.epochs()[holder]
     await asyncio.to_thread(until, lambda: twin.epochs().get(holder) != epoch, "its death is known")
+    fetched = _fetched(twin)
     afresh = await ask(question, max_tokens=8)
-    assert afresh.cached_tokens == 0
+    assert afresh.cached_tokens == len(PREFIX)
+    assert _prefilled(twin, afresh.id) != DECODE and _fetched(twin) > fetched
     assert twin.answer_tokens(afresh.id) == twin.answer_tokens(again.id)
     assert afresh.text == again.text
     await asyncio.to_thread(twin.until_whole)
 
 
-def _unrelated(length: int, step: int) -> list[int]:
-    return [(step * 104_729 * (index + 1)) % 40_000 + 200 for index in range(length)]
+async def test_a_chat_finds_what_was_generated_in_its_earlier_turns(
+    twin: Stack, twin_client: Client
+) -> None:
+    """Answers lie with the decode worker alone; the next turn is computed by a prefill worker."""
+    prompt = [(6007 * index) % 40_000 + 300 for index in range(320)]
+    answer = await twin_client.complete(prompt, max_tokens=50, ignore_eos=True)
+    spoken = twin.answer_tokens(answer.id)
+    assert len(spoken) == 50
+    history = [*prompt, *spoken]
+    # The KV of the last token was never needed, and blocks are found whole.
+    known = (len(history) - 1) // 16
+    await asyncio.to_thread(_until_indexed, twin, DECODE, known)
+    turn = await twin_client.complete([*history, 500, 501, 502], max_tokens=8)
+    assert turn.cached_tokens == known * 16
+    assert _prefilled(twin, turn.id) != DECODE
+
+    # The same answer as without any cache: `salt` keeps it from what others have.
+    alone = await twin_client.complete(
+        [*history, 500, 501, 502], max_tokens=8, cache_salt="somebody else"
+    )
+    assert alone.cached_tokens == 0 and alone.text == turn.text
 
 
-def _placed(stack: Stack, length: int) -> str:
-    """The prefill worker that the last prompt of this length was given to; empty: none yet."""
-    given = [
-        fields["to"]
-        for _, name, fields in stack.story("scheduler")
-        if name == "Send"
-        and fields["message"]["type"] == "Prefill"
-        and len(fields["message"]["prompt"]) == 4 * length
-    ]
-    return given[-1] if given else ""
+def _prefilled(stack: Stack, request_id: str) -> str:
+    return stack.path(request_id).partition(">")[0]
 
 
-def _until_indexed(stack: Stack, holder: str) -> None:
-    """The index in the private Redis has every block of the prefix at this worker."""
-    with Redis(unix_socket_path=str(stack.run_dir / "redis.sock")) as redis:
-
-        def indexed() -> bool:
-            worker = redis.hgetall(f"w:{holder}")
-            if not worker:
-                return False
-            epoch = worker[b"epoch"].decode()
-            return int(redis.scard(f"kvw:{holder}:{epoch}")) >= BLOCKS
-
-        until(indexed, "the prefix in the index")
-        entries = [redis.hgetall(key) for key in redis.scan_iter("kvb:*", count=1000)]
-        assert sum(holder.encode() in entry for entry in entries) >= BLOCKS
+def _fetched(stack: Stack) -> float:
+    """Blocks that workers had from another holder, by their own account."""
+    loads = [fields["message"] for _, name, fields in stack.story("scheduler") if _is_load(name, fields)]
+    latest = {index: load["counters"].get("blocks_fetched_total", 0.0) for index, load in enumerate(loads)}
+    return max(latest.values(), default=0.0)

@@ -65,7 +65,7 @@ def test_it_says_what_it_is_and_leaves_nothing(start: Start) -> None:
     worker = start()
     said = worker.listening()
     assert "float32, context 512, 85 KV blocks of 12KiB" in said
-    assert "transports shm,bus, 1 threads" in said
+    assert "transports shm,nixl,bus, 1 threads" in said
     (segment,) = worker.segments
     assert segment.startswith("slipstream-run-d-")
     assert (worker.run / "d.kv.sock").exists()
@@ -104,7 +104,8 @@ def test_a_second_process_of_that_name_is_refused_and_harms_nobody(start: Start)
     [
         (("--kv-cache-bytes", "1KiB"), 6, "needs 384KiB"),
         (("--max-model-len", "513"), 3, "the model has 512"),
-        (("--transports", "shm,nixl"), 3, "nixl is not known"),
+        (("--transports", "shm,pigeon"), 3, "pigeon is not known (only auto, cuda_ipc, shm"),
+        (("--transports", "cuda_ipc,shm"), 3, "no cuda_ipc: the pool is in host memory"),
         (("--shm-dir", "/nowhere"), 3, "--shm-dir /nowhere"),
         (("--model", "/nowhere"), 4, "/nowhere/config.json: No such file"),
     ],

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from slipstream.cli.config import ServeConfig
-from slipstream.config import ServiceConfig
+from slipstream.config import ServiceConfig, ShmDir
 from slipstream.decode.config import DecodeConfig
 from slipstream.frontend.config import FrontendConfig
 from slipstream.kvindex.config import KvIndexConfig
@@ -49,6 +49,21 @@ class FitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ]
 
 
+class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Measures every transport between two processes of this machine."""
+
+    json: Annotated[bool, Meta(description="Print JSON instead of a table.")] = False
+    mib: Annotated[int, Meta(ge=1, le=65_536, description="Size of the pool that is read.")] = 128
+    block_kib: Annotated[
+        int, Meta(ge=1, le=65_536, description="Size of a KV block; the demo model has 360.")
+    ] = 360
+    shm_dir: ShmDir = "/dev/shm"
+
+    def __post_init__(self) -> None:
+        if self.block_kib > self.mib << 10:
+            raise ValueError(f"--block-kib {self.block_kib} is more than --mib {self.mib}")
+
+
 CONFIGURED: dict[str, type[msgspec.Struct]] = {
     "serve": ServeConfig,
     **SERVICES,
@@ -66,6 +81,7 @@ SUMMARIES = {
     "kvindex": "one index service: prefixes in Redis",
     "simulate": "replay a trace against a cluster in simulated time",
     "model": "prepare a model: slipstream model prepare [MODEL]",
+    "doctor": "what works here: slipstream doctor transports",
     "config": "show settings and their origin; write the reference page",
 }
 

@@ -61,7 +61,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kvindex: Annotated[WorkerCount, Meta(description="Index services; 0: place by load.")] = 1
     disaggregation: Disaggregation = "auto"
     policy: Policy = "cost"
-    transports: Transports = "shm,bus"
+    transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"
     offload_host_bytes: OffloadHostBytes = 0
     offload_disk_bytes: OffloadDiskBytes = 0

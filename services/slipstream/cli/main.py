@@ -13,6 +13,7 @@ from slipstream.cli.commands import (
     CONFIGURED,
     SERVICES,
     SUMMARIES,
+    DoctorConfig,
     FitConfig,
     PrepareConfig,
     known_settings,
@@ -36,7 +37,7 @@ INTERRUPTED = 130
 
 
 _READ_BELOW = {env_of("cpu_kernels")}
-"""Not a setting: `kernels.cpu` reads it, wherever it is imported."""
+"""Not a setting: `kernels.build` reads it, wherever it is imported."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +69,8 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
     try:
         if command == "model":
             return _model(rest, environ)
+        if command == "doctor":
+            return _doctor(rest, environ)
         if command == "config":
             return _config(rest, environ)
         if command == "serve":
@@ -167,6 +170,24 @@ def _model(rest: list[str], environ: Mapping[str, str]) -> int:
 
     model = prepare(config.model, models_dir(environ), Console(stderr=True))
     print(model.folder)
+    return 0
+
+
+def _doctor(rest: list[str], environ: Mapping[str, str]) -> int:
+    if rest[:1] in (["-h"], ["--help"]):
+        print(help_text(DoctorConfig, "doctor transports"))
+        return 0
+    if rest[:1] != ["transports"]:
+        hint = did_you_mean(rest[0], ["transports"]) if rest else ""
+        raise StartError(f"usage: slipstream doctor transports [options]{hint}", USAGE_ERROR)
+    try:
+        config = load(DoctorConfig, "doctor transports", rest[1:], environ)
+    except HelpRequested:
+        print(help_text(DoctorConfig, "doctor transports"))
+        return 0
+    from slipstream.cli.doctor import transports
+
+    print(transports(config))
     return 0
 
 

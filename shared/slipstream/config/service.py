@@ -68,7 +68,8 @@ Transports: TypeAlias = Annotated[
     str,
     Meta(
         pattern=r"^[a-z_]+(,[a-z_]+)*$",
-        description="Ways to move KV blocks, best first: shm (one host), bus (anywhere).",
+        description="Ways to move KV blocks, the preferred first: cuda_ipc (GPUs of one host), "
+        "shm (one host), nixl (RDMA or TCP), bus (anywhere); auto: all that can work here.",
     ),
 ]
 ShmDir: TypeAlias = Annotated[
@@ -152,7 +153,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Seconds,
         Meta(description="Longest step of the model; a worker that hangs longer starts anew."),
     ] = 120.0
-    transports: Transports = "shm,bus"
+    transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads for computing; 0: one for each core.")

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from slipstream.config import ConfigError
 from slipstream.kv.bus import BusTransport
+from slipstream.kv.cuda_driver import CudaDriver, CudaError
+from slipstream.kv.cuda_ipc import CudaIpcTransport, DevicePool
 from slipstream.kv.nixl import NixlTransport
 from slipstream.kv.nixl_agent import NixlAgent, NixlError
 from slipstream.kv.segment import Segment
@@ -25,6 +27,10 @@ class Pool(NamedTuple):
     """Where the KV socket listens: `kv.bus.bus_address`."""
     advertise: str
     """Our bus address, for the host in it."""
+    device: DevicePool | None = None
+    """The pool, where it is in the memory of a CUDA device."""
+    host: str = ""
+    """As in our `NodeInfo`."""
 
 
 class Offers(NamedTuple):
@@ -65,7 +71,12 @@ def offer(names: str, pool: Pool) -> Offers:
 
 
 def _cuda_ipc(pool: Pool) -> Transport:
-    raise _Absent("the pool is in host memory")
+    if pool.device is None:
+        raise _Absent("the pool is in host memory")
+    try:
+        return CudaIpcTransport(CudaDriver(), pool.device, pool.host)
+    except CudaError as error:
+        raise _Absent(str(error)) from None
 
 
 def _nixl(pool: Pool) -> Transport:

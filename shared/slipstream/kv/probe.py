@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 
 from slipstream.kv.bus import bus_address
-from slipstream.kv.offers import Pool, offer
+from slipstream.kv.offers import AUTO, Pool, offer
 from slipstream.kv.segment import Blocks, SegmentHeader, create_segment
-from slipstream.kv.transport import Transport, read_now
+from slipstream.kv.transport import TransferError, Transport, read_now
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.types import Role
 
@@ -79,7 +79,7 @@ class Probe:
         listen = listen or f"ipc://{pool.folder}/{pool.node_id}.sock"
         words = (pool.folder, pool.node_id, transports, listen, *pool[2:])
         self.process = subprocess.Popen(
-            [*wrap, sys.executable, "-m", "slipstream.kv.probe", *map(str, words)],
+            [*wrap, sys.executable, "-P", "-m", "slipstream.kv.probe", *map(str, words)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environ,
@@ -114,7 +114,7 @@ class Probe:
 def rate(
     transport: Transport, peer: NodeInfo, into: Blocks, verify: bool, repeats: int = 7
 ) -> float:
-    """GB/s of READs of all blocks of the peer into the first of `into`: median of `repeats`."""
+    """GB/s of READs of all blocks of the peer into the first of `into`: best of `repeats`."""
     assert peer.worker is not None
     rows = range(min(peer.worker.num_blocks, len(into)))
     times_s = []
@@ -122,17 +122,61 @@ def rate(
         began_s = time.perf_counter()
         read_now(transport, peer, rows, into, rows, PATIENCE_S, verify)
         times_s.append(time.perf_counter() - began_s)
-    return len(rows) * int(into.shape[1]) / sorted(times_s)[repeats // 2] / 1e9
+    return len(rows) * int(into.shape[1]) / min(times_s) / 1e9
 
 
 def memcpy_rate(source: Blocks, target: Blocks, repeats: int = 7) -> float:
-    """GB/s of one `memcpy` of everything: median of `repeats`."""
+    """GB/s of one `memcpy` of everything: best of `repeats`."""
     times_s = []
     for _ in range(repeats):
         began_s = time.perf_counter()
         np.copyto(target, source)
         times_s.append(time.perf_counter() - began_s)
-    return source.nbytes / sorted(times_s)[repeats // 2] / 1e9
+    return source.nbytes / min(times_s) / 1e9
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One transport, between two processes of this machine. GB/s."""
+
+    name: str
+    verified: float = 0.0
+    bare: float = 0.0
+    reason: str = ""
+    """Why it does not work here."""
+
+
+def measure_all(
+    folder: Path, num_blocks: int, block_bytes: int, repeats: int
+) -> tuple[float, list[Row]]:
+    """GB/s of memcpy, and of every kind of transport; `folder`: in memory, for the segments."""
+    header = SegmentHeader(
+        kv_layout_id=LAYOUT, epoch=1, num_blocks=num_blocks, block_bytes=block_bytes
+    )
+    with ExitStack() as stack:
+        ours = create_segment(folder / "reader.kv", header)
+        stack.callback(ours.close)
+        source = np.ones_like(ours.blocks)
+        memcpy = memcpy_rate(source, ours.blocks, repeats)
+        del source
+        bind = f"ipc://{folder}/reader.kv.sock"
+        offers = offer(AUTO, Pool(ours, "reader", bind, bind))
+        for made in offers.transports:
+            stack.callback(made.close)
+        probe = Probe(ProbePool(folder, "source", num_blocks, block_bytes), AUTO)
+        stack.callback(probe.stop)
+        rows = []
+        for transport in offers.transports:
+            try:
+                transport.connect(probe.info)
+                read_now(transport, probe.info, [0], ours.blocks, [0], PATIENCE_S)
+                verified, bare = (
+                    rate(transport, probe.info, ours.blocks, verify, repeats)
+                    for verify in (True, False)
+                )
+                rows.append(Row(transport.name, verified, bare))
+            except TransferError as error:
+                rows.append(Row(transport.name, reason=str(error)))
+        return memcpy, rows + [Row(name, reason=why) for name, why in offers.absent.items()]
 
 
 def main(argv: Sequence[str]) -> int:

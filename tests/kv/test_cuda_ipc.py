@@ -1,0 +1,179 @@
+"""What `cuda_ipc` does about handles, epochs and errors, on a device whose memory is the host's."""
+
+import ctypes
+import queue
+import time
+
+import msgspec
+import numpy as np
+import pytest
+
+from kv.conftest import MakeSegment, node_of
+from slipstream.kv import cuda_driver, cuda_ipc
+from slipstream.kv.cuda_driver import CudaDriver, CudaError
+from slipstream.kv.cuda_ipc import CudaIpcTransport, DevicePool
+from slipstream.kv.digest import block_digests
+from slipstream.kv.segment import Blocks
+from slipstream.kv.transport import Digests, Read, TransferError, read_now
+from slipstream.messages import NodeInfo
+
+WAIT_S = 20.0
+DEVICE_STEP = 1 << 50
+"""Device pointers are the host's plus this, so that one taken for the other does not work."""
+
+
+class FakeDriver:
+    """All its copies happen at `wait`."""
+
+    def __init__(self) -> None:
+        self.cards: list[np.ndarray] = []
+        self.opened: list[int] = []
+        self.queued: list[tuple[int, int, int]] = []
+        self.fails = ""
+
+    def allocate(self, content: bytes) -> int:
+        self.cards.append(np.frombuffer(bytearray(content), np.uint8))
+        return int(self.cards[-1].ctypes.data) + DEVICE_STEP
+
+    def export(self, pointer: int) -> bytes:
+        return pointer.to_bytes(64, "little")
+
+    def open(self, handle: bytes) -> int:
+        if self.fails:
+            raise CudaError(self.fails)
+        self.opened.append(int.from_bytes(handle, "little"))
+        return self.opened[-1]
+
+    def shut(self, pointer: int) -> None:
+        self.opened.remove(pointer)
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        self.queued.append((target, source, num_bytes))
+
+    def wait(self) -> None:
+        if self.fails:
+            raise CudaError(self.fails)
+        for target, source, num_bytes in self.queued:
+            ctypes.memmove(target % DEVICE_STEP, source % DEVICE_STEP, num_bytes)
+        self.queued.clear()
+
+
+def on_device(blocks: Blocks) -> tuple[FakeDriver, CudaIpcTransport, Blocks]:
+    """The pool's bytes as a device's; READs name it by an array of the same shape."""
+    name = np.zeros((1, 1), np.uint8)
+    name = np.broadcast_to(name, blocks.shape)
+    driver = FakeDriver()
+    pool = DevicePool(int(blocks.ctypes.data) + DEVICE_STEP, name)
+    return driver, CudaIpcTransport(driver, pool, "here"), name
+
+
+@pytest.mark.parametrize("staging_bytes", [1, 3 * 4096, 1 << 20])
+def test_blocks_go_from_device_to_device_and_to_the_host(
+    make_segment: MakeSegment, monkeypatch: pytest.MonkeyPatch, staging_bytes: int
+) -> None:
+    monkeypatch.setattr(cuda_ipc, "STAGING_BYTES", staging_bytes)
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    _, theirs, _ = on_device(source.blocks)
+    _, transport, name = on_device(ours.blocks)
+    peer = node_of(source, {"cuda_ipc": theirs.advertise()})
+    transport.connect(peer)
+    expected = ours.blocks.copy()
+    expected[[2, 0, 7, 9]] = source.blocks[[5, 5, 1, 11]]
+    read = read_now(transport, peer, [5, 5, 1, 11], name, [2, 0, 7, 9], WAIT_S)
+    assert read == block_digests(source.blocks, [5, 5, 1, 11])
+    assert (ours.blocks == expected).all()
+    host = np.zeros((2, 4096), np.uint8)
+    read = read_now(transport, peer, [4, 3], host, [1, 0], WAIT_S)
+    assert read == block_digests(source.blocks, [4, 3])
+    assert (host == source.blocks[[3, 4]]).all()
+    assert read_now(transport, peer, [4], host, [0], WAIT_S, verify=False) == ()
+
+
+def test_a_handle_is_opened_once_a_life_and_shut_at_its_end(make_segment: MakeSegment) -> None:
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    _, theirs, _ = on_device(source.blocks)
+    driver, transport, name = on_device(ours.blocks)
+    peer = node_of(source, {"cuda_ipc": theirs.advertise()})
+    transport.connect(peer)
+    transport.connect(peer)
+    assert len(driver.opened) == 1
+    later = msgspec.structs.replace(peer, epoch=8)
+    with pytest.raises(TransferError, match="epoch"):
+        read_now(transport, later, [1], name, [1], WAIT_S)
+    transport.connect(later)
+    with pytest.raises(TransferError, match="epoch"):
+        read_now(transport, peer, [1], name, [1], WAIT_S)
+    assert len(driver.opened) == 1
+    transport.forget(peer.node_id)
+    assert not driver.opened
+    transport.connect(later)
+    transport.close()
+    assert not driver.opened
+    with pytest.raises(TransferError, match="closed"):
+        transport.connect(later)
+
+
+@pytest.mark.parametrize(("asked", "local"), [([12], [0]), ([-1], [0]), ([0], [12])])
+def test_blocks_that_nobody_has(
+    make_segment: MakeSegment, asked: list[int], local: list[int]
+) -> None:
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    _, theirs, _ = on_device(source.blocks)
+    driver, transport, name = on_device(ours.blocks)
+    peer = node_of(source, {"cuda_ipc": theirs.advertise()})
+    transport.connect(peer)
+    with pytest.raises(TransferError, match="range"):
+        read_now(transport, peer, asked, name, local, WAIT_S)
+    assert not driver.queued
+
+
+def test_a_handle_that_leads_elsewhere_is_not_used(make_segment: MakeSegment) -> None:
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    their_driver, theirs, _ = on_device(source.blocks)
+    driver, transport, _ = on_device(ours.blocks)
+    peer = node_of(source, {"cuda_ipc": theirs.advertise()})
+    their_driver.cards[0][3] ^= 1
+    with pytest.raises(TransferError, match="other memory"):
+        transport.connect(peer)
+    assert not driver.opened
+
+
+@pytest.mark.parametrize("told", ["", "§", "AAAA"])
+def test_an_address_that_is_none(make_segment: MakeSegment, told: str) -> None:
+    _, transport, _ = on_device(make_segment("decode-0").blocks)
+    with pytest.raises(TransferError) as raised:
+        transport.connect(node_of(make_segment("prefill-0"), {"cuda_ipc": told}))
+    assert raised.value.cause == "attach"
+
+
+def test_another_host_is_not_tried(make_segment: MakeSegment) -> None:
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    name = np.zeros_like(source.blocks)
+    pool = DevicePool(int(source.blocks.ctypes.data), name)
+    theirs = CudaIpcTransport(FakeDriver(), pool, "there")
+    driver, transport, _ = on_device(ours.blocks)
+    with pytest.raises(TransferError, match="another host"):
+        transport.connect(node_of(source, {"cuda_ipc": theirs.advertise()}))
+    assert not driver.opened
+
+
+def test_what_the_device_refuses_is_said(make_segment: MakeSegment) -> None:
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    _, theirs, _ = on_device(source.blocks)
+    driver, transport, name = on_device(ours.blocks)
+    peer: NodeInfo = node_of(source, {"cuda_ipc": theirs.advertise()})
+    driver.fails = "no peer access"
+    with pytest.raises(TransferError, match=r"attach: .*no peer access"):
+        transport.connect(peer)
+    driver.fails = ""
+    transport.connect(peer)
+    driver.fails = "an illegal address"
+    results: queue.SimpleQueue[Digests | TransferError] = queue.SimpleQueue()
+    transport.read(Read(peer, [1], name, [1], time.monotonic() + WAIT_S, results.put))
+    assert str(results.get_nowait()) == "device: an illegal address"
+
+
+def test_without_a_gpu_the_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "_NAMES", ("no-such-library.so",))
+    with pytest.raises(CudaError, match="libcudart"):
+        CudaDriver()
