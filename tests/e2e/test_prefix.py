@@ -6,7 +6,6 @@ from redis import Redis
 
 from e2e.client import Client
 from e2e.stack import Stack, until
-from slipstream.types import pack_tokens
 
 PREFIX = [(7919 * index) % 40_000 + 200 for index in range(960)]
 BLOCKS = len(PREFIX) // 16
@@ -27,13 +26,13 @@ async def test_a_prefix_is_found_wherever_it_is_and_outlives_its_first_holder(
     assert again.cached_tokens == len(PREFIX)
 
     # Who else is asked has it from one of those that hold it.
-    twin.kill_child(holder)
     epoch = twin.epochs()[holder]
+    twin.kill_child(holder)
     await asyncio.to_thread(until, lambda: twin.epochs().get(holder) != epoch, "its death is known")
-    fetched = _fetched(twin)
     afresh = await ask(question, max_tokens=8)
     assert afresh.cached_tokens == len(PREFIX)
-    assert _prefilled(twin, afresh.id) != DECODE and _fetched(twin) > fetched
+    assert _prefilled(twin, afresh.id) != DECODE
+    await asyncio.to_thread(until, lambda: _fetched(twin), "blocks from another holder")
     assert twin.answer_tokens(afresh.id) == twin.answer_tokens(again.id)
     assert afresh.text == again.text
     await asyncio.to_thread(twin.until_whole)
@@ -66,8 +65,18 @@ def _prefilled(stack: Stack, request_id: str) -> str:
     return stack.path(request_id).partition(">")[0]
 
 
-def _fetched(stack: Stack) -> float:
-    """Blocks that workers had from another holder, by their own account."""
-    loads = [fields["message"] for _, name, fields in stack.story("scheduler") if _is_load(name, fields)]
-    latest = {index: load["counters"].get("blocks_fetched_total", 0.0) for index, load in enumerate(loads)}
-    return max(latest.values(), default=0.0)
+def _fetched(stack: Stack) -> bool:
+    """Whether a worker says that it had blocks from another one."""
+    return any(stack.worker("blocks_fetched_total").values())
+
+
+def _until_indexed(stack: Stack, worker: str, count: int) -> None:
+    """The index in the private Redis knows so many blocks of this worker."""
+    with Redis(unix_socket_path=str(stack.run_dir / "redis.sock")) as redis:
+
+        def indexed() -> bool:
+            keys = list(redis.scan_iter(f"kvw:*:{worker}"))
+            fields = sum(len(field) == 16 for key in keys for field in redis.hkeys(key))
+            return fields >= count
+
+        until(indexed, f"{count} blocks of {worker} in the index")

@@ -107,6 +107,9 @@ def redis_child(layout: Layout) -> ChildSpec:
         "--appendonly": "no",
         "--maxmemory": "256mb",
         "--maxmemory-policy": "allkeys-lru",
+        # A worker is one large key: it must not hold up the others while it goes.
+        "--lazyfree-lazy-expire": "yes",
+        "--lazyfree-lazy-eviction": "yes",
         "--protected-mode": "yes",
         "--daemonize": "no",
         "--loglevel": "warning",

@@ -4,6 +4,7 @@ A tokenizer that is lost takes only its text state with it: another one gets the
 tokens that the client already has, under a higher attempt, and goes on from there.
 """
 
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -101,6 +102,7 @@ class FrontendMachine:
         self._requests: dict[RequestId, _Request] = {}
         self._calls: dict[str, _Call] = {}
         self._assigned: Counter[NodeId] = Counter()
+        self._turn = zlib.crc32(node.node_id.encode())
         self._epochs: dict[NodeId, Epoch] = {}
         """Of the sessions that are up."""
         self._scheduler_lost_s: float | None = None
@@ -241,7 +243,7 @@ class FrontendMachine:
             target = lost[0]  # only the session broke: it still has the stream
             self._counts["resyncs"] += 1
         else:
-            target = min(alive, key=lambda node_id: (self._assigned[node_id], node_id))
+            target = self._idlest(alive)
             if request.attempt:
                 self._counts["moves"] += 1
                 moves = request.attempt_seen // ATTEMPTS_PER_MOVE + 1
@@ -259,6 +261,14 @@ class FrontendMachine:
             timeout_s=max(0.0, left_s),
         )
         return [Send(target, submission)]
+
+    def _idlest(self, alive: list[NodeId]) -> NodeId:
+        """With the fewest streams of ours; of equals each in turn, or frontends with little to do
+        would all turn to the same."""
+        self._turn += 1
+        first = self._turn % len(alive)
+        in_turn = alive[first:] + alive[:first]
+        return min(in_turn, key=lambda node_id: self._assigned[node_id])
 
     def _release(self, request: _Request) -> NodeId:
         tokenizer, request.tokenizer = request.tokenizer, ""
@@ -341,7 +351,7 @@ class FrontendMachine:
         if len(self._calls) >= self.settings.max_codec_calls:
             text = f"{self.settings.max_codec_calls} calls are live; send the request again."
             return [self._refused_codec(call_id, ErrorCode.QUEUE_FULL, text)]
-        target = min(alive, key=lambda node_id: (self._assigned[node_id], node_id))
+        target = self._idlest(alive)
         self._calls[call_id] = _Call(target, now_s + self.settings.codec_timeout_s)
         codec = Codec(call_id=call_id, prompt=asked.prompt, tokens=asked.tokens)
         return [Send(target, codec)]

@@ -165,6 +165,25 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     offload_disk_bytes: OffloadDiskBytes = 0
     offload_dir: OffloadDir = ""
     offload_after_hits: OffloadAfterHits = 1
+    kv_events_endpoint: Annotated[
+        str,
+        Meta(
+            pattern=r"^((tcp|ipc)://.+)?$",
+            description="ZeroMQ address to publish vLLM's KV events at; tcp://*:5557 is bound, "
+            "tcp://host:5557 connected to; one for each worker; empty: none.",
+        ),
+    ] = ""
+    kv_events_replay_endpoint: Annotated[
+        str,
+        Meta(
+            pattern=r"^((tcp|ipc)://.+)?$",
+            description="ZeroMQ address to ask for past KV events; empty: none are kept.",
+        ),
+    ] = ""
+    kv_events_format: Annotated[
+        Literal["map", "array"],
+        Meta(description="map: as vLLM 0.32 writes events; array: as llm-d reads them."),
+    ] = "map"
 
     @property
     def offloads(self) -> bool:
@@ -179,6 +198,8 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.offload_disk_bytes and not self.offload_dir:
             raise ValueError("--offload-disk-bytes needs --offload-dir")
+        if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
+            raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 
 
 S = TypeVar("S", bound=ServiceConfig)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, blocks_for
+from slipstream.core.kv_events import KvEvents
 from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.types import BLOCK_TOKENS, BlockId, RequestId
 
@@ -17,9 +18,15 @@ from slipstream.types import BLOCK_TOKENS, BlockId, RequestId
 class Batcher:
     """Owns the order of jobs. At most one step is in flight."""
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, budget_tokens: int):
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        budget_tokens: int,
+        kv_events: KvEvents | None = None,
+    ):
         assert max_num_seqs >= 1 and budget_tokens >= BLOCK_TOKENS
-        self.pool = pool
+        self.pool, self.kv_events = pool, kv_events
         self.max_num_seqs, self.budget_tokens = max_num_seqs, budget_tokens
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
@@ -42,6 +49,8 @@ class Batcher:
     def add(self, job: Job) -> None:
         """A new job, to be prefilled here."""
         self.waiting.append(job)
+        if self.kv_events is not None:
+            self.kv_events.cached(job.tokens, job.hashes)  # what was fetched for it
 
     def add_computed(self, job: Job) -> None:
         """A job whose KV is here already, all but the last token's."""
@@ -124,6 +133,8 @@ class Batcher:
         hashes = job.full_hashes(job.num_computed)
         for index in range(first, end):
             self.pool.commit(job.block_ids[index], hashes[index], index)
+        if self.kv_events is not None:
+            self.kv_events.cached(job.tokens, hashes)
 
     def _end(self, job: Job, budget: int) -> int | None:
         """How far the job may get in this step; None if not at all."""

@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
+from slipstream.core.kv_events import KvEvent
 from slipstream.errors import Problem
 from slipstream.messages import AnyMessage, Prompt, TextDelta, Tokenize
 from slipstream.types import (
@@ -297,6 +298,12 @@ class LoadBlocks(_Record, frozen=True):
     local_blocks: tuple[BlockId, ...]
 
 
+class PublishKvEvents(_Record, frozen=True):
+    """Tell routers that are not ours, in order; nothing comes back."""
+
+    events: tuple[KvEvent, ...]
+
+
 class EncodePrompt(_Record, frozen=True):
     """Render and encode in a thread; ends as `Encoded`."""
 
@@ -386,6 +393,7 @@ Effect: TypeAlias = (
     | DigestBlocks
     | SaveBlocks
     | LoadBlocks
+    | PublishKvEvents
     | EncodePrompt
     | Deliver
     | DeliverCodec

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from slipstream.core.blocks import BlockPool, Named
-from slipstream.core.machine import BlockMove, Effect, Send
+from slipstream.core.kv_events import KvEvents
+from slipstream.core.machine import BlockMove, Effect, PublishKvEvents, Send
 from slipstream.core.membership import Membership
 from slipstream.messages import BlockEvents, Snapshot
 from slipstream.types import BlockHash, NodeId, Role
@@ -20,8 +21,9 @@ class IndexReporter:
     it. The pool tells by itself what is in it; of the tiers below, `moved` does.
     """
 
-    def __init__(self, pool: BlockPool, membership: Membership):
-        self.pool, self.membership = pool, membership
+    def __init__(self, pool: BlockPool, membership: Membership, kv_events: KvEvents | None = None):
+        """`kv_events`: hears of the same changes, for routers that are not ours."""
+        self.pool, self.membership, self.kv_events = pool, membership, kv_events
         self.target: NodeId | None = None
         self.seq = 0
         self.claims = self.claims_wrong = 0
@@ -39,6 +41,8 @@ class IndexReporter:
                 self._lower[move.block_hash] = move.position, move.tier
             if known or move.tier is not None:
                 self._touch(Named(move.block_hash, move.position))
+            if self.kv_events is not None:
+                self.kv_events.moved(move.block_hash, move.tier)
 
     def tier_of(self, block_hash: BlockHash) -> int | None:
         """Of the tiers below the pool the best that has it."""
@@ -65,7 +69,7 @@ class IndexReporter:
     def snapshot(self, to: NodeId) -> list[Effect]:
         if to != self.target:
             return []
-        self.pool.drain_changes()
+        self._drain()
         self._touched.clear()
         lower = [Named(block_hash, at) for block_hash, (at, _) in self._lower.items()]
         everything = [block.block_hash for block in (*self.pool.named(), *lower) if self._of(block)]
@@ -80,9 +84,13 @@ class IndexReporter:
         return [Send(to, snapshot)]
 
     def flush(self, now_s: float) -> list[Effect]:
-        """Changes since the last call, one message."""
-        for block in self.pool.drain_changes():
-            self._touch(block)
+        """Changes since the last call, one message for each who hears of them."""
+        self._drain()
+        events = self.kv_events.flush() if self.kv_events is not None else ()
+        published: list[Effect] = [PublishKvEvents(events)] if events else []
+        return published + self._told(now_s)
+
+    def _told(self, now_s: float) -> list[Effect]:
         target, stride = self._responsible(now_s), self.membership.index_stride
         if (target, stride) != (self.target, self._stride):
             self.target, self._stride = target, stride
@@ -100,6 +108,13 @@ class IndexReporter:
             lower=places,
         )
         return [Send(target, events)]
+
+    def _drain(self) -> None:
+        changes = self.pool.drain_changes()
+        if self.kv_events is not None:
+            self.kv_events.changed(changes)
+        for block in changes:
+            self._touch(block)
 
     def _places(self, hashes: Iterable[BlockHash]) -> dict[int, bytes]:
         """Best tier -> hashes, packed."""

@@ -14,6 +14,7 @@ from slipstream.core.batching import Batcher
 from slipstream.core.blocks import BlockPool
 from slipstream.core.exchange import Exchange
 from slipstream.core.job import Job, unfit
+from slipstream.core.kv_events import KvEvents
 from slipstream.core.load import Samples, gauges_of, load_of, load_with_samples
 from slipstream.core.machine import (
     BatchDone,
@@ -82,6 +83,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     offload_after_hits: int | None = None
     """None: there are no tiers below the pool."""
+    kv_events: bool = False
+    """Emit `PublishKvEvents`."""
 
 
 class WorkerMachine:
@@ -95,8 +98,9 @@ class WorkerMachine:
         self.pool = BlockPool(self.info.num_blocks, caching, hot_hits)
         # Preempted and failed hand-overs are computed here, even on a worker that does not prefill.
         budget_tokens = max(self.info.prefill_budget_tokens, BLOCK_TOKENS)
-        self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens)
-        self.reporter = IndexReporter(self.pool, self.membership)
+        kv_events = KvEvents(self.pool) if settings.kv_events else None
+        self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens, kv_events)
+        self.reporter = IndexReporter(self.pool, self.membership, kv_events)
         self.exchange = Exchange(
             self.pool, node, self.reporter, settings.lease_s, settings.pull_timeout_s
         )

@@ -17,11 +17,13 @@ from slipstream.core.machine import (
     Effect,
     Event,
     LoadBlocks,
+    PublishKvEvents,
     PullBlocks,
     RowOutput,
     RunBatch,
     SaveBlocks,
 )
+from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.offload import Offload
 from slipstream.engine.transfers import Transfers, one_line
 from slipstream.kv.choice import Transports
@@ -47,10 +49,12 @@ class WorkerExecutor:
         transports: Transports,
         directory: Callable[[], Mapping[NodeId, NodeInfo]],
         offload: Offload | None = None,
+        kv_events: KvEventPublisher | None = None,
     ):
-        """`blocks`: the runner's pool as bytes. `directory`: who is there now. `offload`: where the
-        machine's settings have tiers below the pool."""
-        self._runner, self._blocks, self._offload = runner, blocks, offload
+        """`blocks`: the runner's pool as bytes. `directory`: who is there now. `offload`,
+        `kv_events`: where the machine's settings have them."""
+        self._offload, self._kv_events = offload, kv_events
+        self._runner, self._blocks = runner, blocks
         self._transfers = Transfers(blocks, transports, directory)
         self._compute = ThreadPoolExecutor(1, "compute")
         self._post: Callable[[Event], None] = lambda event: None
@@ -71,6 +75,9 @@ class WorkerExecutor:
                 self._transfers.execute(effect)
             case SaveBlocks() | LoadBlocks() if self._offload is not None:
                 self._offload.execute(effect)
+            case PublishKvEvents(events):
+                assert self._kv_events is not None
+                self._kv_events.publish(events)
             case _:
                 raise TypeError(f"a worker does not execute {type(effect).__name__}")
 

@@ -13,6 +13,7 @@ from slipstream.config import ConfigError, StartError, WorkerConfig, format_byte
 from slipstream.core.job import blocks_for
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
+from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.model_config import ModelConfig, ModelError
 from slipstream.engine.offload import Offload
 from slipstream.engine.runner import Runner
@@ -79,9 +80,13 @@ def run_worker(config: WorkerConfig) -> int:
             shape = (plan.num_blocks, *plan.layout.block_shape)
             runner = Runner(config.model, plan.dtype, pool.view(shape), plan.threads)
             _announce(config, plan, transports)
+            kv_events = _kv_events(config, node)
+            if kv_events is not None:
+                stack.callback(kv_events.close)
             executor = WorkerExecutor(
                 *(runner, segment.blocks, transports, lambda: machine.membership.nodes),
                 offload=_offload(config, segment),
+                kv_events=kv_events,
             )
             return run_service(config, node, machine, executor)
     except ModelError as error:
@@ -236,6 +241,17 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
     )
 
 
+def _kv_events(config: WorkerConfig, node: NodeInfo) -> KvEventPublisher | None:
+    if not config.kv_events_endpoint:
+        return None
+    assert node.worker is not None
+    topic = f"kv@{node.node_id}@{node.worker.model}"  # as llm-d reads it
+    return KvEventPublisher(
+        *(config.kv_events_endpoint, config.kv_events_replay_endpoint, topic),
+        config.kv_events_format,
+    )
+
+
 def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
     return WorkerSettings(
         eos_token_ids=tuple(sorted(model.eos_token_ids)),
@@ -245,6 +261,7 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
         step_timeout_s=config.step_timeout_s,
         enable_prefix_caching=config.enable_prefix_caching,
         offload_after_hits=config.offload_after_hits if config.offloads else None,
+        kv_events=bool(config.kv_events_endpoint),
     )
 
 
