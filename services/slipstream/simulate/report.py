@@ -84,7 +84,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     read_failures: dict[str, int]
     """Of hand-overs and fetches, by cause."""
     imbalance: float
-    """Time in steps: the busiest worker over the mean, in the role where that is worst."""
+    """Time in steps, less what an empty step costs: the busiest worker over the mean, in the role
+    where that is worst."""
     workers: dict[str, WorkerSummary]
     events: int
     wall_s: float
@@ -155,8 +156,8 @@ def _worker(cluster: Cluster, name: str, elapsed_s: float) -> WorkerSummary:
 def _imbalance(cluster: Cluster) -> float:
     by_role: dict[str, list[float]] = {}
     for name in cluster.workers:
-        busy_s = cluster.world.processes[name].busy_s
-        by_role.setdefault(name.partition("-")[0], []).append(busy_s)
+        work_s = cluster.world.processes[name].work_s
+        by_role.setdefault(name.partition("-")[0], []).append(work_s)
     return max(max(times) * len(times) / max(sum(times), 1e-9) for times in by_role.values())
 
 

@@ -56,6 +56,8 @@ class Process:
         self.tier = tier
         self.busy_s = 0.0
         """Time in which its device computed."""
+        self.work_s = 0.0
+        """The same without what a step costs that does nothing."""
         self.prefill_tokens = self.decode_rows = 0
         self._way_out_s = self._way_in_s = 0.0
         """From when on no READ is on it."""
@@ -132,6 +134,7 @@ class Process:
         work = sample_of(plan.rows)
         elapsed_s = self.world.hardware.step.step_s(work)
         self.busy_s += elapsed_s
+        self.work_s += elapsed_s - self.world.hardware.step.base_s
         self.prefill_tokens += work.prefill_tokens
         self.decode_rows += work.decode_rows
         outputs = tuple(
