@@ -21,6 +21,8 @@ def a_run(**changes: object) -> Run:
         workers=2,
         prefill=0,
         hardware=HARDWARE,
+        host_cache_tokens=0,
+        offload_after_hits=1,
         limits=Limits(5.0, 0.05),
         timeout_s=600.0,
         max_requests=1024,

@@ -16,6 +16,12 @@ LAYOUTS = {
         "workers": 2,
         "hardware": msgspec.structs.replace(HARDWARE, kv_cache_tokens=110_000, max_num_seqs=8),
     },
+    "tiered": {
+        "workers": 2,
+        "hardware": msgspec.structs.replace(HARDWARE, kv_cache_tokens=110_000),
+        "host_cache_tokens": 150_000,
+        "offload_after_hits": 0,
+    },
 }
 
 
@@ -83,6 +89,21 @@ def test_a_cache_that_holds_one_prompt_hits_nothing_else() -> None:
         played(run, [THREE[0], request(20.0, 1024, 4, 7, 8), request(40.0, 1024, 4, 0, 1)]), 0.0
     )
     assert found.reusable_share > 0 and found.hit_blocks < 16
+
+
+def test_what_left_the_pool_comes_back_from_host_memory() -> None:
+    """The pool has 75 blocks; the second prompt leaves 10 of the first one's there."""
+    hardware = msgspec.structs.replace(HARDWARE, kv_cache_tokens=1200)
+    again = [THREE[0], request(20.0, 1024, 4, 7, 8), request(40.0, 1024, 4, 0, 1)]
+    for host_cache_tokens, loaded in ((0, 0), (1000, 0), (100_000, 53)):
+        run = a_run(
+            workers=1,
+            hardware=hardware,
+            host_cache_tokens=host_cache_tokens,
+            offload_after_hits=0,
+        )
+        found = summarize(played(run, again), 0.0)
+        assert (found.loaded_blocks, found.hit_blocks) == (loaded, 10 + loaded)
 
 
 def test_a_faster_worker_has_lower_latencies() -> None:

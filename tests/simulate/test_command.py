@@ -40,7 +40,11 @@ def test_a_trace_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     trace = tmp_path / "trace.jsonl"
     line = '{"timestamp": %d, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}\n'
     trace.write_text("".join(line % (3000 * n) for n in range(5)))
-    assert main(["simulate", "--trace", str(trace), "--workers", "1", "--requests", "3"]) == 0
+    out = tmp_path / "out.json"
+    words = ("--trace", str(trace), "--workers", "1", "--requests", "3", "--json", str(out))
+    assert main(["simulate", *words]) == 0
+    assert json.loads(out.read_text())["settings"]["trace"] == "trace.jsonl"
+    assert str(tmp_path) not in out.read_text()
     assert capsys.readouterr().err.startswith("3 requests, 1800 prompt tokens; 1 runs\n")
     trace.write_text(line % 0 + "{}\n")
     assert main(["simulate", "--trace", str(trace)]) == 3

@@ -118,6 +118,7 @@ def test_a_step_takes_what_the_model_says() -> None:
     ((at_s, done),) = heard(worker)
     assert isinstance(done, m.BatchDone)
     assert at_s == pytest.approx(expected_s) and worker.busy_s == pytest.approx(expected_s)
+    assert worker.work_s == pytest.approx(expected_s - step.base_s)
     assert done.step == 4 and done.digests.keys() == {3}
     assert done.outputs == (m.RowOutput("b", 2, (7,)),)
 

@@ -44,8 +44,7 @@ def run(config: SimulateConfig) -> int:
         )
     print(table(summaries))
     if config.json:
-        settings = msgspec.to_builtins(config) | {"hardware": msgspec.to_builtins(hardware)}
-        _write_json(config.json, {"settings": settings, "runs": summaries})
+        _write_json(config.json, {"settings": _settings(config, hardware), "runs": summaries})
     if config.plot:
         write_plot(config.plot, summaries, config)
     return 0
@@ -82,6 +81,8 @@ def _tasks(config: SimulateConfig, hardware: Hardware) -> list[Task]:
                 workers=config.workers,
                 prefill=config.prefill,
                 hardware=hardware,
+                host_cache_tokens=config.host_cache_tokens,
+                offload_after_hits=config.offload_after_hits,
                 limits=Limits(config.ttft_limit_s, config.itl_limit_s),
                 timeout_s=config.timeout_s,
                 max_requests=config.max_requests,
@@ -92,6 +93,15 @@ def _tasks(config: SimulateConfig, hardware: Hardware) -> list[Task]:
         )
         for policy, disaggregation, scale in choices
     ]
+
+
+def _settings(config: SimulateConfig, hardware: Hardware) -> dict[str, Any]:
+    """All that decided the numbers; of files the name, for their folders are nobody's business."""
+    settings: dict[str, Any] = msgspec.to_builtins(config)
+    del settings["json"], settings["plot"], settings["jobs"]
+    for name in ("trace", "step_model"):
+        settings[name] = Path(settings[name]).name
+    return settings | {"hardware": msgspec.to_builtins(hardware)}
 
 
 def _write_json(name: str, document: dict[str, Any]) -> None:

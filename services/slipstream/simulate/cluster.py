@@ -17,6 +17,7 @@ from slipstream.scheduler.policy import Disaggregation, Policy
 from slipstream.simulate.driver import Driver, Limits
 from slipstream.simulate.hardware import Hardware
 from slipstream.simulate.prompts import Prompts
+from slipstream.simulate.tier import HostTier
 from slipstream.simulate.trace import TraceRequest, scaled
 from slipstream.simulate.world import Process, World
 from slipstream.types import BLOCK_TOKENS, NodeId, Role
@@ -36,6 +37,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     prefill: int
     """Workers among them that only compute prompts; 0: all do both."""
     hardware: Hardware
+    host_cache_tokens: int
+    """Host memory of each worker for evicted blocks; 0: none."""
+    offload_after_hits: int
     limits: Limits
     timeout_s: float
     max_requests: int
@@ -88,7 +92,7 @@ class Cluster:
         ]
         self.driver = Driver(node, timed, prompts, run.limits, run.timeout_s)
         index = KvIndexMachine(_node("kvindex-0", Role.KVINDEX), KvIndexSettings())
-        self.workers = {info.node_id: _worker(info) for info in self._workers()}
+        self.workers = {info.node_id: self._worker(info) for info in self._workers()}
         machines: dict[NodeId, Machine] = {
             SCHEDULER: self.scheduler,
             "kvindex-0": index,
@@ -96,7 +100,8 @@ class Cluster:
             **self.workers,
         }
         self.processes = [
-            Process(self.world, node_id, machine) for node_id, machine in machines.items()
+            Process(self.world, node_id, machine, self._tier(node_id))
+            for node_id, machine in machines.items()
         ]
         self._introduce()
         drive = self.world.processes[node.node_id]
@@ -131,6 +136,17 @@ class Cluster:
                 if other is not process:
                     self.world.at(0.0, process.post, PeerUp(other.node_id, 1))
 
+    def _worker(self, info: NodeInfo) -> WorkerMachine:
+        run = self.settings
+        after_hits = run.offload_after_hits if run.host_cache_tokens else None
+        return WorkerMachine(info, WorkerSettings(offload_after_hits=after_hits))
+
+    def _tier(self, node_id: NodeId) -> HostTier | None:
+        run = self.settings
+        if node_id not in self.workers or not run.host_cache_tokens:
+            return None
+        return HostTier(run.hardware, run.host_cache_tokens // BLOCK_TOKENS)
+
     def _workers(self) -> list[NodeInfo]:
         run = self.settings
         infos = []
@@ -159,10 +175,6 @@ def _offer(hardware: Hardware, accept_decode: bool) -> WorkerInfo:
         accept_decode=accept_decode,
         transports={"simulated": ""},
     )
-
-
-def _worker(info: NodeInfo) -> WorkerMachine:
-    return WorkerMachine(info, WorkerSettings())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from slipstream.config import MaxRequests
+from slipstream.config import MaxRequests, OffloadAfterHits
 from slipstream.scheduler.policy import Disaggregation, Policy
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -58,6 +58,10 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     kv_cache_tokens: Annotated[
         int, Meta(ge=0, description="KV memory of each worker; 0: as --step-model says.")
     ] = 0
+    host_cache_tokens: Annotated[
+        int, Meta(ge=0, description="Host memory of each worker for what is evicted; 0: none.")
+    ] = 0
+    offload_after_hits: OffloadAfterHits = 1
     max_num_seqs: Annotated[
         int, Meta(ge=0, le=65_536, description="Requests in a step; 0: as --step-model says.")
     ] = 0

@@ -29,11 +29,18 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     read_latency_s: Annotated[float, Meta(ge=0)]
     read_bytes_per_s: Annotated[float, Meta(gt=0)]
     step: StepModel
+    host_bytes_per_s: Annotated[float, Meta(gt=0)] = 5e10
+    """To host memory and back."""
 
     def read_s(self, num_blocks: int) -> float:
         """How long one READ of so many blocks takes, if nothing else is on its way."""
         num_bytes = num_blocks * BLOCK_TOKENS * self.kv_bytes_per_token
         return self.read_latency_s + num_bytes / self.read_bytes_per_s
+
+    def host_s(self, num_blocks: int) -> float:
+        """How long a copy to host memory or back takes."""
+        num_bytes = num_blocks * BLOCK_TOKENS * self.kv_bytes_per_token
+        return self.read_latency_s + num_bytes / self.host_bytes_per_s
 
 
 def presets() -> list[str]:

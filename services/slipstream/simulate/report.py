@@ -68,6 +68,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Leading blocks of prompts that were in the pool of the worker that began to compute them,
     those included that it had fetched for it."""
     fetched_blocks: int
+    loaded_blocks: int
+    """From host memory."""
     query_blocks: int
     hit_share: float
     reusable_share: float
@@ -82,7 +84,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     read_failures: dict[str, int]
     """Of hand-overs and fetches, by cause."""
     imbalance: float
-    """Time in steps: the busiest worker over the mean, in the role where that is worst."""
+    """Time in steps, less what an empty step costs: the busiest worker over the mean, in the role
+    where that is worst."""
     workers: dict[str, WorkerSummary]
     events: int
     wall_s: float
@@ -122,6 +125,7 @@ def summarize(cluster: Cluster, wall_s: float) -> Summary:
         missed_itl=sum(stream.mean_itl_s > run.limits.itl_s for stream in done),
         hit_blocks=hit_blocks,
         fetched_blocks=sum(worker.exchange.fetcher.blocks_fetched for worker in workers),
+        loaded_blocks=sum(worker.exchange.tiers.blocks_loaded for worker in workers),
         query_blocks=query_blocks,
         hit_share=hit_blocks / max(1, query_blocks),
         reusable_share=reusable / max(1, query_blocks),
@@ -152,8 +156,8 @@ def _worker(cluster: Cluster, name: str, elapsed_s: float) -> WorkerSummary:
 def _imbalance(cluster: Cluster) -> float:
     by_role: dict[str, list[float]] = {}
     for name in cluster.workers:
-        busy_s = cluster.world.processes[name].busy_s
-        by_role.setdefault(name.partition("-")[0], []).append(busy_s)
+        work_s = cluster.world.processes[name].work_s
+        by_role.setdefault(name.partition("-")[0], []).append(work_s)
     return max(max(times) * len(times) / max(sum(times), 1e-9) for times in by_role.values())
 
 

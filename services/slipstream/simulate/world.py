@@ -12,6 +12,7 @@ from slipstream.core import machine as m
 from slipstream.core.step_model import sample_of
 from slipstream.kvindex.memory import MemoryStore
 from slipstream.simulate.hardware import Hardware
+from slipstream.simulate.tier import HostTier
 from slipstream.types import NodeId
 
 DIGEST = bytes(16)
@@ -48,10 +49,15 @@ class World:
 class Process:
     """One machine, and a shell that carries out its effects in simulated time."""
 
-    def __init__(self, world: World, node_id: NodeId, machine: m.Machine):
+    def __init__(
+        self, world: World, node_id: NodeId, machine: m.Machine, tier: HostTier | None = None
+    ):
         self.world, self.node_id, self.machine = world, node_id, machine
+        self.tier = tier
         self.busy_s = 0.0
         """Time in which its device computed."""
+        self.work_s = 0.0
+        """The same without what a step costs that does nothing."""
         self.prefill_tokens = self.decode_rows = 0
         self._way_out_s = self._way_in_s = 0.0
         """From when on no READ is on it."""
@@ -65,6 +71,8 @@ class Process:
             m.RunBatch: self._run_batch,
             m.PullBlocks: self._pull,
             m.DigestBlocks: self._digest,
+            m.SaveBlocks: self._save_blocks,
+            m.LoadBlocks: self._load_blocks,
             **dict.fromkeys(
                 (m.StoreApply, m.StoreReplace, m.StoreFind, m.StoreAlive, m.StoreForget),
                 self._store,
@@ -126,6 +134,7 @@ class Process:
         work = sample_of(plan.rows)
         elapsed_s = self.world.hardware.step.step_s(work)
         self.busy_s += elapsed_s
+        self.work_s += elapsed_s - self.world.hardware.step.base_s
         self.prefill_tokens += work.prefill_tokens
         self.decode_rows += work.decode_rows
         outputs = tuple(
@@ -150,6 +159,23 @@ class Process:
         digests = (DIGEST,) * len(effect.blocks)
         delay_s = DIGEST_BLOCK_S * len(digests)
         self._later(delay_s, m.BlocksDigested(effect.op_id, digests))
+
+    def _save_blocks(self, effect: m.SaveBlocks) -> None:
+        world, tier = self.world, self.tier
+        assert tier is not None
+        world.at(tier.down_s(len(effect.blocks), world.now_s), self._saved, effect, tier)
+
+    def _saved(self, effect: m.SaveBlocks, tier: HostTier) -> None:
+        self.post(m.BlocksSaved(effect.op_id))
+        self.post(m.BlocksMoved(tier.save(effect.blocks)))
+
+    def _load_blocks(self, effect: m.LoadBlocks) -> None:
+        world, tier = self.world, self.tier
+        assert tier is not None
+        count = tier.load(effect.block_hashes)
+        elapsed_s = tier.up_s(count, world.now_s) - world.now_s
+        done = m.PullDone(effect.pull_id, (DIGEST,) * count, transport="host", elapsed_s=elapsed_s)
+        self._later(elapsed_s, done)
 
     def _store(self, effect: m.Effect) -> None:
         done = self.world.store.apply(effect)
