@@ -40,7 +40,7 @@ class Decision(msgspec.Struct, kw_only=True, omit_defaults=True):
         """In short, as clients see it: said before the first token, so without what came of it."""
         parts = {
             "policy": self.policy,
-            "ttft_ms": f"{self.predicted_ttft_s * 1e3:.1f}",
+            "ttft_ms": f"{self.predicted_ttft_s * 1e3:.1f}" if self.predicted_ttft_s else None,
             "waited_ms": f"{self.waited_s * 1e3:.1f}",
             "claimed": self.claimed_tokens,
             "holder": self.holder,
@@ -92,6 +92,10 @@ class Decisions:
     def find(self, request_id: RequestId) -> Decision | None:
         found = self._of.get(request_id)
         return None if found is None else found[0]
+
+    def latest(self) -> list[tuple[Decision, float]]:
+        """With when each was made, oldest first."""
+        return list(self._of.values())
 
     def median_error(self) -> float:
         """Of the predicted time to the first token, relative to the actual one; 0 without any."""

@@ -54,6 +54,8 @@ class Process:
     ):
         self.world, self.node_id, self.machine = world, node_id, machine
         self.tier = tier
+        self.slower = 1.0
+        """How many times longer its steps take than the hardware's."""
         self.busy_s = 0.0
         """Time in which its device computed."""
         self.work_s = 0.0
@@ -132,9 +134,9 @@ class Process:
     def _run_batch(self, effect: m.RunBatch) -> None:
         plan, token = effect.plan, (self.world.generated_token,)
         work = sample_of(plan.rows)
-        elapsed_s = self.world.hardware.step.step_s(work)
+        elapsed_s = self.world.hardware.step.step_s(work) * self.slower
         self.busy_s += elapsed_s
-        self.work_s += elapsed_s - self.world.hardware.step.base_s
+        self.work_s += elapsed_s - self.world.hardware.step.base_s * self.slower
         self.prefill_tokens += work.prefill_tokens
         self.decode_rows += work.decode_rows
         outputs = tuple(

@@ -29,7 +29,7 @@ class Lender:
         last = row.sample
         end = blocks_for(job.num_computed)  # chunks end on block boundaries, all but the last
         blocks = job.block_ids[job.announced_blocks : end]
-        digests = [self._digest(job, block, done) for block in blocks]
+        digests = [self._digest(job, index, done) for index in range(job.announced_blocks, end)]
         lease_id = f"{job.request_id}/{job.attempt}"
         self.pool.take(blocks)
         self.table.grant(Lease(lease_id, job.request_id, job.attempt, job.handover), blocks)
@@ -129,13 +129,14 @@ class Lender:
         self.table.end(lease.lease_id)
         self.pool.release(lease.blocks)
 
-    def _digest(self, job: Job, block: int, done: BatchDone) -> bytes:
+    def _digest(self, job: Job, index: int, done: BatchDone) -> bytes:
+        """Of the job's block at `index`; of a full one it is known from then on."""
+        block = job.block_ids[index]
         known = self.pool.digests[block]
         if known is not None:
             return known
         digest = done.digests[block]
-        full = (job.block_ids.index(block) + 1) * BLOCK_TOKENS <= job.num_computed
-        if full:
+        if (index + 1) * BLOCK_TOKENS <= job.num_computed:
             self.pool.digests[block] = digest
         return digest
 

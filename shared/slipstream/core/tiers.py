@@ -6,15 +6,16 @@ what is here is what it said last, and a load may find less.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 from slipstream.core.blocks import BlockPool
 from slipstream.core.machine import BlockMove, Effect, SaveBlocks, SavedBlock
 from slipstream.core.reporter import IndexReporter
 from slipstream.types import BlockHash, BlockId
 
-SAVING_MAX = 256
-"""Blocks being copied at a time; more stay where they are, and are saved at another hit."""
+SHARE = 8
+"""At most one in so many blocks of the pool is copied at a time; others wait, and may be evicted
+before their turn."""
+BATCH = 16
 
 
 class Tiers:
@@ -24,6 +25,7 @@ class Tiers:
     def __init__(self, pool: BlockPool, reporter: IndexReporter):
         self.pool, self.reporter = pool, reporter
         self.saving: dict[str, list[BlockId]] = {}
+        self._wanted: dict[BlockId, None] = {}
         self.blocks_loaded = 0
         self._ops = 0
 
@@ -37,23 +39,31 @@ class Tiers:
         return there
 
     def flush(self) -> list[Effect]:
-        """Copy down what became worth it since the last call."""
-        wanted = []
-        room = SAVING_MAX - sum(map(len, self.saving.values()))
-        busy = set(chain.from_iterable(self.saving.values()))
-        for block in dict.fromkeys(self.pool.drain_hot()[: max(0, room)]):
+        """Copy down what is worth it, as far as there is room for it on the way."""
+        self._wanted |= dict.fromkeys(self.pool.drain_hot())
+        effects: list[Effect] = []
+        busy = sum(map(len, self.saving.values()))
+        most = max(BATCH, self.pool.num_blocks // SHARE)
+        while self._wanted and busy < most:
+            batch = self._next(min(BATCH, most - busy))
+            if batch:
+                self._ops += 1
+                op_id = f"save/{self._ops}"
+                self.saving[op_id] = [saved.block for saved in batch]
+                self.pool.take(self.saving[op_id])
+                busy += len(batch)
+                effects.append(SaveBlocks(op_id, tuple(batch)))
+        return effects
+
+    def _next(self, count: int) -> list[SavedBlock]:
+        """Of those wanted the first ones that are still there and not below already."""
+        batch = []
+        for block in list(self._wanted)[:count]:
+            del self._wanted[block]
             named = self.pool.name_of(block)
-            if named is None or block in busy:
-                continue
-            if self.reporter.tier_of(named.block_hash) is None:
-                wanted.append(SavedBlock(block, *named, self.pool.digests[block]))
-        if not wanted:
-            return []
-        self._ops += 1
-        op_id = f"save/{self._ops}"
-        blocks = self.saving[op_id] = [saved.block for saved in wanted]
-        self.pool.take(blocks)
-        return [SaveBlocks(op_id, tuple(wanted))]
+            if named is not None and self.reporter.tier_of(named.block_hash) is None:
+                batch.append(SavedBlock(block, *named, self.pool.digests[block]))
+        return batch
 
     def saved(self, op_id: str) -> None:
         """Nobody reads these blocks any more."""

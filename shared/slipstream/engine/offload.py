@@ -23,6 +23,9 @@ from slipstream.kv.tier import Moved, TierStore
 _LOG = logging.getLogger(__name__)
 NAME = "tier"
 """As a transport, in samples and counters."""
+SAVE_TIMEOUT_S = 2.0
+"""Longest wait for a disk that is behind: meanwhile the pool's blocks are held."""
+ROOM_PERIOD_S = 0.002
 
 
 class Offload:
@@ -40,7 +43,7 @@ class Offload:
         """`blocks`: the pool as bytes. StartError: the folder cannot be used."""
         self._blocks = blocks
         self._post: Callable[[Event], None] = lambda event: None
-        self._started = threading.Event()
+        self._started, self._closing = threading.Event(), threading.Event()
         self.store = TierStore(
             folder, host_bytes, disk_bytes, blocks.shape[1], kv_layout_id, self._tell
         )
@@ -59,18 +62,22 @@ class Offload:
     def close(self) -> None:
         """Waits for what is under way."""
         self._started.set()
+        self._closing.set()
         self._thread.shutdown(cancel_futures=True)
         self.store.close()
 
     def _save(self, effect: SaveBlocks) -> None:
+        deadline_s = time.monotonic() + SAVE_TIMEOUT_S
         try:
             for saved in effect.blocks:
                 named = Named(saved.block_hash, saved.position)
-                if not self.store.save(named, self._blocks[saved.block], saved.digest):
-                    break  # the disk is behind: the rest may come again, if it is hit again
+                while not self.store.save(named, self._blocks[saved.block], saved.digest):
+                    if self._closing.wait(ROOM_PERIOD_S) or time.monotonic() > deadline_s:
+                        return  # the rest may come again, if it is hit again
         except Exception:  # noqa: BLE001 its blocks would be held for ever
             _LOG.exception("saving KV blocks failed")
-        self._post(BlocksSaved(effect.op_id))
+        finally:
+            self._post(BlocksSaved(effect.op_id))
 
     def _load(self, effect: LoadBlocks) -> None:
         began_s = time.monotonic()
