@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,9 @@ def joined() -> Iterator[Joined]:
         _ip("-n", pair.name, "link", "set", "lo", "up")
         yield pair
     finally:
-        _ip("netns", "del", pair.name)  # the pair goes with it
+        with suppress(subprocess.CalledProcessError):  # if it was never made
+            _ip("link", "del", pair.interface)  # now; with its namespace it would go some time
+        _ip("netns", "del", pair.name)
 
 
 def _ip(*words: str) -> None:

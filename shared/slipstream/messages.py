@@ -56,6 +56,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prefill_budget_tokens: Count
     """Prompt tokens a step may compute; 0: does not prefill."""
     accept_decode: bool
+    shifted: bool = False
+    """`accept_decode` is not what the worker's settings say."""
     transports: dict[str, str] = {}
     """Transport name -> how a peer attaches (a segment, an address)."""
     device: str = ""
@@ -444,6 +446,13 @@ class Drop(Message, kw_only=True, frozen=True):
     attempt: int
 
 
+class ShiftRole(Message, kw_only=True, frozen=True):
+    """Scheduler -> worker: take streams from now on, or no new ones. What runs goes on. The worker
+    answers with `Hello`."""
+
+    accept_decode: bool
+
+
 class KvReady(Message, kw_only=True, frozen=True):
     """Prefill -> decode: these blocks are in memory and stay put while the lease lives."""
 
@@ -535,6 +544,7 @@ WorkerInbox: TypeAlias = (
     | Prefill
     | Decode
     | Drop
+    | ShiftRole
     | KvReady
     | Borrow
     | Lent

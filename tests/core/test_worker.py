@@ -27,9 +27,11 @@ from slipstream.messages import (
     Drop,
     Finished,
     FirstToken,
+    Hello,
     Peers,
     Prefill,
     Resend,
+    ShiftRole,
     Snapshot,
     SnapshotRequest,
     StreamAck,
@@ -260,3 +262,20 @@ def test_a_full_pool_preempts_and_every_answer_is_right() -> None:
 def test_an_idle_worker_leaves_at_once(worker: Worker) -> None:
     worker.handle(m.Drain())
     assert worker.exits
+
+
+def test_a_shift_of_role_leaves_what_runs() -> None:
+    worker = Worker("prefill-0", accept_decode=False)
+    worker.hear(prefill(prompt=PROMPT, max_tokens=3))
+    worker.hear(ShiftRole(accept_decode=True))
+    (said,) = worker.to(SCHEDULER)
+    assert isinstance(said, Hello) and said.node.worker is not None
+    assert said.node.worker.accept_decode and said.node.worker.shifted
+    assert [live.request_id for live in said.live] == ["r"]
+    worker.hear(ShiftRole(accept_decode=True))
+    assert worker.to(SCHEDULER) == [], "said before"
+    worker.hear(ShiftRole(accept_decode=False))
+    (said,) = worker.to(SCHEDULER)
+    assert isinstance(said, Hello) and said.node.worker is not None
+    assert not said.node.worker.shifted, "home again"
+    assert worker.machine.jobs

@@ -1,6 +1,7 @@
 """READs from a process of its own that is killed, stopped, restarted or whose bytes change."""
 
 import functools
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -140,7 +141,10 @@ def test_a_peer_that_hangs_in_mid_read_writes_nothing_later_and_may_come_back(
     transport.connect(probe.info)
     stop = functools.partial(probe.process.send_signal, signal.SIGSTOP)
     cause = read_through(stop, transport, probe.info, ours)
-    assert cause in ("", "timeout")  # where one side alone can copy, nobody is missed
+    if os.environ.get("UCX_TLS") == "tcp" or transport.name == "bus":
+        assert cause == "timeout"
+    else:  # one side alone can copy, and nobody is missed; UCX may not be allowed to
+        assert not cause or (transport.name, cause) == ("nixl", "timeout")
     left = ours.blocks.copy()
     probe.process.send_signal(signal.SIGCONT)
     other = np.zeros_like(left)

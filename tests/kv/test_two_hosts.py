@@ -1,19 +1,18 @@
 """READs between two network namespaces: what comes goes over the wire, and is right."""
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kv.across import read_all
 from kv.conftest import child_environment
 from netns import Joined, joined, refusal
-from slipstream.kv.bus import bus_address
 from slipstream.kv.digest import block_digests
-from slipstream.kv.offers import Pool, offer
-from slipstream.kv.probe import LAYOUT, Probe, ProbePool, block_bytes_of
-from slipstream.kv.segment import SegmentHeader, create_segment
-from slipstream.kv.transport import read_now
+from slipstream.kv.probe import Probe, ProbePool, block_bytes_of
 
 WAIT_S = 60.0
 NUM_BLOCKS, BLOCK_BYTES = 32, 360 << 10
@@ -32,23 +31,16 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Joined]:
 
 @pytest.mark.parametrize("kind", ["nixl", "bus"])
 def test_blocks_cross_from_one_host_to_the_other(link: Joined, tmp_path: Path, kind: str) -> None:
-    header = SegmentHeader(
-        kv_layout_id=LAYOUT, epoch=9, num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES
-    )
-    ours = create_segment(tmp_path / "ours", header)
     pool = ProbePool(tmp_path, "p", NUM_BLOCKS, BLOCK_BYTES)
     environ = child_environment() | {"UCX_NET_DEVICES": link.there}
     probe = Probe(pool, kind, f"tcp://{link.theirs}:1", link.wrap, environ)
-    bind = bus_address(f"tcp://{link.ours}:1", str(tmp_path), "d")
-    ((transport,), _) = offer(kind, Pool(ours, "d", bind, ""))
     try:
-        transport.connect(probe.info)
-        read = read_now(transport, probe.info, ROWS, ours.blocks, ROWS, WAIT_S)
-        expected = np.concatenate([block_bytes_of(block, BLOCK_BYTES) for block in ROWS])
-        assert (ours.blocks == expected).all()
-        assert read == block_digests(expected, ROWS)
-        assert link.received_bytes > ours.blocks.nbytes
+        with ProcessPoolExecutor(1, get_context("spawn")) as reader:
+            work = reader.submit(read_all, probe.info, kind, link.ours, str(tmp_path))
+            read, same = work.result(WAIT_S)
     finally:
-        transport.close()
         probe.stop()
-        ours.close()
+    assert same == [True] * NUM_BLOCKS
+    drawn = [block_bytes_of(block, BLOCK_BYTES) for block in ROWS]
+    assert read == block_digests(np.concatenate(drawn), ROWS)
+    assert link.received_bytes > NUM_BLOCKS * BLOCK_BYTES

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from itertools import permutations
 
+import msgspec
 import pytest
 
 from scheduler.rig import node
@@ -28,7 +29,8 @@ def view(
     known = node(node_id, **info)
     assert known.worker is not None
     made = WorkerView(known, known.worker, StepPrices())
-    made.worker = known.worker.__class__(**{**_fields(known.worker), "device": device})
+    made.worker = msgspec.structs.replace(known.worker, device=device)
+    made.__post_init__()
     for number in range(max(held, streams, int(queued > 0))):
         made.give(f"{node_id}/{number}", blocks if number == 0 else 0)
     for number in range(streams):
@@ -36,10 +38,6 @@ def view(
     if queued:
         made.give_prompt(f"{node_id}/0", Prompt(0, queued), 0.0)
     return made
-
-
-def _fields(info: object) -> dict[str, object]:
-    return {name: getattr(info, name) for name in info.__struct_fields__}  # type: ignore[attr-defined]
 
 
 def demand(num_tokens: int = 100, **hints: int) -> Demand:

@@ -50,27 +50,31 @@ class Market:
         self.transfers, self.now_s = transfers, now_s
         self.holder, self.held_blocks = _holder(demand, views)
         self._streams_beside = _streams_by_device(views)
+        self._quotes: dict[NodeId, Quote] = {}
 
     def quote(self, view: WorkerView) -> Quote:
+        known = self._quotes.get(view.node_id)
+        if known is None:
+            known = self._quotes[view.node_id] = self._quote(view)
+        return known
+
+    def _quote(self, view: WorkerView) -> Quote:
         demand, prices = self.demand, view.prices
         own = demand.cached_blocks(view.node_id)
-        prompt = demand.prompt(own)
-        compute_s = prices.prompt_s(prompt.cached_tokens, prompt.tokens)
-        wait_s, fetch_blocks = 0.0, 0
+        tokens, wait_s, fetch_blocks = demand.num_tokens - own * BLOCK_TOKENS, 0.0, 0
+        compute_s = prices.prompt_s(own * BLOCK_TOKENS, tokens)
         if self.holder is not None and self.held_blocks > own:
-            rest = demand.prompt(self.held_blocks)
-            rest_s = prices.prompt_s(rest.cached_tokens, rest.tokens)
-            missing = self.held_blocks - own
-            read_s = self.transfers.read_s(view.node_id, self.holder, missing)
+            rest = demand.num_tokens - self.held_blocks * BLOCK_TOKENS
+            rest_s = prices.prompt_s(self.held_blocks * BLOCK_TOKENS, rest)
+            read_s = self.transfers.read_s(view.node_id, self.holder, self.held_blocks - own)
             if read_s + rest_s < compute_s:
-                prompt, compute_s, wait_s = rest, rest_s, read_s
+                tokens, compute_s, wait_s = rest, rest_s, read_s
                 fetch_blocks = self.held_blocks
-        steps_s = view.chunks(prompt.tokens) * view.step_s()
         # Blocks are fetched while what came before is computed.
-        first_s = max(wait_s, view.backlog_s(self.now_s)) + compute_s + steps_s
-        beside = self._streams_beside.get(_device(view), 0)
-        price_s = first_s + DELAY_WEIGHT * beside * compute_s
-        return Quote(view, first_s, price_s, fetch_blocks)
+        first_s = max(wait_s, view.backlog_s(self.now_s)) + compute_s
+        first_s += view.chunks(tokens) * view.step_s()
+        beside = self._streams_beside[view.device]
+        return Quote(view, first_s, first_s + DELAY_WEIGHT * beside * compute_s, fetch_blocks)
 
     def stream_s(self, view: WorkerView) -> float:
         """What a stream pays for decoding there."""
@@ -85,48 +89,56 @@ class Market:
         chunk = max(1, source.worker.prefill_budget_tokens // BLOCK_TOKENS)
         return self.transfers.read_s(target.node_id, source.node_id, min(missing, chunk))
 
-    def best(self, views: Sequence[WorkerView], prices: Sequence[float]) -> int:
-        """Index of the least price; among equals, who has least to do, then as the name falls."""
-        limit = min(prices) * (1.0 + TIE)
-        near = [index for index, price in enumerate(prices) if price <= limit]
-        if len(near) == 1:
-            return near[0]
-        name = zlib.crc32(self.demand.request_id.encode())
-        return min(
-            near, key=lambda i: (len(views[i].held), zlib.crc32(views[i].node_id.encode(), name))
-        )
-
     def alone(self, hosts: Sequence[WorkerView]) -> tuple[float, Placement] | None:
         """The cheapest worker that does both, and its price."""
         if not hosts:
             return None
-        quotes = [self.quote(view) for view in hosts]
-        prices = [q.price_s + self.stream_s(q.view) for q in quotes]
-        index = self.best(hosts, prices)
-        return prices[index], self._placement(quotes[index], None)
+        priced = [(self.quote(view).price_s + self.stream_s(view), view) for view in hosts]
+        price_s, view = self._best(priced)
+        return price_s, self._placement(self.quote(view), None)
 
     def apart(
         self, sources: Sequence[WorkerView], hosts: Sequence[WorkerView]
     ) -> tuple[float, Placement] | None:
         """The cheapest pair, and its price."""
-        quotes = [self.quote(view) for view in sources]
-        ranked = [quotes[i] for i in _least(2, [q.price_s for q in quotes])]
+        offers = sorted((self.stream_s(view), index) for index, view in enumerate(hosts))
+        quotes = sorted(map(self.quote, sources), key=lambda quote: quote.price_s)
         best: tuple[float, Placement] | None = None
-        for quote in ranked:
+        # The second one counts where the first is also the best to decode.
+        for quote in quotes[:2]:
             source = quote.view
-            others = [
-                view
-                for view in hosts
-                if view is not source and view.worker.kv_layout_id == source.worker.kv_layout_id
-            ]
-            if not others:
-                continue
-            prices = [self.stream_s(view) + self.handover_s(source, view) for view in others]
-            index = self.best(others, prices)
-            price = quote.price_s + prices[index]
-            if best is None or price < best[0]:
-                best = price, self._placement(quote, others[index].node_id)
+            found = self._cheapest(source, [(price, hosts[index]) for price, index in offers])
+            if found is not None and (best is None or quote.price_s + found[0] < best[0]):
+                placement = self._placement(quote, found[1].node_id)
+                best = quote.price_s + found[0], placement
         return best
+
+    def _cheapest(
+        self, source: WorkerView, offers: Sequence[tuple[float, WorkerView]]
+    ) -> tuple[float, WorkerView] | None:
+        """Of those who could decode, cheapest steps first: with the transfer, who is it?"""
+        layout = source.worker.kv_layout_id
+        priced: list[tuple[float, WorkerView]] = []
+        limit = float("inf")
+        for stream_s, view in offers:
+            if stream_s > limit:
+                break  # and all that follow, whatever their transfer costs
+            if view is not source and view.worker.kv_layout_id == layout:
+                price_s = stream_s + self.handover_s(source, view)
+                limit = min(limit, price_s * (1.0 + TIE))
+                priced.append((price_s, view))
+        return self._best(priced) if priced else None
+
+    def _best(self, priced: Sequence[tuple[float, WorkerView]]) -> tuple[float, WorkerView]:
+        """The least price; among equals, who has least to do, then as the name falls."""
+        limit = min(price for price, _ in priced) * (1.0 + TIE)
+        near = [each for each in priced if each[0] <= limit]
+        if len(near) == 1:
+            return near[0]
+        name = zlib.crc32(self.demand.request_id.encode())
+        return min(
+            near, key=lambda each: (len(each[1].held), zlib.crc32(each[1].node_id.encode(), name))
+        )
 
     def _placement(self, quote: Quote, decode: NodeId | None) -> Placement:
         node_id = quote.view.node_id
@@ -141,23 +153,16 @@ class Market:
 
 def _holder(demand: Demand, views: Sequence[WorkerView]) -> tuple[NodeId | None, int]:
     """Who is said to have most of the prompt; among equals, who has least to do."""
-    best = max(views, key=lambda v: (demand.cached_blocks(v.node_id), -len(v.held)), default=None)
-    blocks = 0 if best is None else demand.cached_blocks(best.node_id)
-    return (best.node_id, blocks) if best is not None and blocks else (None, 0)
-
-
-def _device(view: WorkerView) -> tuple[str, str]:
-    """Who names the same competes for it."""
-    return (view.node.host, view.worker.device) if view.worker.device else (view.node_id, "")
+    holders = [view for view in views if view.node_id in demand.hints]
+    if not holders:
+        return None, 0
+    best = max(holders, key=lambda v: (demand.cached_blocks(v.node_id), -len(v.held)))
+    blocks = demand.cached_blocks(best.node_id)
+    return (best.node_id, blocks) if blocks else (None, 0)
 
 
 def _streams_by_device(views: Sequence[WorkerView]) -> dict[tuple[str, str], int]:
     found: dict[tuple[str, str], int] = {}
     for view in views:
-        device = _device(view)
-        found[device] = found.get(device, 0) + len(view.streams)
+        found[view.device] = found.get(view.device, 0) + len(view.streams)
     return found
-
-
-def _least(count: int, prices: Sequence[float]) -> list[int]:
-    return sorted(range(len(prices)), key=prices.__getitem__)[:count]

@@ -19,7 +19,8 @@ class Demand:
 
     def cached_blocks(self, node_id: NodeId) -> int:
         """Those of use: the last token is computed in any case, for its logits."""
-        return min(self.hints.get(node_id, 0), (self.num_tokens - 1) // BLOCK_TOKENS)
+        known = self.hints.get(node_id, 0)
+        return min(known, (self.num_tokens - 1) // BLOCK_TOKENS) if known else 0
 
     def prompt(self, cached_blocks: int) -> Prompt:
         cached = cached_blocks * BLOCK_TOKENS

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from slipstream.core.machine import Effect, Send
-from slipstream.messages import Decode, Prefill
+from slipstream.messages import Decode, Prefill, ShiftRole
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
 from slipstream.scheduler.fleet import Fleet
@@ -13,6 +13,7 @@ from slipstream.scheduler.ledger import Ledger
 from slipstream.scheduler.policy import Rules, place
 from slipstream.scheduler.prices import TransferPrices
 from slipstream.scheduler.request import Request, State
+from slipstream.scheduler.roles import Roles
 from slipstream.types import NodeId, RequestId
 
 
@@ -24,6 +25,7 @@ class Dispatcher:
         self.ledger = Ledger()
         self.transfers = TransferPrices()
         self.decisions = Decisions()
+        self.roles = Roles()
         self.queue: OrderedDict[RequestId, Request] = OrderedDict()
         self.placed: Counter[str] = Counter()
 
@@ -55,6 +57,15 @@ class Dispatcher:
                 break
             effects += self._assign(request, demand, placement, now_s)
         return effects
+
+    def shift_roles(self, now_s: float) -> list[Effect]:
+        """To be called about once a second. With fixed roles there is nothing to shift."""
+        if self.rules.disaggregation != "auto":
+            return []
+        shift = self.roles.shift(list(self.ledger.views.values()), len(self.queue), now_s)
+        if shift is None:
+            return []
+        return [Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))]
 
     # --- The account ------------------------------------------------------------------------------
 

@@ -40,10 +40,17 @@ class WorkerView:
     context_tokens: int = 0
     since_s: float = 0.0
     """When the first of `prompts` began, as far as we know."""
+    node_id: NodeId = field(init=False)
+    device: tuple[str, str] = field(init=False)
+    """Workers of one host that name the same compete for it."""
 
-    @property
-    def node_id(self) -> NodeId:
-        return self.node.node_id
+    known_costs: tuple[tuple[float, ...], tuple[float, float, float]] | None = None
+    """The prices of the last look, and what it found."""
+
+    def __post_init__(self) -> None:
+        self.node_id = self.node.node_id
+        named = self.worker.device
+        self.device = (self.node.host, named) if named else (self.node_id, "")
 
     @property
     def prefills(self) -> bool:
@@ -66,8 +73,10 @@ class WorkerView:
         self.prompts[request_id] = prompt
         self.prompt_tokens += prompt.tokens
         self.prompt_pairs += prefill_pairs(prompt.cached_tokens, prompt.tokens)
+        self.known_costs = None
 
     def give_stream(self, request_id: RequestId, context_tokens: int) -> None:
+        self.known_costs = None
         self.streams[request_id] = context_tokens
         self.context_tokens += context_tokens
 
@@ -78,16 +87,18 @@ class WorkerView:
             self.since_s = now_s
             self.prompt_tokens -= prompt.tokens
             self.prompt_pairs -= prefill_pairs(prompt.cached_tokens, prompt.tokens)
+            self.known_costs = None
 
     def take_back(self, request_id: RequestId, now_s: float) -> None:
         """Everything that it had of the request."""
         self.computed(request_id, now_s)
         self.blocks -= self.held.pop(request_id, 0)
         self.context_tokens -= self.streams.pop(request_id, 0)
+        self.known_costs = None
 
     def step_s(self) -> float:
         """A decode step of what runs here."""
-        return self.prices.step_s(len(self.streams), self.context_tokens)
+        return self._costs()[0]
 
     def chunks(self, tokens: int) -> int:
         """Steps that a prompt of so many tokens takes."""
@@ -97,13 +108,23 @@ class WorkerView:
         """Until all prompts that wait here are computed."""
         if not self.prompts:
             return 0.0
-        prices = self.prices
-        work_s = prices.token_s * self.prompt_tokens + prices.pair_s * self.prompt_pairs
-        work_s += self.chunks(self.prompt_tokens) * self.step_s()
-        first = next(iter(self.prompts.values()))
-        first_s = prices.prompt_s(first.cached_tokens, first.tokens) + self.step_s()
+        _, work_s, first_s = self._costs()
         # What has been done of the first one; the last bit is done when we hear of it.
         return work_s - min(max(0.0, now_s - self.since_s), 0.9 * first_s)
+
+    def _costs(self) -> tuple[float, float, float]:
+        """Seconds of a step, of all prompts, of the first one. Each request looks at each worker,
+        and few of them have changed since the last one did."""
+        prices = self.prices
+        if self.known_costs is not None and self.known_costs[0] is prices.terms:
+            return self.known_costs[1]
+        step_s = prices.step_s(len(self.streams), self.context_tokens)
+        work_s = prices.token_s * self.prompt_tokens + prices.pair_s * self.prompt_pairs
+        work_s += self.chunks(self.prompt_tokens) * step_s
+        first = next(iter(self.prompts.values()), None)
+        first_s = 0.0 if first is None else prices.prompt_s(first.cached_tokens, first.tokens)
+        self.known_costs = prices.terms, (step_s, work_s, first_s + step_s)
+        return self.known_costs[1]
 
     def check(self, held: Mapping[RequestId, int]) -> None:
         """`held`: what requests say that they have here, in blocks."""
@@ -112,6 +133,8 @@ class WorkerView:
         assert self.blocks == sum(held.values())
         assert self.prompt_tokens == sum(prompt.tokens for prompt in self.prompts.values())
         assert self.context_tokens == sum(self.streams.values())
+        costs, self.known_costs = self._costs(), None
+        assert costs == self._costs()
 
 
 class Ledger:
@@ -131,6 +154,7 @@ class Ledger:
             if view is None or view.node.epoch != node.epoch:
                 view = WorkerView(node, node.worker, self._price_of(node))
             view.node, view.worker, view.taking = node, node.worker, node.node_id in taking
+            view.known_costs = None
             self.views[node.node_id] = view
 
     def taking(self) -> list[WorkerView]:

@@ -90,6 +90,7 @@ class SchedulerMachine:
             **{f"requests_{name}_total": count for name, count in self.counters.items()},
             **{f"requests_placed_{name}_total": n for name, n in self.dispatcher.placed.items()},
             "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
+            "role_shifts_total": self.dispatcher.roles.shifts,
             "nodes": len(self.fleet.nodes),
         }
 
@@ -392,4 +393,5 @@ class SchedulerMachine:
             gauges = {self.node.node_id: self.statistics(), **self.fleet.gauges()}
             load = ClusterLoad(gauges=gauges)
             effects += [Send(node, load) for node in self.fleet.of_role(Role.FRONTEND)]
+            effects += self.dispatcher.shift_roles(now_s)
         return effects

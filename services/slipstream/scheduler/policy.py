@@ -41,19 +41,18 @@ def place(
     have none, and do as with `always`.
     """
     taking = [view for view in views if view.taking]
-    hosts = [view for view in taking if view.worker.accept_decode]
-    room = {view.node_id for view in taking if view.admits(demand.num_blocks)}
-    alone = [view for view in hosts if view.prefills and view.node_id in room]
-    free = [view for view in hosts if view.node_id in room]
+    room = [view for view in taking if view.admits(demand.num_blocks)]
+    free = [view for view in room if view.worker.accept_decode]
+    alone = [view for view in free if view.prefills]
     if rules.policy == "cost":
         market = Market(demand, views, transfers, now_s)
         if rules.disaggregation == "auto":
-            sources = [v for v in taking if v.prefills and v.node_id in room]
+            sources = [view for view in room if view.prefills]
             return _cheaper(market.alone(alone), market.apart(sources, free))
     if rules.disaggregation != "never":
-        partners = [view for view in taking if _is_partner(view, hosts)]
-        if partners:
-            sources = [view for view in partners if view.node_id in room]
+        hosts = [view for view in taking if view.worker.accept_decode]
+        if any(_is_partner(view, hosts) for view in taking):
+            sources = [view for view in room if _is_partner(view, hosts)]
             if rules.policy == "cost":
                 return _cheaper(None, market.apart(sources, free))
             return _pair(sources, free, _order(rules.policy, demand, turn))

@@ -37,6 +37,8 @@ TYPICAL = StepModel(
 """Of a worker that has measured nothing, and knows nobody who has. Its first report mends it."""
 TYPICAL_TRANSFER = (1e-3, 5e-5)
 """Seconds of a READ, and of each block in it."""
+USUAL_BLOCKS = 32
+"""A chunk: of several transports the best is the one that is best at this."""
 
 
 class Fit:
@@ -128,8 +130,7 @@ class StepPrices:
 
     def prompt_s(self, cached_tokens: int, tokens: int) -> float:
         """Of the tokens alone, without the steps that they are spread over."""
-        pairs = prefill_pairs(cached_tokens, tokens)
-        return self.token_s * tokens + self.pair_s * pairs
+        return self.token_s * tokens + self.pair_s * prefill_pairs(cached_tokens, tokens)
 
     def step_s(self, streams: int, context_tokens: int) -> float:
         """Of a step that decodes these and nothing else."""
@@ -140,15 +141,13 @@ class StepPrices:
         self.base_s, self.token_s, self.pair_s, self.row_s, self.context_s = self.terms
 
 
-_UNKNOWN = Fit(TYPICAL_TRANSFER)
-
-
 class TransferPrices:
     """Of READs, by transport. Which one serves a pair is known when it has been used."""
 
     def __init__(self) -> None:
         self._fits: dict[str, Fit] = {}
         self._of_pair: dict[tuple[NodeId, NodeId], str] = {}
+        self._best: tuple[float, ...] = TYPICAL_TRANSFER
 
     def learn(self, reader: NodeId, samples: Sequence[TransferSample]) -> None:
         for sample in samples:
@@ -157,14 +156,15 @@ class TransferPrices:
             reads = [sample for sample in samples if sample.transport == transport]
             fit = self._fits.setdefault(transport, Fit(TYPICAL_TRANSFER))
             fit.learn([(0, (1.0, read.num_blocks), read.elapsed_s) for read in reads])
+        if samples:
+            usual = (1.0, USUAL_BLOCKS)
+            self._best = min(self._fits.values(), key=lambda fit: fit.price(usual)).believed
 
     def read_s(self, reader: NodeId, source: NodeId, num_blocks: int) -> float:
-        read = (1.0, num_blocks)
         fit = self._fits.get(self._of_pair.get((reader, source), ""))
-        if fit is not None:
-            return fit.price(read)
-        # The best that is known: whoever is never tried is never known.
-        return min((fit.price(read) for fit in self._fits.values()), default=_UNKNOWN.price(read))
+        # Else the best that is known: whoever is never tried is never known.
+        first_s, block_s = self._best if fit is None else fit.believed
+        return first_s + block_s * num_blocks
 
     def forget(self, node_id: NodeId) -> None:
         self._of_pair = {pair: name for pair, name in self._of_pair.items() if node_id not in pair}

@@ -79,6 +79,7 @@ def _counters(worker: "WorkerMachine") -> dict[str, float]:
         "index_claims_total": worker.reporter.claims + exchange.lender.blocks_asked,
         "leases_lapsed_total": exchange.lender.table.lapsed,
         "preemptions_total": batcher.preemptions,
+        "accepts_streams": float(worker.info.accept_decode),
         "prefix_hit_tokens_total": batcher.hit_tokens,
         "prefix_query_tokens_total": batcher.queried_tokens,
         "index_claims_wrong_total": (

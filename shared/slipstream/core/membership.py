@@ -15,7 +15,7 @@ from slipstream.core.machine import (
     Started,
     TimerFired,
 )
-from slipstream.messages import SCHEDULER, Hello, LiveRequest, NodeInfo, Peers
+from slipstream.messages import SCHEDULER, Hello, LiveRequest, NodeInfo, Peers, WorkerInfo
 from slipstream.types import NodeId, Role
 
 HELLO_TIMER = "hello"
@@ -67,6 +67,11 @@ class Membership:
             and not node.draining
             and self._shunned_until_s.get(node.node_id, 0.0) <= now_s
         )
+
+    def offer(self, worker: WorkerInfo, now_s: float) -> list[Effect]:
+        """What this worker offers has changed."""
+        self.node = msgspec.structs.replace(self.node, worker=worker)
+        return self._hello(now_s)
 
     def drain(self, now_s: float) -> list[Effect]:
         self.node = msgspec.structs.replace(self.node, draining=True)

@@ -62,6 +62,7 @@ from slipstream.messages import (
     Released,
     Renew,
     Resend,
+    ShiftRole,
     SnapshotRequest,
     StreamAck,
 )
@@ -177,6 +178,12 @@ class WorkerMachine:
                 return self._admit(message, now_s)
             case Drop():
                 return self._drop(message.request_id, message.attempt)
+            case ShiftRole(accept_decode=accept) if accept != self.info.accept_decode:
+                shifted = not self.info.shifted
+                self.info = msgspec.structs.replace(
+                    self.info, accept_decode=accept, shifted=shifted
+                )
+                return self.membership.offer(self.info, now_s)
             case StreamAck():
                 self.log.acknowledge(message.request_id, message.attempt)
             case Resend():
