@@ -151,12 +151,13 @@ def test_the_cheapest_pair(
 def test_auto_computes_where_it_decodes_until_that_harms_others() -> None:
     alone = [view(P0), view(D0)]
     assert where(placed(demand(2000), alone, "auto")) == (None, D0)
-    busy = [view(P0, num_blocks=400), view(D0, streams=3, num_blocks=400)]
-    assert where(placed(demand(2000), busy, "auto")) == (P0, D0), "three streams would wait"
+    room = {"num_blocks": 400, "max_num_seqs": 64}
+    busy = [view(P0, **room), view(D0, streams=20, **room)]
+    assert where(placed(demand(2000), busy, "auto")) == (P0, D0), "twenty streams would wait"
     assert where(placed(demand(2), busy, "auto")) == (None, D0), "not worth a transfer"
     cached = demand(200, decode_0=12)
     assert where(placed(cached, busy, "auto")) == (None, D0), "nearly all of it is there"
-    dead = [view(D0, streams=3, num_blocks=400)]
+    dead = busy[1:]
     assert where(placed(demand(2000), dead, "auto")) == (None, D0), "nobody else is left"
 
 

@@ -1,4 +1,4 @@
-"""Workers go where they are needed, and home again, without a drain and without haste."""
+"""Workers keep to prompts as far as prompts fill them, without a drain and without haste."""
 
 import msgspec
 import pytest
@@ -7,11 +7,9 @@ from scheduler.rig import DECODE, PREFILL, TOKENIZER, Rig, node
 from scheduler.test_policy import view
 from slipstream.messages import Decode, ShiftRole
 from slipstream.scheduler.ledger import WorkerView
-from slipstream.scheduler.roles import DWELL_S, Roles, Shift, prompt_pressure, stream_pressure
+from slipstream.scheduler.roles import DWELL_S, MEMORY_S, Demand, Roles, Shift, fullness
 
 P0, P1, D0, D1 = "prefill-0", "prefill-1", "decode-0", "decode-1"
-LONG = 100_000
-"""Tokens that take seconds."""
 
 
 def shifted(made: WorkerView) -> WorkerView:
@@ -20,51 +18,69 @@ def shifted(made: WorkerView) -> WorkerView:
     return made
 
 
+def roles(wanted: float, at_s: float = 0.0) -> Roles:
+    """Prompts of late would fill so many workers."""
+    made = Roles()
+    made.demand.add(wanted * MEMORY_S, at_s)
+    return made
+
+
 @pytest.mark.parametrize(
-    ("views", "shift"),
+    ("views", "wanted", "shift"),
     [
-        ([view(P0), view(D0)], None),
-        # Streams without room: a prefill worker with nothing to do takes some.
-        ([view(P0), view(P1, queued=3000), view(D0, held=4)], Shift(P0, True)),
-        ([view(P0, queued=LONG), view(D0, held=4)], None),
-        # Prompts in a queue: a decode worker with little to do stops taking streams.
-        ([view(P0, queued=LONG), view(D0, streams=1), view(D1)], Shift(D1, False)),
-        ([view(P0, queued=LONG), view(D0)], None),
-        ([view(P0, queued=LONG), view(D0, held=3), view(D1, held=3)], None),
-        # Nobody is left who takes streams.
-        ([view(P0, queued=LONG), view(P1)], None),
-        ([view(P0, queued=300), view(P1)], Shift(P1, True)),
-        # Home again, when nobody needs it where it is.
-        ([shifted(view(P0)), view(D0)], Shift(P0, False)),
-        ([shifted(view(P0)), view(D0, held=3)], None),
-        ([shifted(view(P0))], None),
-        ([view(P0), shifted(view(D1)), view(D0)], Shift(D1, True)),
-        ([view(P0, queued=20_000), shifted(view(D1)), view(D0)], None),
+        # Prompts that fill half a worker or more keep one to themselves; else it takes streams.
+        ([view(P0), view(D0)], 0.7, None),
+        ([view(P0), view(D0)], 0.0, Shift(P0, True)),
+        ([shifted(view(P0)), view(D0)], 0.3, None),
+        ([shifted(view(P0)), view(D0)], 0.7, Shift(P0, False)),
+        # More prompts, more workers; who was started for streams comes last.
+        ([view(P0), view(D0, streams=1), view(D1)], 1.8, Shift(D1, False)),
+        ([shifted(view(P0)), view(D0), view(P1)], 1.8, Shift(P0, False)),
+        ([view(P0), shifted(view(D1)), view(D0)], 0.9, Shift(D1, True)),
+        ([view(P0), view(P1, queued=3000), view(D0)], 0.5, Shift(P0, True)),
+        # Somebody has to take streams, and has to have room for them.
+        ([view(P0), view(D0)], 9.0, None),
+        ([view(P0), view(P1)], 9.0, Shift(P0, True)),
+        ([view(P0), view(D0, held=4)], 0.9, Shift(P0, True)),
+        ([view(P0), view(D0, held=4), view(D1, held=4)], 9.0, Shift(P0, True)),
     ],
 )
-def test_who_is_shifted(views: list[WorkerView], shift: Shift | None) -> None:
-    assert Roles().shift(views, 0, 0.0) == shift
+def test_who_is_shifted(views: list[WorkerView], wanted: float, shift: Shift | None) -> None:
+    assert roles(wanted).shift(views, 0, 0.0) == shift
+
+
+def test_what_waits_for_room_needs_workers_that_take_streams() -> None:
+    assert roles(0.7).shift([view(P0), view(D0)], 1, 0.0) == Shift(P0, True)
 
 
 def test_a_worker_that_was_shifted_stays_for_a_while() -> None:
-    roles = Roles()
-    assert roles.shift([view(P0), view(D0, held=4)], 0, 100.0) == Shift(P0, True)
+    made = roles(0.0)
+    assert made.shift([view(P0), view(D0)], 0, 100.0) == Shift(P0, True)
+    made.demand.add(10 * MEMORY_S, 100.5)
     for now_s in (101.0, 100.0 + DWELL_S - 0.1):
-        assert roles.shift([shifted(view(P0)), view(D0)], 0, now_s) is None
-    assert roles.shift([shifted(view(P0)), view(D0)], 0, 100.0 + DWELL_S) == Shift(P0, False)
-    assert roles.shift([view(P0)], 0, 112.0) == Shift(P0, True), "nobody else takes streams"
-    assert roles.shifts == 3
+        assert made.shift([shifted(view(P0)), view(D0)], 0, now_s) is None
+    assert made.shift([shifted(view(P0)), view(D0)], 0, 100.0 + DWELL_S) == Shift(P0, False)
+    assert made.shift([view(P0)], 0, 112.0) == Shift(P0, True), "nobody else takes streams"
+    assert made.shifts == 3
 
 
 def test_who_drains_is_not_counted() -> None:
     drains = view(D0)
     drains.taking = False
-    assert Roles().shift([view(P0), drains], 0, 0.0) == Shift(P0, True)
+    assert roles(9.0).shift([view(P0), drains], 0, 0.0) == Shift(P0, True)
 
 
-def test_what_waits_for_room_presses() -> None:
-    assert stream_pressure([view(D0)], 0) < 0.5 <= 1.0 <= stream_pressure([view(D0)], 1)
-    assert prompt_pressure([], 0.0) == 0.0
+def test_demand_is_work_in_a_time_and_is_forgotten() -> None:
+    demand = Demand()
+    for second in range(200):
+        demand.add(0.5, float(second))
+    assert demand.workers(199.0) == pytest.approx(0.5, rel=0.05)
+    assert demand.workers(199.0 + 3 * MEMORY_S) < 0.03
+
+
+def test_fullness() -> None:
+    assert fullness([]) == 1.0
+    assert fullness([view(D0, held=1, blocks=8), view(D1)]) == pytest.approx(0.25)
 
 
 # --- In the scheduler -----------------------------------------------------------------------------

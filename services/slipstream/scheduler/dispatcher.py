@@ -112,7 +112,10 @@ class Dispatcher:
             self._give(request, worker, now_s)
         cached = max(demand.cached_blocks(placement.computes), placement.holder_blocks)
         computes = self.ledger.views[placement.computes]
-        computes.give_prompt(request.request_id, demand.prompt(cached), now_s)
+        prompt = demand.prompt(cached)
+        computes.give_prompt(request.request_id, prompt, now_s)
+        work_s = computes.prices.prompt_s(prompt.cached_tokens, prompt.tokens)
+        self.roles.demand.add(work_s, now_s)
         request.decision = self.decisions.note(
             demand,
             placement,

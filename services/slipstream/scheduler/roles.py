@@ -1,25 +1,27 @@
 """Which workers only compute prompts and which take streams too: shifted as the load shifts.
 
-Nothing is drained: streams that run stay where they are, only new ones go elsewhere. A worker goes
-where it is needed if nobody needs it where it is, and home again when nobody needs it anywhere.
+As many workers keep to prompts as the prompts of late would fill: fewer prompts than for half a
+worker and all take streams, for a worker without them would idle; more, and those that keep to
+prompts spare the streams of the others. Nothing is drained: streams that run stay where they are.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slipstream.scheduler.ledger import WorkerView
-from slipstream.types import NodeId
+from slipstream.types import NodeId, Role
 
-PRESSED, SLACK = 1.0, 0.4
-"""Pressure from which a side needs a worker, and up to which it can spare one."""
+MEMORY_S = 15.0
+"""How fast the demand of the past is forgotten."""
+MORE, FEWER = 0.6, 0.9
+"""Workers' worth of prompts that call for one more, or that idle before there is one fewer."""
+FULL = 0.85
+"""Streams, or their blocks, that fill so much of their workers: more of them are needed."""
 DWELL_S = 10.0
 """Between two shifts of one worker, so that what the first one brings can show."""
 URGENT_S = 2.0
 """The same while nobody takes streams: long enough for the worker's answer."""
-BACKLOG_S = 1.0
-"""A queue of prompts as long as this is a pressure of 1."""
-OCCUPANCY = 0.85
-"""Streams, or their blocks, that fill so much of their workers are a pressure of 1."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,8 +30,24 @@ class Shift:
     accept_decode: bool
 
 
+class Demand:
+    """Seconds of work that prompts bring in a second, of late: so many workers they would fill."""
+
+    def __init__(self) -> None:
+        self._work_s = self._at_s = 0.0
+
+    def add(self, work_s: float, now_s: float) -> None:
+        self._work_s = self.workers(now_s) * MEMORY_S + work_s
+        self._at_s = now_s
+
+    def workers(self, now_s: float) -> float:
+        age_s = max(0.0, now_s - self._at_s)
+        return self._work_s * math.exp(-age_s / MEMORY_S) / MEMORY_S
+
+
 class Roles:
     def __init__(self) -> None:
+        self.demand = Demand()
         self.shifts = 0
         self._shifted_s: dict[NodeId, float] = {}
 
@@ -38,14 +56,7 @@ class Roles:
         views = [view for view in views if view.taking and view.prefills]
         hosts = [view for view in views if view.worker.accept_decode]
         sources = [view for view in views if not view.worker.accept_decode]
-        prompts, streams = prompt_pressure(sources, now_s), stream_pressure(hosts, waiting)
-        chosen: WorkerView | None = None
-        if streams >= PRESSED and prompts <= SLACK and sources:
-            chosen = min(sources, key=lambda view: view.backlog_s(now_s))
-        elif prompts >= PRESSED and streams <= SLACK and len(hosts) > 1:
-            chosen = min(hosts, key=lambda view: len(view.streams))
-        else:
-            chosen = next((v for v in views if self._may_go_home(v, hosts, prompts, streams)), None)
+        chosen = self._chosen(hosts, sources, waiting, now_s)
         dwell_s = DWELL_S if hosts else URGENT_S
         if chosen is None or now_s < self._shifted_s.get(chosen.node_id, -DWELL_S) + dwell_s:
             return None
@@ -54,26 +65,25 @@ class Roles:
         self.shifts += 1
         return Shift(chosen.node_id, not chosen.worker.accept_decode)
 
-    def _may_go_home(
-        self, view: WorkerView, hosts: Sequence[WorkerView], prompts: float, streams: float
-    ) -> bool:
-        """Whether it was shifted, and nobody needs it any more."""
-        if not view.worker.shifted:
-            return False
-        return streams <= SLACK and len(hosts) > 1 if view in hosts else prompts <= SLACK
+    def _chosen(
+        self,
+        hosts: Sequence[WorkerView],
+        sources: Sequence[WorkerView],
+        waiting: int,
+        now_s: float,
+    ) -> WorkerView | None:
+        wanted = self.demand.workers(now_s)
+        full = bool(waiting) or fullness(hosts) >= FULL
+        if sources and (full or len(sources) - wanted >= FEWER):
+            return min(sources, key=lambda v: (v.node.role is Role.PREFILL, v.backlog_s(now_s)))
+        if len(hosts) > 1 and not full and wanted - len(sources) >= MORE:
+            return min(hosts, key=lambda v: (v.node.role is Role.DECODE, len(v.streams)))
+        return None
 
 
-def prompt_pressure(sources: Sequence[WorkerView], now_s: float) -> float:
-    """Of prompts on the workers that do nothing else. Without such workers there is none: prompts
-    are computed where they decode."""
-    if not sources:
-        return 0.0
-    return sum(view.backlog_s(now_s) for view in sources) / len(sources) / BACKLOG_S
-
-
-def stream_pressure(hosts: Sequence[WorkerView], waiting: int) -> float:
-    """Of streams on the workers that take them."""
+def fullness(hosts: Sequence[WorkerView]) -> float:
+    """Of the workers that take streams, with streams; without such workers there is no room."""
     if not hosts:
-        return float("inf")
+        return 1.0
     full = [max(len(v.held) / v.worker.max_num_seqs, v.blocks / v.worker.num_blocks) for v in hosts]
-    return max(sum(full) / len(full) / OCCUPANCY, PRESSED if waiting else 0.0)
+    return sum(full) / len(full)

@@ -236,7 +236,7 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
             prefill_budget_tokens=config.prefill_budget_tokens,
             accept_decode=config.accept_decode,
             transports=transports.advertise(),
-            device=f"cpu {','.join(map(str, sorted(os.sched_getaffinity(0))))}",
+            device=_device(plan.threads),
         ),
     )
 
@@ -250,6 +250,12 @@ def _kv_events(config: WorkerConfig, node: NodeInfo) -> KvEventPublisher | None:
         *(config.kv_events_endpoint, config.kv_events_replay_endpoint, topic),
         config.kv_events_format,
     )
+
+
+def _device(threads: int) -> str:
+    """Named if it takes all of its cores: whoever has the same ones competes for them."""
+    cores = sorted(os.sched_getaffinity(0))
+    return f"cpu {','.join(map(str, cores))}" if threads >= len(cores) else ""
 
 
 def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
