@@ -223,3 +223,10 @@ def test_torn_hashes_are_answered_with_nothing(two: Two) -> None:
     )
     (lent,) = two.holder.to("decode-0")
     assert isinstance(lent, Lent) and not lent.block_ids
+
+
+def test_what_the_index_claimed_and_is_not_here_counts_as_wrong(two: Two) -> None:
+    two.holder = Worker("decode-1")
+    two.ask()
+    reporter = two.holder.machine.reporter
+    assert (reporter.claims, reporter.claims_wrong) == (2, 2)

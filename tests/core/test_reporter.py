@@ -164,6 +164,10 @@ def test_what_was_claimed_wrongly_is_put_right() -> None:
     assert desk.flush() == [(INDEX, events)]
     desk.reporter.claimed(chain, 1000)
     assert desk.reporter.claims_wrong == 2 + 998, "a prompt has no such blocks"
+    desk.flush()
+    desk.reporter.claimed(chain[1:], 3, first=1)
+    assert desk.reporter.claims_wrong == 2 + 998 + 2
+    assert desk.flush()[0][1].removed == _packed(b"c", b"d"), "also when another worker asked"
 
 
 @pytest.mark.parametrize("seed", range(30))

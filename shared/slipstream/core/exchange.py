@@ -21,6 +21,7 @@ from slipstream.core.machine import (
     PullDone,
     Send,
 )
+from slipstream.core.prefix import split_hashes
 from slipstream.core.reading import Reads
 from slipstream.core.receiver import Receiver
 from slipstream.core.reporter import IndexReporter
@@ -48,7 +49,7 @@ class Exchange:
         lease_s: float,
         pull_timeout_s: float,
     ):
-        self.epoch = node.epoch
+        self.epoch, self.reporter = node.epoch, reporter
         self.reads = Reads(pool, pull_timeout_s)
         self.lender = Lender(pool, node.epoch, lease_s)
         self.receiver = Receiver(self.reads)
@@ -71,7 +72,7 @@ class Exchange:
             case KvReady():
                 self.receiver.overtook(source, message, now_s)
             case Borrow():
-                return self.lender.borrow(message, source, now_s)
+                return self._borrowed(source, message, now_s)
             case Lent():
                 return self.fetcher.lent(source, message)
             case Renew():
@@ -85,6 +86,16 @@ class Exchange:
                 lease_id, ok = message.lease_id, message.ok
                 return self.receiver.released(lease_id, ok) + self.fetcher.released(lease_id, ok)
         return []
+
+    def _borrowed(self, reader: NodeId, message: Borrow, now_s: float) -> list[Effect]:
+        """Somebody was told that this is here; who asks in torn words gets nothing."""
+        try:
+            hashes = split_hashes(message.block_hashes)
+        except ValueError:
+            hashes = []
+        if message.epoch == self.epoch:
+            self.reporter.claimed(hashes, len(hashes), message.first_block)
+        return self.lender.borrow(message, hashes, reader, now_s)
 
     def happened(self, event: Event, now_s: float) -> list[Effect]:
         """What a transfer, a digest or a tier came to."""

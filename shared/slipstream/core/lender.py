@@ -1,13 +1,22 @@
 """The lending side: announce blocks of a hand-over as they fill, lend cached ones to whoever asks,
 hold both under a lease, answer for it."""
 
+from collections.abc import Sequence
+
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, blocks_for
 from slipstream.core.lease import Lease, LeaseTable
 from slipstream.core.machine import BatchDone, BlocksDigested, DigestBlocks, Effect, Row, Send
-from slipstream.core.prefix import split_hashes
 from slipstream.messages import Borrow, KvReady, Lent
-from slipstream.types import BLOCK_TOKENS, BlockId, Epoch, NodeId, RequestId, TokenLogprobs
+from slipstream.types import (
+    BLOCK_TOKENS,
+    BlockHash,
+    BlockId,
+    Epoch,
+    NodeId,
+    RequestId,
+    TokenLogprobs,
+)
 
 
 class Lender:
@@ -16,8 +25,6 @@ class Lender:
     def __init__(self, pool: BlockPool, epoch: Epoch, lease_s: float):
         self.pool, self.epoch = pool, epoch
         self.table = LeaseTable(lease_s)
-        self.blocks_asked = 0
-        """By other workers, as the index told them."""
         self.blocks_lent = 0
         self._digesting: dict[str, tuple[BlockId, ...]] = {}
 
@@ -50,14 +57,11 @@ class Lender:
             cached_tokens=job.cached_tokens or 0,
         )
 
-    def borrow(self, message: Borrow, reader: NodeId, now_s: float) -> list[Effect]:
-        """Lend the leading blocks that are here; nothing to who asks in torn words."""
-        try:
-            hashes = split_hashes(message.block_hashes)
-        except ValueError:
-            hashes = []
+    def borrow(
+        self, message: Borrow, hashes: Sequence[BlockHash], reader: NodeId, now_s: float
+    ) -> list[Effect]:
+        """Lend the leading ones of these that are in the pool."""
         blocks = self.pool.match(hashes) if message.epoch == self.epoch else []
-        self.blocks_asked += len(hashes)
         self.blocks_lent += len(blocks)
         lease_id = message.lease_id
         if not blocks or lease_id in self.table.live:

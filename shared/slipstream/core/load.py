@@ -76,17 +76,13 @@ def _counters(worker: "WorkerMachine") -> dict[str, float]:
         "blocks_loaded_total": exchange.tiers.blocks_loaded,
         "blocks_lent_total": exchange.lender.blocks_lent,
         "blocks_quarantined": sum(len(read.local) for read in exchange.reads.given_up.values()),
-        "index_claims_total": worker.reporter.claims + exchange.lender.blocks_asked,
+        "index_claims_total": worker.reporter.claims,
         "leases_lapsed_total": exchange.lender.table.lapsed,
         "preemptions_total": batcher.preemptions,
         "accepts_streams": float(worker.info.accept_decode),
         "prefix_hit_tokens_total": batcher.hit_tokens,
         "prefix_query_tokens_total": batcher.queried_tokens,
-        "index_claims_wrong_total": (
-            worker.reporter.claims_wrong
-            + exchange.lender.blocks_asked
-            - exchange.lender.blocks_lent
-        ),
+        "index_claims_wrong_total": worker.reporter.claims_wrong,
         **{f"handover_{cause}_total": n for cause, n in exchange.receiver.failures.items()},
         **{f"fetch_{cause}_total": n for cause, n in exchange.fetcher.failures.items()},
         **{f"attempts_failed_{cause}_total": n for cause, n in worker.failures.items()},

@@ -48,9 +48,9 @@ class IndexReporter:
         """Of the tiers below the pool the best that has it."""
         return self._lower.get(block_hash, (0, None))[1]
 
-    def claimed(self, hashes: Sequence[BlockHash], count: int) -> None:
-        """The index was believed to say that the first `count` blocks of a prompt are here. It is
-        told about those that are not."""
+    def claimed(self, hashes: Sequence[BlockHash], count: int, first: int = 0) -> None:
+        """The index was believed to say that the first `count` of these, which begin at the
+        `first` block of a prompt, are here. It is told about those that are not."""
         there = 0
         while there < min(count, len(hashes)) and (
             hashes[there] in self.pool or hashes[there] in self._lower
@@ -58,8 +58,8 @@ class IndexReporter:
             there += 1
         self.claims += count
         self.claims_wrong += count - there
-        for position in range(there, min(count, len(hashes))):
-            self._touch(Named(hashes[position], position))
+        for index in range(there, min(count, len(hashes))):
+            self._touch(Named(hashes[index], first + index))
 
     def peer_down(self, peer: NodeId) -> None:
         """What was said last may be lost: whoever is told next gets a snapshot first."""
