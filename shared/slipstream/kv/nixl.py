@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import msgspec
-import numpy as np
 
 from slipstream.kernels.verified_copy import verified_copy
+from slipstream.kv.huge_pages import HUGE_BYTES, Mapping
 from slipstream.kv.nixl_agent import NixlAgent, NixlError
 from slipstream.kv.segment import Blocks
 from slipstream.kv.transport import Digests, Read, TransferError, check_range
@@ -143,7 +143,7 @@ class NixlTransport:
             return not self._closed
 
     def _run(self) -> None:
-        quiet_s = POLL_MIN_S
+        quiet_s = 0.0
         while True:
             try:
                 command = self._commands.get(timeout=self._patience_s(quiet_s))
@@ -154,9 +154,11 @@ class NixlTransport:
                     self._end_all()
                     return
                 command()
-                quiet_s = POLL_MIN_S
-            moved = self._poll(time.monotonic())
-            quiet_s = POLL_MIN_S if moved else min(POLL_MAX_S, quiet_s * 1.2)
+                quiet_s = 0.0
+            if self._poll(time.monotonic()):
+                quiet_s = 0.0  # over `cma` a READ is done when it has been posted
+            else:
+                quiet_s = min(POLL_MAX_S, max(POLL_MIN_S, quiet_s * 1.2))
 
     def _patience_s(self, quiet_s: float) -> float | None:
         if self._flights:
@@ -275,13 +277,20 @@ class NixlTransport:
         if not self._slabs:
             if self._slabs_made == SLABS_MAX:
                 return None
-            memory = np.zeros((self._step, self._block_bytes), np.uint8)
+            memory = self._slab_memory()
             self._agent.register(memory)
             rows = self._agent.prepare("", memory.ctypes.data, *memory.shape)
             self._slabs.append(_Slab(memory, rows))
             self._slabs_made += 1
         peer.slabs += 1
         return self._slabs.pop()
+
+    def _slab_memory(self) -> Blocks:
+        """uint8 `[step, block_bytes]`, in huge pages where the kernel has them."""
+        size = self._step * self._block_bytes
+        flat = Mapping(-(-size // HUGE_BYTES) * HUGE_BYTES).bytes
+        flat[:] = 0
+        return flat[:size].reshape(self._step, self._block_bytes)
 
     def _landed(self, chunk: _Chunk, error: TransferError | None) -> None:
         flight, read = chunk.flight, chunk.flight.read

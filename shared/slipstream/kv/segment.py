@@ -4,19 +4,23 @@
 a lock (flock) on it while it lives, so a file without a lock belongs to a dead process.
 """
 
+import errno
 import fcntl
-import mmap
+import logging
 import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.config import StartError, format_bytes
+from slipstream.kv.huge_pages import Mapping, seed
+
+_LOG = logging.getLogger(__name__)
 
 MAGIC = b"SLIPKV01"
 HEADER_BYTES = 4096
@@ -76,11 +80,9 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
         raise StartError(f"slipstream: --shm-dir: {path}: {error.strerror}", NO_MEMORY) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.posix_fallocate(file, 0, header.file_bytes)
+        memory = _take(file, header.file_bytes, path.parent)
         encoded = msgspec.msgpack.encode(header)
         os.pwrite(file, MAGIC + _LENGTH.pack(len(encoded)) + encoded, 0)
-        # Pages now, not at the first write of each: a READ into fresh ones is many times slower.
-        memory = mmap.mmap(file, header.file_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
     except OSError as error:
         path.unlink(missing_ok=True)
         os.close(file)
@@ -106,7 +108,7 @@ def attach_segment(path: Path, expected: SegmentHeader) -> Blocks:
         size = os.fstat(file).st_size
         if size != expected.file_bytes:
             raise SegmentError(f"{path}: {size} bytes long, expected {expected.file_bytes}")
-        memory = mmap.mmap(file, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        memory = Mapping(size, file, writable=False)
     except OSError as error:
         raise SegmentError(f"{path}: {error.strerror}") from None
     finally:
@@ -131,9 +133,31 @@ def free_bytes(folder: str | Path) -> int:
     return system.f_bavail * system.f_frsize
 
 
-def _blocks(memory: mmap.mmap, header: SegmentHeader) -> Blocks:
-    flat: NDArray[Any] = np.frombuffer(memory, np.uint8, offset=HEADER_BYTES)
-    return flat.reshape(header.num_blocks, header.block_bytes)
+def _take(file: int, size: int, folder: Path) -> Mapping:
+    """All memory of the file, in huge pages where the kernel gives them. OSError: it is not there.
+
+    In this order: pages that are there before their huge page cost a copy each, which takes ten
+    times as long. Small ones are mapped now as well, not at the first write of each: a READ into
+    fresh ones is many times slower.
+    """
+    if size > free_bytes(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(file, size)
+    seed(file, size)
+    memory = Mapping(size, file)
+    pages = "huge pages"
+    try:
+        memory.collapse()
+    except OSError as error:
+        pages = f"small pages, for {folder} has no huge ones now ({error.strerror}): nixl is slower"
+    os.posix_fallocate(file, 0, size)
+    memory.populate()
+    _LOG.info("KV pool: %s in %s", format_bytes(size), pages)
+    return memory
+
+
+def _blocks(memory: Mapping, header: SegmentHeader) -> Blocks:
+    return memory.bytes[HEADER_BYTES:].reshape(header.num_blocks, header.block_bytes)
 
 
 def _read_header(path: Path, file: int) -> SegmentHeader:
