@@ -86,7 +86,7 @@ class NixlTransport:
         self._step = max(1, SLAB_BYTES // blocks.shape[1])
         self._block_bytes = blocks.shape[1]
         self._pool = blocks
-        agent.register(blocks)
+        agent.serve(blocks)
         address = _Address(agent.metadata(), blocks.ctypes.data)
         self._address = base64.b64encode(msgspec.msgpack.encode(address)).decode()
         self._peers: dict[NodeId, _Peer] = {}
@@ -234,9 +234,9 @@ class NixlTransport:
             self._chunks.remove(chunk)
             self._agent.release(chunk.handle)
             chunk.flight.peer.slabs -= 1
-            if not chunk.flight.over:
-                if error is None:
-                    self._post_all(chunk.flight)
+            if error is None and not chunk.flight.over:
+                self._post_all(chunk.flight)  # the next READ, before this one is copied
+            if not chunk.flight.over:  # which it also is when that could not be posted
                 self._landed(chunk, error)
             self._slabs.append(chunk.slab)
             self._let_go(chunk.flight.peer)

@@ -149,7 +149,7 @@ def _take(file: int, size: int, folder: Path) -> Mapping:
     try:
         memory.collapse()
     except OSError as error:
-        pages = f"small pages, for {folder} has no huge ones now ({error.strerror}): nixl is slower"
+        pages = f"pages as {folder} has them, not collapsed to huge ones ({error.strerror})"
     os.posix_fallocate(file, 0, size)
     memory.populate()
     _LOG.info("KV pool: %s in %s", format_bytes(size), pages)
