@@ -6,7 +6,6 @@ a lock (flock) on it while it lives, so a file without a lock belongs to a dead 
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import struct
@@ -18,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.config import StartError, format_bytes
-from slipstream.kv.huge_pages import Mapping, seed
-
-_LOG = logging.getLogger(__name__)
+from slipstream.kv.huge_pages import HUGE_BYTES, Mapping, seed
 
 MAGIC = b"SLIPKV01"
 HEADER_BYTES = 4096
@@ -52,8 +49,10 @@ class SegmentHeader(msgspec.Struct, frozen=True, kw_only=True):
 class Segment:
     """A mapped segment. `blocks` stays usable after `close` for as long as somebody holds it."""
 
-    def __init__(self, path: Path, file: int, header: SegmentHeader, blocks: Blocks):
+    def __init__(self, path: Path, file: int, header: SegmentHeader, blocks: Blocks, pages: str):
         self.path, self.header, self.blocks = path, header, blocks
+        self.pages = pages
+        """For the log: what kind of pages the kernel gave, and why not huge ones."""
         self._file = file
 
     def close(self) -> None:
@@ -80,7 +79,7 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
         raise StartError(f"slipstream: --shm-dir: {path}: {error.strerror}", NO_MEMORY) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        memory = _take(file, header.file_bytes, path.parent)
+        memory, pages = _take(file, header.file_bytes, path.parent)
         encoded = msgspec.msgpack.encode(header)
         os.pwrite(file, MAGIC + _LENGTH.pack(len(encoded)) + encoded, 0)
     except OSError as error:
@@ -92,7 +91,7 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
             f"({error.strerror}); lower --kv-cache-bytes or give another --shm-dir",
             NO_MEMORY,
         ) from None
-    return Segment(path, file, header, _blocks(memory, header))
+    return Segment(path, file, header, _blocks(memory, header), pages)
 
 
 def attach_segment(path: Path, expected: SegmentHeader) -> Blocks:
@@ -133,8 +132,10 @@ def free_bytes(folder: str | Path) -> int:
     return system.f_bavail * system.f_frsize
 
 
-def _take(file: int, size: int, folder: Path) -> Mapping:
-    """All memory of the file, in huge pages where the kernel gives them. OSError: it is not there.
+def _take(file: int, size: int, folder: Path) -> tuple[Mapping, str]:
+    """All memory of the file, and in which pages: huge ones where the kernel gives them.
+
+    OSError: it is not there.
 
     In this order: pages that are there before their huge page cost a copy each, which takes ten
     times as long. Small ones are mapped now as well, not at the first write of each: a READ into
@@ -145,15 +146,14 @@ def _take(file: int, size: int, folder: Path) -> Mapping:
     os.ftruncate(file, size)
     seed(file, size)
     memory = Mapping(size, file)
-    pages = "huge pages"
+    pages = "huge pages" if size >= HUGE_BYTES else "small pages"
     try:
         memory.collapse()
     except OSError as error:
         pages = f"pages as {folder} has them, not collapsed to huge ones ({error.strerror})"
     os.posix_fallocate(file, 0, size)
     memory.populate()
-    _LOG.info("KV pool: %s in %s", format_bytes(size), pages)
-    return memory
+    return memory, pages
 
 
 def _blocks(memory: Mapping, header: SegmentHeader) -> Blocks:
