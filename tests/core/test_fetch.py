@@ -112,7 +112,7 @@ def test_the_digests_of_a_lent_block_are_computed_once(two: Two) -> None:
         Borrow(
             request_id="t",
             attempt=1,
-            lease_id="t/1@x",
+            lease_id="t/1@decode-1",
             epoch=EPOCH,
             first_block=0,
             block_hashes=b"".join(two.reader.machine.pool.hashes()[:2]),

@@ -41,6 +41,9 @@ class FakeAgent:
     def register(self, memory: np.ndarray) -> None:
         self.memory[memory.ctypes.data] = memory
 
+    def serve(self, memory: np.ndarray) -> None:
+        pass
+
     def metadata(self) -> bytes:
         return b"ours"
 
@@ -225,6 +228,18 @@ def test_closing_ends_what_hangs(bench: Bench) -> None:
     assert str(begin(bench, [1]).get(timeout=WAIT_S)) == "closed"
     with pytest.raises(TransferError, match="closed"):
         transport.connect(peer)
+
+
+def test_nothing_is_copied_after_a_chunk_that_could_not_be_posted(bench: Bench) -> None:
+    agent, transport, _, _, ours = bench
+    before = ours.blocks.copy()
+    results = begin(bench, list(range(3 * STEP)))
+    first, _ = posted(agent, 2)
+    agent.refuses = "gone"
+    agent.finish(first)
+    assert str(results.get(timeout=WAIT_S)) == "peer: gone"
+    transport.close()
+    assert (ours.blocks == before).all()
 
 
 @pytest.mark.parametrize("told", ["§", "AAAA", address(b"bad"), ""])

@@ -182,7 +182,7 @@ class SchedulerMachine:
         first = self.fleet.hello(source, hello)
         self.dispatcher.sync()
         effects = self.fleet.announce()
-        for live in hello.live if first else ():
+        for live in hello.live if first and hello.node.worker else ():
             request = self._current(live.request_id, live.attempt)
             if live.waits:
                 effects.append(Send(source, drop(live.request_id, live.attempt)))
@@ -238,6 +238,9 @@ class SchedulerMachine:
             return self._retry(request, "tokenizer_behind", now_s)
         request.orphan_s = None
         newer = submit.attempt > request.attempt
+        if not newer and request.state is State.FINISHING and not submit.repeated:
+            # Its tokenizer has forgotten it, and the worker may have too: it heard of the end.
+            return self._withdraw(request, now_s) + self._resume(request)
         if not newer and request.state is not State.RESUMING:
             return []
         effects = self._withdraw(request, now_s)

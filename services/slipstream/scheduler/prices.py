@@ -22,6 +22,8 @@ LEAST = 0.02
 SWEEPS = 8
 SURPRISE = 1.5
 """A mean error of this factor in two reports in a row is news, not noise: the past is over."""
+ABSURD_S = 3600.0
+"""No step or READ takes as long: whoever says so has measured nothing."""
 KNOWN_WELL = 8
 """Samples after which a kind can surprise."""
 Sample: TypeAlias = tuple[int, Sequence[float], float]
@@ -37,6 +39,8 @@ TYPICAL = StepModel(
 """Of a worker that has measured nothing, and knows nobody who has. Its first report mends it."""
 TYPICAL_TRANSFER = (1e-3, 5e-5)
 """Seconds of a READ, and of each block in it."""
+OWN_TIER = "tier"
+"""What loads from a worker's own tiers say for a transport."""
 USUAL_BLOCKS = 32
 """A chunk: of several transports the best is the one that is best at this."""
 
@@ -58,7 +62,7 @@ class Fit:
 
     def learn(self, samples: Sequence[Sample]) -> None:
         """Take in one report."""
-        known = [sample for sample in samples if sample[2] > 0.0]
+        known = [sample for sample in samples if 0.0 < sample[2] < ABSURD_S]
         if not known:
             return
         if not any(self._seen):
@@ -157,8 +161,11 @@ class TransferPrices:
             fit = self._fits.setdefault(transport, Fit(TYPICAL_TRANSFER))
             fit.learn([(0, (1.0, read.num_blocks), read.elapsed_s) for read in reads])
         if samples:
+            # A load from a tier of its own leads to no peer.
+            ways = [fit for name, fit in self._fits.items() if name != OWN_TIER]
             usual = (1.0, USUAL_BLOCKS)
-            self._best = min(self._fits.values(), key=lambda fit: fit.price(usual)).believed
+            if ways:
+                self._best = min(ways, key=lambda fit: fit.price(usual)).believed
 
     def read_s(self, reader: NodeId, source: NodeId, num_blocks: int) -> float:
         fit = self._fits.get(self._of_pair.get((reader, source), ""))

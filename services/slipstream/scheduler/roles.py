@@ -53,7 +53,7 @@ class Roles:
 
     def shift(self, views: Sequence[WorkerView], waiting: int, now_s: float) -> Shift | None:
         """At most one. `waiting`: requests for which nobody has room."""
-        views = [view for view in views if view.taking and view.prefills]
+        views = [view for view in views if view.taking]
         hosts = [view for view in views if view.worker.accept_decode]
         sources = [view for view in views if not view.worker.accept_decode]
         chosen = self._chosen(hosts, sources, waiting, now_s)
@@ -77,7 +77,10 @@ class Roles:
         if sources and (full or len(sources) - wanted >= FEWER):
             return min(sources, key=lambda v: (v.node.role is Role.PREFILL, v.backlog_s(now_s)))
         if len(hosts) > 1 and not full and wanted - len(sources) >= MORE:
-            return min(hosts, key=lambda v: (v.node.role is Role.DECODE, len(v.streams)))
+            able = [view for view in hosts if view.prefills]
+            return min(
+                able, key=lambda v: (v.node.role is Role.DECODE, len(v.streams)), default=None
+            )
         return None
 
 

@@ -64,7 +64,8 @@ class Lender:
         blocks = self.pool.match(hashes) if message.epoch == self.epoch else []
         self.blocks_lent += len(blocks)
         lease_id = message.lease_id
-        if not blocks or lease_id in self.table.live:
+        strange = not lease_id.endswith(f"@{reader}") or lease_id in self._digesting
+        if not blocks or strange or lease_id in self.table.live:
             return [Send(reader, _lent(message, self.epoch))]
         self.pool.take(blocks)
         self.pool.hit(blocks)
@@ -79,7 +80,7 @@ class Lender:
 
     def digested(self, done: BlocksDigested) -> list[Effect]:
         """The digests that a loan has waited for; its lease keeps the blocks as they were."""
-        blocks = self._digesting.pop(done.op_id)
+        blocks = self._digesting.pop(done.op_id, ())
         lease = self.table.live.get(done.op_id)
         if lease is None:
             return []

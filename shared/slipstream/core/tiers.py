@@ -5,6 +5,7 @@ for a copy when the pool needs the block. The store moves and drops blocks by it
 what is here is what it said last, and a load may find less.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from slipstream.core.blocks import BlockPool
@@ -25,7 +26,7 @@ class Tiers:
     def __init__(self, pool: BlockPool, reporter: IndexReporter):
         self.pool, self.reporter = pool, reporter
         self.saving: dict[str, list[BlockId]] = {}
-        self._wanted: dict[BlockId, None] = {}
+        self._wanted: OrderedDict[BlockId, None] = OrderedDict()
         self.blocks_loaded = 0
         self._ops = 0
 
@@ -40,7 +41,7 @@ class Tiers:
 
     def flush(self) -> list[Effect]:
         """Copy down what is worth it, as far as there is room for it on the way."""
-        self._wanted |= dict.fromkeys(self.pool.drain_hot())
+        self._wanted.update(dict.fromkeys(self.pool.drain_hot()))
         effects: list[Effect] = []
         busy = sum(map(len, self.saving.values()))
         most = max(BATCH, self.pool.num_blocks // SHARE)
@@ -57,9 +58,9 @@ class Tiers:
 
     def _next(self, count: int) -> list[SavedBlock]:
         """Of those wanted the first ones that are still there and not below already."""
-        batch = []
-        for block in list(self._wanted)[:count]:
-            del self._wanted[block]
+        batch: list[SavedBlock] = []
+        while self._wanted and len(batch) < count:
+            block, _ = self._wanted.popitem(last=False)
             named = self.pool.name_of(block)
             if named is not None and self.reporter.tier_of(named.block_hash) is None:
                 batch.append(SavedBlock(block, *named, self.pool.digests[block]))

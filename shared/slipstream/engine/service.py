@@ -22,7 +22,6 @@ from slipstream.kv.choice import Transports
 from slipstream.kv.layout import KvDtype, KvLayout
 from slipstream.kv.offers import Pool, offer
 from slipstream.kv.segment import (
-    HEADER_BYTES,
     NO_MEMORY,
     Segment,
     SegmentHeader,
@@ -79,7 +78,7 @@ def run_worker(config: WorkerConfig) -> int:
             pool = torch.frombuffer(segment.blocks, dtype=getattr(torch, plan.dtype))
             shape = (plan.num_blocks, *plan.layout.block_shape)
             runner = Runner(config.model, plan.dtype, pool.view(shape), plan.threads)
-            _announce(config, plan, transports)
+            _announce(config, plan, segment, transports)
             kv_events = _kv_events(config, node)
             if kv_events is not None:
                 stack.callback(kv_events.close)
@@ -271,15 +270,16 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
     )
 
 
-def _announce(config: WorkerConfig, plan: _Plan, transports: Transports) -> None:
+def _announce(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> None:
     _LOG.info(
-        "model %s, %s, context %d, %d KV blocks of %s (%s), transports %s, %d threads",
+        "model %s, %s, context %d, %d KV blocks of %s (%s in %s), transports %s, %d threads",
         config.model,
         plan.dtype,
         plan.max_model_len,
         plan.num_blocks,
         format_bytes(plan.layout.block_bytes),
-        format_bytes(HEADER_BYTES + plan.num_blocks * plan.layout.block_bytes),
+        format_bytes(segment.header.file_bytes),
+        segment.pages,
         ",".join(transports.advertise()),
         plan.threads,
     )

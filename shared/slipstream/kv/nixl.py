@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import msgspec
-import numpy as np
 
 from slipstream.kernels.verified_copy import verified_copy
+from slipstream.kv.huge_pages import HUGE_BYTES, Mapping
 from slipstream.kv.nixl_agent import NixlAgent, NixlError
 from slipstream.kv.segment import Blocks
 from slipstream.kv.transport import Digests, Read, TransferError, check_range
@@ -86,7 +86,7 @@ class NixlTransport:
         self._step = max(1, SLAB_BYTES // blocks.shape[1])
         self._block_bytes = blocks.shape[1]
         self._pool = blocks
-        agent.register(blocks)
+        agent.serve(blocks)
         address = _Address(agent.metadata(), blocks.ctypes.data)
         self._address = base64.b64encode(msgspec.msgpack.encode(address)).decode()
         self._peers: dict[NodeId, _Peer] = {}
@@ -143,7 +143,7 @@ class NixlTransport:
             return not self._closed
 
     def _run(self) -> None:
-        quiet_s = POLL_MIN_S
+        quiet_s = 0.0
         while True:
             try:
                 command = self._commands.get(timeout=self._patience_s(quiet_s))
@@ -154,9 +154,11 @@ class NixlTransport:
                     self._end_all()
                     return
                 command()
-                quiet_s = POLL_MIN_S
-            moved = self._poll(time.monotonic())
-            quiet_s = POLL_MIN_S if moved else min(POLL_MAX_S, quiet_s * 1.2)
+                quiet_s = 0.0
+            if self._poll(time.monotonic()):
+                quiet_s = 0.0  # over `cma` a READ is done when it has been posted
+            else:
+                quiet_s = min(POLL_MAX_S, max(POLL_MIN_S, quiet_s * 1.2))
 
     def _patience_s(self, quiet_s: float) -> float | None:
         if self._flights:
@@ -232,9 +234,9 @@ class NixlTransport:
             self._chunks.remove(chunk)
             self._agent.release(chunk.handle)
             chunk.flight.peer.slabs -= 1
-            if not chunk.flight.over:
-                if error is None:
-                    self._post_all(chunk.flight)
+            if error is None and not chunk.flight.over:
+                self._post_all(chunk.flight)  # the next READ, before this one is copied
+            if not chunk.flight.over:  # which it also is when that could not be posted
                 self._landed(chunk, error)
             self._slabs.append(chunk.slab)
             self._let_go(chunk.flight.peer)
@@ -275,13 +277,20 @@ class NixlTransport:
         if not self._slabs:
             if self._slabs_made == SLABS_MAX:
                 return None
-            memory = np.zeros((self._step, self._block_bytes), np.uint8)
+            memory = self._slab_memory()
             self._agent.register(memory)
             rows = self._agent.prepare("", memory.ctypes.data, *memory.shape)
             self._slabs.append(_Slab(memory, rows))
             self._slabs_made += 1
         peer.slabs += 1
         return self._slabs.pop()
+
+    def _slab_memory(self) -> Blocks:
+        """uint8 `[step, block_bytes]`, in huge pages where the kernel has them."""
+        size = self._step * self._block_bytes
+        flat = Mapping(-(-size // HUGE_BYTES) * HUGE_BYTES).bytes
+        flat[:] = 0
+        return flat[:size].reshape(self._step, self._block_bytes)
 
     def _landed(self, chunk: _Chunk, error: TransferError | None) -> None:
         flight, read = chunk.flight, chunk.flight.read

@@ -27,25 +27,30 @@ class NixlError(Exception):
 
 
 class NixlAgent:
-    """One agent with backend UCX. Not for several threads at a time."""
+    """What is read here, and what reads there; backend UCX. Not for several threads at a time.
+
+    Two agents of NIXL. Peers need one with a progress thread. That thread wakes with every READ
+    that is posted and spins until the post is over, which with `cma` is the READ itself: on a busy
+    machine it had as much of a core as the READs. So ours are by an agent that has none.
+    """
 
     def __init__(self, name: str):
         """NixlError: NIXL is not installed, or has no way to talk to anybody here."""
         self._nixl = _bindings()
-        config = self._nixl.nixlAgentConfig()
-        config.useProgThread, config.pthrDelay = True, PAUSE_US
-        self._agent = self._call(self._nixl.nixlAgent, name, config)
-        options = {"engine_config": UCX_CONFIG}
-        self._backend = self._call(self._agent.createBackend, "UCX", options)
+        self._server, self._server_backend = self._create(name, progress=True)
+        self._agent, self._backend = self._create(f"{name}/reader", progress=False)
+
+    def serve(self, memory: Blocks) -> None:
+        """Peers may read it."""
+        self._call(self._server.registerMem, self._region(memory), [self._server_backend])
 
     def register(self, memory: Blocks) -> None:
-        rows = [(memory.ctypes.data, memory.nbytes, 0, "")]
-        descriptors = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, rows)
-        self._call(self._agent.registerMem, descriptors, [self._backend])
+        """READs may write to it."""
+        self._call(self._agent.registerMem, self._region(memory), [self._backend])
 
     def metadata(self) -> bytes:
-        """What a peer needs to read what has been registered so far."""
-        return bytes(self._call(self._agent.getLocalMD))
+        """What a peer needs to read what is served so far."""
+        return bytes(self._call(self._server.getLocalMD))
 
     def add(self, metadata: bytes) -> str:
         """The name of the peer's agent."""
@@ -94,7 +99,17 @@ class NixlAgent:
 
     def close(self) -> None:
         """Ends all READs, ours and those of peers."""
-        del self._agent
+        del self._agent, self._server
+
+    def _create(self, name: str, progress: bool) -> tuple[Any, Any]:
+        config = self._nixl.nixlAgentConfig()
+        config.useProgThread, config.pthrDelay = progress, PAUSE_US
+        agent = self._call(self._nixl.nixlAgent, name, config)
+        return agent, self._call(agent.createBackend, "UCX", {"engine_config": UCX_CONFIG})
+
+    def _region(self, memory: Blocks) -> Any:
+        rows = [(memory.ctypes.data, memory.nbytes, 0, "")]
+        return self._nixl.nixlRegDList(self._nixl.DRAM_SEG, rows)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         try:

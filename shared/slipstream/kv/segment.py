@@ -4,19 +4,20 @@
 a lock (flock) on it while it lives, so a file without a lock belongs to a dead process.
 """
 
+import errno
 import fcntl
-import mmap
 import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.config import StartError, format_bytes
+from slipstream.kv.huge_pages import HUGE_BYTES, Mapping, seed
 
 MAGIC = b"SLIPKV01"
 HEADER_BYTES = 4096
@@ -48,8 +49,10 @@ class SegmentHeader(msgspec.Struct, frozen=True, kw_only=True):
 class Segment:
     """A mapped segment. `blocks` stays usable after `close` for as long as somebody holds it."""
 
-    def __init__(self, path: Path, file: int, header: SegmentHeader, blocks: Blocks):
+    def __init__(self, path: Path, file: int, header: SegmentHeader, blocks: Blocks, pages: str):
         self.path, self.header, self.blocks = path, header, blocks
+        self.pages = pages
+        """For the log: what kind of pages the kernel gave, and why not huge ones."""
         self._file = file
 
     def close(self) -> None:
@@ -76,11 +79,9 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
         raise StartError(f"slipstream: --shm-dir: {path}: {error.strerror}", NO_MEMORY) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.posix_fallocate(file, 0, header.file_bytes)
+        memory, pages = _take(file, header.file_bytes, path.parent)
         encoded = msgspec.msgpack.encode(header)
         os.pwrite(file, MAGIC + _LENGTH.pack(len(encoded)) + encoded, 0)
-        # Pages now, not at the first write of each: a READ into fresh ones is many times slower.
-        memory = mmap.mmap(file, header.file_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
     except OSError as error:
         path.unlink(missing_ok=True)
         os.close(file)
@@ -90,7 +91,7 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
             f"({error.strerror}); lower --kv-cache-bytes or give another --shm-dir",
             NO_MEMORY,
         ) from None
-    return Segment(path, file, header, _blocks(memory, header))
+    return Segment(path, file, header, _blocks(memory, header), pages)
 
 
 def attach_segment(path: Path, expected: SegmentHeader) -> Blocks:
@@ -106,7 +107,7 @@ def attach_segment(path: Path, expected: SegmentHeader) -> Blocks:
         size = os.fstat(file).st_size
         if size != expected.file_bytes:
             raise SegmentError(f"{path}: {size} bytes long, expected {expected.file_bytes}")
-        memory = mmap.mmap(file, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        memory = Mapping(size, file, writable=False)
     except OSError as error:
         raise SegmentError(f"{path}: {error.strerror}") from None
     finally:
@@ -131,9 +132,32 @@ def free_bytes(folder: str | Path) -> int:
     return system.f_bavail * system.f_frsize
 
 
-def _blocks(memory: mmap.mmap, header: SegmentHeader) -> Blocks:
-    flat: NDArray[Any] = np.frombuffer(memory, np.uint8, offset=HEADER_BYTES)
-    return flat.reshape(header.num_blocks, header.block_bytes)
+def _take(file: int, size: int, folder: Path) -> tuple[Mapping, str]:
+    """All memory of the file, and in which pages: huge ones where the kernel gives them.
+
+    OSError: it is not there.
+
+    In this order: pages that are there before their huge page cost a copy each, which takes ten
+    times as long. Small ones are mapped now as well, not at the first write of each: a READ into
+    fresh ones is many times slower.
+    """
+    if size > free_bytes(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(file, size)
+    seed(file, size)
+    memory = Mapping(size, file)
+    pages = "huge pages" if size >= HUGE_BYTES else "small pages"
+    try:
+        memory.collapse()
+    except OSError as error:
+        pages = f"pages as {folder} has them, not collapsed to huge ones ({error.strerror})"
+    os.posix_fallocate(file, 0, size)
+    memory.populate()
+    return memory, pages
+
+
+def _blocks(memory: Mapping, header: SegmentHeader) -> Blocks:
+    return memory.bytes[HEADER_BYTES:].reshape(header.num_blocks, header.block_bytes)
 
 
 def _read_header(path: Path, file: int) -> SegmentHeader:
