@@ -65,3 +65,12 @@ def test_indexes_are_asked_in_turn() -> None:
         rig.submit(f"r{number}", hashes=HASHES)
         asked.append(rig.one(Locate)[0])
     assert asked[0] != asked[1] and asked[:2] == asked[2:]
+
+
+def test_tiers_are_told_apart() -> None:
+    rig = Rig(*WORKING, "prefill-1", INDEX, index_stride=2)
+    rig.submit(prompt=65, hashes=HASHES)
+    answer = Located(request_id="r", attempt=1, blocks={"prefill-1": 2}, lower={"prefill-1": 1})
+    rig.hear(INDEX, answer)
+    demand = rig.machine.requests["r"].demand()
+    assert (demand.cached_blocks("prefill-1"), demand.lendable_blocks("prefill-1")) == (4, 2)

@@ -23,13 +23,16 @@ from slipstream.messages import (
     Failed,
     Finished,
     Hello,
+    LiveRequest,
     Located,
     Peers,
     Prefill,
     Resume,
     Started,
+    StepSample,
     StreamEnded,
     Submit,
+    TransferSample,
     WorkerLoad,
 )
 from slipstream.scheduler.machine import ORPHAN_GRACE_S
@@ -346,3 +349,43 @@ def test_what_has_failed_fails_again_in_the_same_words(rig: Rig) -> None:
     rig.pass_time(61.0)
     rig.submit()
     assert rig.state() == "prefilling", "nobody remembers"
+
+
+def test_a_finished_stream_that_its_tokenizer_has_forgotten_runs_again(rig: Rig) -> None:
+    """Its end was lost with a session, and the worker has let its tokens go."""
+    decoding(rig)
+    rig.hear(DECODE, FINISHED)
+    rig.hear(TOKENIZER, submit(repeated=True))
+    assert rig.state() == "finishing", "it still has the stream: the worker says its tokens again"
+    rig.hear(TOKENIZER, submit())
+    assert resume(2) in rig.sent and rig.state() == "resuming"
+    rig.hear(TOKENIZER, submit(attempt=2))
+    assert rig.state() == "prefilling"
+
+
+@pytest.mark.parametrize("elapsed_s", [float("inf"), float("nan"), 1e300, -1.0, 0.0])
+def test_an_absurd_measurement_is_not_believed(rig: Rig, elapsed_s: float) -> None:
+    load = WorkerLoad(
+        steps=1,
+        running=0,
+        waiting=0,
+        waiting_tokens=0,
+        blocks_free=16,
+        blocks_used=0,
+        blocks_cached=0,
+        blocks_leased=0,
+        step_samples=[StepSample(100, 10_000, 1, 10, elapsed_s)] * 9,
+        transfer_samples=[TransferSample(PREFILL, "shm", 4, elapsed_s)] * 9,
+    )
+    for _ in range(3):
+        rig.hear(DECODE, load)
+        rig.hear(PREFILL, load)
+    rig.submit()
+    assert rig.state() == "prefilling"
+
+
+def test_who_is_no_worker_reports_nothing_that_runs(rig: Rig) -> None:
+    young = Rig(young=True)
+    young.join(node("frontend-3"), LiveRequest("r", 1))
+    young.submit(repeated=True)
+    assert young.state() == "recovering"

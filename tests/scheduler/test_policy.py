@@ -175,6 +175,25 @@ def test_a_prefix_is_fetched_where_that_is_cheaper_than_to_compute_it() -> None:
     assert found is not None and found.holder is None, "computing is faster than such a wire"
 
 
+def test_what_lies_below_a_pool_is_loaded_there_and_lent_to_nobody() -> None:
+    views = [view(P0, num_blocks=400), view(P1, queued=3000, num_blocks=400), view(D0)]
+    known = demand(2000, prefill_1=100)
+    below = Demand("r", known.num_tokens, known.num_blocks, known.hints, {P1: 100})
+    found = placed(below, views, "always")
+    assert found is not None and found.holder is None
+    partly = Demand("r", known.num_tokens, known.num_blocks, known.hints, {P1: 40})
+    found = placed(partly, views, "always")
+    assert found is not None and (found.holder, found.holder_blocks) == (P1, 60)
+    transfers = TransferPrices()
+    transfers.learn(P1, [TransferSample(P1, "tier", 100, 5.0)] * 9)
+    market = Market(below, views, transfers, 0.0)
+    assert (
+        market.quote(views[1]).first_s
+        > Market(known, views, transfers, 0.0).quote(views[1]).first_s
+    )
+    assert transfers.read_s(P0, P1, 100) < 0.1, "what a disk takes says nothing of a wire"
+
+
 def test_what_is_held_by_who_computes_is_not_fetched() -> None:
     found = placed(demand(2000, prefill_0=100), [view(P0), view(D0)], "always")
     assert found is not None and found.holder is None

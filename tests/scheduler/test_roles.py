@@ -38,6 +38,9 @@ def roles(wanted: float, at_s: float = 0.0) -> Roles:
         ([shifted(view(P0)), view(D0), view(P1)], 1.8, Shift(P0, False)),
         ([view(P0), shifted(view(D1)), view(D0)], 0.9, Shift(D1, True)),
         ([view(P0), view(P1, queued=3000), view(D0)], 0.5, Shift(P0, True)),
+        # Who computes no prompts at all takes streams all the same.
+        ([view(P0), view(D0, prefill_budget_tokens=0)], 0.7, None),
+        ([shifted(view(P0)), view(D0, prefill_budget_tokens=0)], 0.7, Shift(P0, False)),
         # Somebody has to take streams, and has to have room for them.
         ([view(P0), view(D0)], 9.0, None),
         ([view(P0), view(P1)], 9.0, Shift(P0, True)),
@@ -99,9 +102,12 @@ def test_with_all_decode_workers_dead_a_prefill_worker_takes_the_streams() -> No
     assert rig.count("role_shifts_total") == 1
 
 
-@pytest.mark.parametrize("mode", ["always", "never"])
-def test_fixed_roles_stay(mode: str) -> None:
-    rig = Rig(TOKENIZER, PREFILL, DECODE, disaggregation=mode)
+@pytest.mark.parametrize(
+    ("mode", "policy"),
+    [("always", "cost"), ("never", "cost"), ("auto", "load"), ("auto", "prefix")],
+)
+def test_fixed_roles_stay(mode: str, policy: str) -> None:
+    rig = Rig(TOKENIZER, PREFILL, DECODE, disaggregation=mode, policy=policy)
     rig.lose(DECODE)
     rig.submit()
     rig.pass_time(5.0)

@@ -99,7 +99,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.prefill == 0 and self.disaggregation == "always":
             raise ValueError("--prefill 0 needs --disaggregation auto or never")
-        if self.offload_disk_bytes and not self.offload_dir:
-            raise ValueError("--offload-disk-bytes needs --offload-dir")
+        if bool(self.offload_disk_bytes) != bool(self.offload_dir):
+            raise ValueError("--offload-dir and --offload-disk-bytes need each other")
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")

@@ -62,13 +62,16 @@ class Market:
         demand, prices = self.demand, view.prices
         own = demand.cached_blocks(view.node_id)
         tokens, wait_s, fetch_blocks = demand.num_tokens - own * BLOCK_TOKENS, 0.0, 0
+        below = demand.lower.get(view.node_id, 0)
+        if below:
+            wait_s = self.transfers.read_s(view.node_id, view.node_id, below)
         compute_s = prices.prompt_s(own * BLOCK_TOKENS, tokens)
         if self.holder is not None and self.held_blocks > own:
             rest = demand.num_tokens - self.held_blocks * BLOCK_TOKENS
             rest_s = prices.prompt_s(self.held_blocks * BLOCK_TOKENS, rest)
             read_s = self.transfers.read_s(view.node_id, self.holder, self.held_blocks - own)
             if read_s + rest_s < compute_s:
-                tokens, compute_s, wait_s = rest, rest_s, read_s
+                tokens, compute_s, wait_s = rest, rest_s, wait_s + read_s
                 fetch_blocks = self.held_blocks
         # Blocks are fetched while what came before is computed.
         first_s = max(wait_s, view.backlog_s(self.now_s)) + compute_s
@@ -156,8 +159,8 @@ def _holder(demand: Demand, views: Sequence[WorkerView]) -> tuple[NodeId | None,
     holders = [view for view in views if view.node_id in demand.hints]
     if not holders:
         return None, 0
-    best = max(holders, key=lambda v: (demand.cached_blocks(v.node_id), -len(v.held)))
-    blocks = demand.cached_blocks(best.node_id)
+    best = max(holders, key=lambda v: (demand.lendable_blocks(v.node_id), -len(v.held)))
+    blocks = demand.lendable_blocks(best.node_id)
     return (best.node_id, blocks) if blocks else (None, 0)
 
 

@@ -16,6 +16,13 @@ class Demand:
     num_blocks: int
     hints: Mapping[NodeId, int] = field(default_factory=dict)
     """Worker -> leading blocks that it is said to hold."""
+    lower: Mapping[NodeId, int] = field(default_factory=dict)
+    """How many of them lie in a tier below its pool: it loads them, and lends none of them."""
+
+    def lendable_blocks(self, node_id: NodeId) -> int:
+        """What another worker could fetch from there: what is evicted first is the tail."""
+        known = self.hints.get(node_id, 0) - self.lower.get(node_id, 0)
+        return max(0, min(known, (self.num_tokens - 1) // BLOCK_TOKENS))
 
     def cached_blocks(self, node_id: NodeId) -> int:
         """Those of use: the last token is computed in any case, for its logits."""

@@ -120,7 +120,7 @@ class SchedulerMachine:
             case TimerFired("reports"):
                 return self._drop_reports()
             case TimerFired(key) if key.startswith("locate "):
-                self._located(self.requests.get(key.removeprefix("locate ")), {}, now_s)
+                self._located(self.requests.get(key.removeprefix("locate ")), None)
             case PeerDown(peer):
                 return self._peer_down(peer, now_s)
             case Started():
@@ -154,7 +154,7 @@ class SchedulerMachine:
                     self.dispatcher.decisions.first_token(message, now_s)
             case Located():
                 request = self._current(message.request_id, message.attempt)
-                self._located(request, message.blocks, now_s)
+                self._located(request, message)
             case JobStarted():
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and request.decode == source and request.prefill:
@@ -304,12 +304,12 @@ class SchedulerMachine:
         timer = SetTimer(f"locate {request.request_id}", now_s + self.settings.locate_timeout_s)
         return [Send(index, locate), timer]
 
-    def _located(self, request: Request | None, blocks: dict[NodeId, int], now_s: float) -> None:
+    def _located(self, request: Request | None, found: Located | None) -> None:
         """The index has answered, or not in time: then there are no hints."""
         if request is None or request.state is not State.LOCATING:
             return
-        request.hints = {node: count * self.settings.index_stride for node, count in blocks.items()}
-        self.counters["located" if blocks else "located_nowhere"] += 1
+        request.located(found, self.settings.index_stride)
+        self.counters["located" if request.hints else "located_nowhere"] += 1
         self.dispatcher.enqueue(request)
 
     def _adopt(self, request: Request, worker: NodeId, now_s: float) -> None:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from slipstream.core.job import blocks_for
 from slipstream.core.prefix import HASH_BYTES
 from slipstream.errors import Problem
-from slipstream.messages import Drop, Failed, Locate, Resume, Submit
+from slipstream.messages import Drop, Failed, Locate, Located, Resume, Submit
 from slipstream.scheduler.decisions import Decision
 from slipstream.scheduler.demand import Demand
 from slipstream.scheduler.fleet import Fleet
@@ -37,6 +37,8 @@ class Request:
     decode: NodeId | None = None
     hints: dict[NodeId, int] = field(default_factory=dict)
     """Worker -> leading blocks of the prompt that it is said to hold."""
+    lower: dict[NodeId, int] = field(default_factory=dict)
+    """How many of them lie in a tier below its pool."""
     decision: Decision | None = None
     """Of the current attempt, or the last one that was placed."""
     since_s: float = 0.0
@@ -64,7 +66,13 @@ class Request:
         return {node for node in (self.prefill, self.decode) if node is not None}
 
     def demand(self) -> Demand:
-        return Demand(self.request_id, self.num_tokens, self.num_blocks, self.hints)
+        return Demand(self.request_id, self.num_tokens, self.num_blocks, self.hints, self.lower)
+
+    def located(self, found: Located | None, stride: int) -> None:
+        """Take the index's word; None: it has none."""
+        blocks, lower = (found.blocks, found.lower) if found else ({}, {})
+        self.hints = {node: count * stride for node, count in blocks.items()}
+        self.lower = {node: count * stride for node, count in lower.items()}
 
     def resumption(self) -> Resume:
         return Resume(request_id=self.request_id, attempt=self.attempt)

@@ -196,8 +196,8 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 f"--renew-s {self.renew_s:g} must be less than --lease-s {self.lease_s:g}"
             )
-        if self.offload_disk_bytes and not self.offload_dir:
-            raise ValueError("--offload-disk-bytes needs --offload-dir")
+        if bool(self.offload_disk_bytes) != bool(self.offload_dir):
+            raise ValueError("--offload-dir and --offload-disk-bytes need each other")
         if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
             raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 

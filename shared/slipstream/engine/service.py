@@ -200,13 +200,37 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
     if not config.offloads:
         return None
     folder = Path(config.offload_dir) / config.node_id if config.offload_dir else None
-    return Offload(
+    block_bytes, free = segment.header.block_bytes, available_memory()
+    for flag, wanted in (
+        ("--offload-host-bytes", config.offload_host_bytes),
+        ("--offload-disk-bytes", config.offload_disk_bytes),
+    ):
+        if 0 < wanted < block_bytes:
+            raise ConfigError(
+                f"slipstream {config.role}: {flag} {format_bytes(wanted)} is less than one block "
+                f"({format_bytes(block_bytes)}); give more, or 0"
+            )
+    if config.offload_host_bytes > free:
+        raise StartError(
+            f"slipstream {config.role}: --offload-host-bytes "
+            f"{format_bytes(config.offload_host_bytes)}: {format_bytes(free)} of memory are free",
+            NO_MEMORY,
+        )
+    offload = Offload(
         segment.blocks,
         segment.header.kv_layout_id,
         folder=folder,
         host_bytes=config.offload_host_bytes,
         disk_bytes=config.offload_disk_bytes,
     )
+    _LOG.info(
+        "tiers below the pool: %s of host memory, %s in %s; saved after %d hits",
+        format_bytes(config.offload_host_bytes),
+        format_bytes(config.offload_disk_bytes),
+        folder or "no folder",
+        config.offload_after_hits,
+    )
+    return offload
 
 
 def _transports(config: WorkerConfig, segment: Segment) -> Transports:
