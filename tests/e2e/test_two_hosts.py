@@ -39,6 +39,7 @@ class TwoHosts:
         given = {
             "port": self.port,
             "transports": transports,
+            "disaggregation": "always",
             "dtype": "float32",
             "threads": 1,
             "max_model_len": 2048,
