@@ -89,10 +89,6 @@ class Decisions:
             error = decision.predicted_ttft_s - decision.actual_ttft_s
             self._errors.append(abs(error) / decision.actual_ttft_s)
 
-    def find(self, request_id: RequestId) -> Decision | None:
-        found = self._of.get(request_id)
-        return None if found is None else found[0]
-
     def latest(self) -> list[tuple[Decision, float]]:
         """With when each was made, oldest first."""
         return list(self._of.values())

@@ -157,9 +157,6 @@ class Ledger:
             view.known_costs = None
             self.views[node.node_id] = view
 
-    def taking(self) -> list[WorkerView]:
-        return [view for view in self.views.values() if view.taking]
-
     def _price_of(self, node: NodeInfo) -> StepPrices:
         """What it was last time; else that of another worker."""
         known = self._prices.pop(node.node_id, None)
