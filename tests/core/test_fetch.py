@@ -5,7 +5,8 @@ import pytest
 from core.builders import EPOCH, decode
 from core.workers import PROMPT, Worker, answer
 from slipstream.core import machine as m
-from slipstream.core.fetcher import ANSWER_S
+from slipstream.core.reading import ANSWER_S
+from slipstream.core.worker import TICK_S, WorkerSettings
 from slipstream.messages import Borrow, Decode, Lent, Release, Released, Renew
 from slipstream.types import NodeId
 
@@ -166,6 +167,39 @@ def test_whatever_goes_wrong_the_prompt_is_computed(cause: str) -> None:
         assert two.reader.held == 0 and two.holder.held == 0
     else:
         two.finish(computed=len(PROMPT))
+
+
+@pytest.mark.parametrize("waits_for", ["the READ", "the word of the holder"])
+def test_what_does_not_end_is_not_waited_for(two: Two, waits_for: str) -> None:
+    """Neither the executor nor a holder that lives is relied on."""
+    two.ask()
+    two.lend()
+    if waits_for != "the READ":
+        two.read()
+    said = two.reader.pass_time(WorkerSettings().pull_timeout_s)
+    assert not two.reader.plans
+    said += two.reader.pass_time(ANSWER_S + TICK_S)
+    assert any(isinstance(message, Renew) for message in said)
+    two.holder.pass_time(20.0)
+    assert two.failures("silent") == 1
+    if waits_for == "the READ":
+        assert two.reader.load["blocks_quarantined"] == 2
+        two.read()
+    two.finish(computed=len(PROMPT))
+
+
+def test_a_worker_whose_reads_never_end_begins_anew(two: Two) -> None:
+    two.ask()
+    two.lend()
+    settings = WorkerSettings()
+    two.reader.pass_time(settings.pull_timeout_s + ANSWER_S + TICK_S)
+    assert two.reader.plans, "the job goes on, its blocks are in quarantine"
+    two.reader.run()
+    two.reader.pass_time(settings.step_timeout_s - 2 * TICK_S)
+    assert not two.reader.exits
+    two.reader.now_s += 3 * TICK_S
+    two.reader.handle(m.TimerFired("tick"))
+    assert two.reader.exits
 
 
 def test_a_loan_is_renewed_while_it_is_read(two: Two) -> None:

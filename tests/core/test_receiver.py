@@ -10,7 +10,7 @@ from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job
 from slipstream.core.machine import Effect, PullBlocks, PullDone, Send
 from slipstream.core.reading import Reads
-from slipstream.core.receiver import Receiver
+from slipstream.core.receiver import EARLY_KEEP_S, EARLY_MAX, Receiver
 from slipstream.messages import KvReady, Release, Renew
 
 NUM_TOKENS = 40  # two full blocks and a tail
@@ -44,6 +44,7 @@ def ready(first: int = 0, end: int = 3, **changes: object) -> KvReady:
 
 class Desk:
     def __init__(self, num_blocks: int = 8):
+        self.now_s = 0.0
         self.pool = BlockPool(num_blocks)
         self.desk = Reads(self.pool, pull_timeout_s=3.0)
         self.receiver = Receiver(self.desk)
@@ -52,7 +53,7 @@ class Desk:
 
     def expect(self, request_id: str, num_tokens: int = NUM_TOKENS) -> Job:
         job = job_of(decode(request_id, range(num_tokens), source="prefill-0"))
-        self.receiver.expect(job, "prefill-0", 7)
+        self.receiver.expect(job, "prefill-0", 7, self.now_s)
         return job
 
     def cache(self, num_blocks: int) -> list[int]:
@@ -66,13 +67,13 @@ class Desk:
         return blocks
 
     def announce(self, message: KvReady) -> list[Effect]:
-        return self.receiver.announced("prefill-0", message)
+        return self.receiver.announced("prefill-0", message, self.now_s)
 
     def pulled(self, blocks: list[int], error: str | None = None) -> list[Effect]:
         """The READ in flight ends; `blocks`: whose bytes it found."""
         self.reads += 1
         done = PullDone(f"r/1/{self.reads}", tuple(digests(blocks)), error=error)
-        return [] if self.desk.over(done) else self.receiver.pulled(done)
+        return [] if self.desk.over(done) else self.receiver.pulled(done, self.now_s)
 
     @property
     def held(self) -> int:
@@ -233,7 +234,7 @@ def test_what_is_said_twice_counts_once(desk: Desk) -> None:
     desk.announce(ready())
     assert desk.announce(ready()) == []
     assert desk.pulled(THERE) == RELEASE
-    assert desk.receiver.pulled(PullDone("r/1/1", tuple(digests(THERE)))) == []
+    assert desk.receiver.pulled(PullDone("r/1/1", tuple(digests(THERE))), desk.now_s) == []
     assert desk.announce(ready()) == []
     desk.receiver.released("r/1", True)
     assert desk.receiver.released("r/1", True) == []
@@ -259,9 +260,78 @@ def test_without_the_first_token_nothing_goes_on_when_the_source_is_lost(desk: D
 def test_with_the_first_token_it_is_computed_here(desk: Desk) -> None:
     desk.announce(ready())
     assert desk.receiver.source_down("prefill-0") == []
-    assert desk.held == 3 and not desk.receiver.recompute, "the READ may still write"
-    assert desk.pulled(THERE) == RELEASE, "what it brought is not confirmed by anybody"
+    assert desk.receiver.recompute == [desk.job] and desk.job.block_ids == []
+    assert desk.held == 3, "the READ may still write"
+    assert desk.pulled(THERE) == [], "what it brought is nobody's"
     assert_recomputes(desk, "peer")
+
+
+# --- Silence --------------------------------------------------------------------------------------
+
+
+def test_a_read_that_does_not_end_is_not_waited_for(desk: Desk) -> None:
+    """The executor promises to end it at 3 s; whoever waits for it does not rely on that."""
+    desk.announce(ready())
+    desk.now_s = 3.9
+    assert desk.receiver.expire(desk.now_s) == [] and not desk.receiver.recompute
+    desk.now_s = 4.0
+    assert desk.receiver.expire(desk.now_s) == RELEASE
+    assert desk.receiver.recompute == [desk.job] and desk.job.block_ids == []
+    assert desk.held == 3 and dict(desk.receiver.failures) == {"silent": 1}
+    assert desk.desk.stuck(3.9) == "" and desk.desk.stuck(4.0) == "r/1/1"
+    assert desk.pulled(THERE) == [] and desk.desk.stuck(9.0) == ""
+    assert_recomputes(desk, "silent")
+
+
+def test_without_the_first_token_a_read_that_does_not_end_waits_for_it(desk: Desk) -> None:
+    desk.announce(ready(0, 2))
+    desk.now_s = 5.0
+    assert desk.receiver.expire(desk.now_s) == [] and not desk.receiver.recompute
+    assert desk.announce(ready(2)) == RELEASE
+    assert desk.receiver.recompute == [desk.job] and desk.held == 3
+    assert desk.pulled(THERE[:2]) == []
+    assert_recomputes(desk, "silent")
+
+
+def test_a_source_that_lives_and_does_not_confirm_is_not_waited_for(desk: Desk) -> None:
+    desk.announce(ready())
+    desk.now_s = 2.0
+    assert desk.pulled(THERE) == RELEASE
+    assert desk.receiver.expire(5.9) == [] and not desk.receiver.recompute
+    assert desk.receiver.expire(6.0) == []
+    assert_recomputes(desk, "silent")
+    assert desk.receiver.released("r/1", True) == [] and not desk.receiver.ready
+
+
+def test_nothing_is_overdue_while_the_source_computes(desk: Desk) -> None:
+    desk.announce(ready(0, 2))
+    desk.pulled(THERE[:2])
+    assert desk.receiver.expire(1e6) == []
+    assert reads(desk.announce(ready(2))) == (THERE[2:], 1)
+
+
+# --- Announcements that overtake their `Decode` ---------------------------------------------------
+
+
+def test_an_announcement_waits_for_its_decode_and_no_other(desk: Desk) -> None:
+    def early(attempt: int, source: str = "prefill-0") -> None:
+        message = ready(request_id="s", attempt=attempt, lease_id=f"s/{attempt}")
+        desk.receiver.overtook(source, message, 0.0)
+
+    early(2), early(1), early(3), early(2, "prefill-1")
+    job = job_of(decode("s", range(NUM_TOKENS), attempt=2, source="prefill-0"))
+    (pull,) = desk.receiver.expect(job, "prefill-0", 7, 1.0)
+    assert isinstance(pull, PullBlocks) and pull.pull_id == "s/2/1"
+    assert [message.attempt for _, _, message in desk.receiver.early] == [1, 3]
+    desk.receiver.expire(EARLY_KEEP_S)
+    assert not desk.receiver.early
+
+
+def test_early_announcements_are_bounded_by_the_newest(desk: Desk) -> None:
+    for count in range(EARLY_MAX + 5):
+        desk.receiver.overtook("prefill-0", ready(request_id="s", attempt=count), 0.0)
+    assert len(desk.receiver.early) == EARLY_MAX
+    assert desk.receiver.early[0][2].attempt == 5
 
 
 def test_the_word_of_a_lost_source_is_not_waited_for(desk: Desk) -> None:
@@ -287,7 +357,7 @@ def test_a_new_attempt_is_not_mixed_up_with_a_read_of_the_old_one(desk: Desk) ->
     desk.announce(ready())
     desk.receiver.drop("r")
     again = job_of(decode("r", range(NUM_TOKENS), attempt=2, source="prefill-0"))
-    desk.receiver.expect(again, "prefill-0", 7)
+    desk.receiver.expect(again, "prefill-0", 7, desk.now_s)
     (pull,) = desk.announce(ready(attempt=2, lease_id="r/2"))
     assert isinstance(pull, PullBlocks) and pull.pull_id != "r/1/1"
     assert desk.held == 6
@@ -312,12 +382,12 @@ def test_hand_overs_wait_for_all_of_their_blocks_and_hold_none_meanwhile() -> No
     desk.announce(ready(0, 1))
     assert len(desk.job.block_ids) == 3, "at once, though one is announced"
     assert desk.announce(said) == [] and second.block_ids == []
-    assert desk.receiver.retry() == []
+    assert desk.receiver.retry(desk.now_s) == []
     desk.receiver.drop("r")
-    assert desk.receiver.retry() == [], "quarantine counts as held"
+    assert desk.receiver.retry(desk.now_s) == [], "quarantine counts as held"
     desk.pulled([21])
-    assert reads(desk.receiver.retry()) == (THERE, 3)
-    assert desk.receiver.retry() == []
+    assert reads(desk.receiver.retry(desk.now_s)) == (THERE, 3)
+    assert desk.receiver.retry(desk.now_s) == []
 
 
 def test_the_digest_of_what_was_here_stays_our_own(desk: Desk) -> None:
@@ -341,7 +411,7 @@ def test_who_waits_for_blocks_does_not_hold_those_that_are_cached_here() -> None
     cached, others = desk.cache(2), desk.pool.allocate(2) or []
     assert desk.announce(ready()) == [] and desk.held == 2
     desk.pool.release(others)
-    assert reads(desk.receiver.retry()) == ([23], 1) and desk.job.block_ids[:2] == cached
+    assert reads(desk.receiver.retry(desk.now_s)) == ([23], 1) and desk.job.block_ids[:2] == cached
 
 
 def test_every_lease_is_renewed_with_one_message_to_each_source(desk: Desk) -> None:
@@ -350,10 +420,10 @@ def test_every_lease_is_renewed_with_one_message_to_each_source(desk: Desk) -> N
     desk.expect("s")
     desk.announce(ready(request_id="s", lease_id="s/1"))
     other = job_of(decode("t", range(NUM_TOKENS), source="prefill-1"))
-    desk.receiver.expect(other, "prefill-1", 8)
+    desk.receiver.expect(other, "prefill-1", 8, desk.now_s)
     desk.announce(ready(request_id="t", lease_id="t/1", epoch=8))
     assert not desk.receiver.live["t"].lease_id, "somebody else says so"
-    desk.receiver.announced("prefill-1", ready(request_id="t", lease_id="t/1", epoch=8))
+    desk.receiver.announced("prefill-1", ready(request_id="t", lease_id="t/1", epoch=8), desk.now_s)
     assert desk.receiver.renew() == [
         Send("prefill-0", Renew(lease_ids=["r/1", "s/1"])),
         Send("prefill-1", Renew(lease_ids=["t/1"])),

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import shutil
 import signal
 import socket
@@ -38,17 +39,24 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Below 50000: a Cluster's nodes talk to each other at port + 10000."""
+    """Nobody listens there, and, for a Cluster's nodes talk to each other at port + 10000, not
+    there either. Both lie below the ports that a kernel gives to those who name none."""
     ports: list[int] = []
     while len(ports) < count:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = 20_000 + probe.getsockname()[1] % 25_000
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if port not in ports and probe.connect_ex(("127.0.0.1", port)):
-                ports.append(port)
+        port = random.randrange(12_000, 22_000)
+        if port not in ports and _free(port) and _free(port + 10_000):
+            ports.append(port)
     return ports
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class Server:
@@ -61,13 +69,10 @@ class Server:
         home = folder / str(port)
         home.mkdir()
         common = ("--port", str(port), "--save", "", "--dir", str(home))
-        self.process = subprocess.Popen(
-            [binary, *options, *common]
-            if options[:1] != ("sentinel.conf",)
-            else [binary, *options],
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-        )
+        told = options if options[:1] == ("sentinel.conf",) else (*options, *common)
+        self.log = home / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen([binary, *told], cwd=folder, stdout=log, stderr=log)
 
     @property
     def client(self) -> Redis:
@@ -80,7 +85,11 @@ class Server:
         )
 
     def until_up(self) -> None:
-        until(lambda: self.client.ping(), f"redis at {self.port}")
+        until(lambda: self._alive() and self.client.ping(), f"redis at {self.port}")
+
+    def _alive(self) -> bool:
+        assert self.process.poll() is None, f"redis at {self.port} ended: {self.log.read_text()}"
+        return True
 
     def kill(self) -> None:
         self.process.kill()

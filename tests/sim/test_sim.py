@@ -127,6 +127,7 @@ BUGS: dict[str, Plant] = {
     "the scheduler has no tick": _without_timer(SchedulerMachine, "tick"),
     "the scheduler waits for the index for ever": _without_timer(SchedulerMachine, "locate"),
     "the scheduler recovers for ever": _without_timer(SchedulerMachine, "recovered"),
+    "READs may hang for ever": _edited(Reads, "stuck", "r.due_s <= due_s", "False"),
     "a step may hang for ever": _without_timer(WorkerMachine, "step"),
     "the tokenizer has no tick": _without_timer(TokenizerMachine, "tick"),
 }

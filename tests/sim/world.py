@@ -248,6 +248,8 @@ class Process:
         if not epoch_right or world.faults.strikes("loss", 0.03, world.now_s):
             self.later(0.002, m.PullDone(pull.pull_id, error="unreachable"))
             return
+        if world.faults.strikes("hang", 0.02, world.now_s):
+            return
         halves = [
             (there, here, half)
             for there, here in zip(pull.source_blocks, pull.local_blocks, strict=True)

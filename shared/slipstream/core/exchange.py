@@ -59,7 +59,7 @@ class Exchange:
     def expect(self, job: Job, message: Prefill | Decode, now_s: float) -> list[Effect]:
         """A new job: it takes over what another computes, or has what is cached brought here."""
         if isinstance(message, Decode) and message.prefill is not None:
-            return self.receiver.expect(job, message.prefill, message.prefill_epoch)
+            return self.receiver.expect(job, message.prefill, message.prefill_epoch, now_s)
         return self.fetcher.begin(job, message, now_s)
 
     def received(
@@ -68,13 +68,13 @@ class Exchange:
         """What other workers say. `job`: the one that a `KvReady` is about, if it is here."""
         match message:
             case KvReady() if job is not None and job.attempt >= message.attempt:
-                return self.receiver.announced(source, message)
+                return self.receiver.announced(source, message, now_s)
             case KvReady():
                 self.receiver.overtook(source, message, now_s)
             case Borrow():
                 return self._borrowed(source, message, now_s)
             case Lent():
-                return self.fetcher.lent(source, message)
+                return self.fetcher.lent(source, message, now_s)
             case Renew():
                 for lease_id in message.lease_ids:
                     self.lender.table.renew(lease_id, now_s)
@@ -101,7 +101,7 @@ class Exchange:
         """What a transfer, a digest or a tier came to."""
         match event:
             case PullDone() if not self.reads.over(event):
-                return self.receiver.pulled(event) + self.fetcher.pulled(event, now_s)
+                return self.receiver.pulled(event, now_s) + self.fetcher.pulled(event, now_s)
             case BlocksDigested():
                 return self.lender.digested(event)
             case BlocksSaved(op_id):
@@ -127,8 +127,7 @@ class Exchange:
 
     def tick(self, now_s: float) -> list[Effect]:
         self.lender.lapse(now_s)
-        self.receiver.expire(now_s)
-        return self.fetcher.expire(now_s)
+        return self.receiver.expire(now_s) + self.fetcher.expire(now_s)
 
     def fetched(self) -> list[Job]:
         """Jobs that wait no longer for a prefix."""

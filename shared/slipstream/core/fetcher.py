@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 
 from slipstream.core.job import Job
 from slipstream.core.machine import Effect, LoadBlocks, PullDone, Send
-from slipstream.core.reading import LeasedRead, Reads
+from slipstream.core.reading import ANSWER_S, LeasedRead, Reads
 from slipstream.core.tiers import Tiers
 from slipstream.messages import Borrow, Decode, Lent, Prefill, Release, Renew
 from slipstream.types import BlockHash, BlockId, Epoch, NodeId, RequestId
-
-ANSWER_S = 1.0
-"""Longest wait for a holder's `Lent`."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -32,8 +29,6 @@ class Fetch(LeasedRead):
     holder_blocks: int
     kept: list[BlockId] = field(default_factory=list)
     """The leading blocks that are here; they have to stay."""
-    due_s: float = float("inf")
-    """Until when the tiers have to be through, or the holder has to answer."""
 
 
 class Fetcher:
@@ -65,7 +60,7 @@ class Fetcher:
         self.live[job.request_id] = fetch
         return self._load(fetch, now_s) or self._ask(fetch, now_s)
 
-    def lent(self, source: NodeId, message: Lent) -> list[Effect]:
+    def lent(self, source: NodeId, message: Lent, now_s: float) -> list[Effect]:
         """The holder's answer. One that nobody waits for any more is given back."""
         fetch = self.live.get(message.request_id)
         waits = fetch is not None and fetch.lease_id == message.lease_id and not fetch.sources
@@ -82,7 +77,7 @@ class Fetcher:
         if blocks is None:
             return self._end(fetch, "no_room")
         fetch.local = blocks
-        return [self.reads.pull(fetch)]
+        return [self.reads.pull(fetch, now_s)]
 
     def pulled(self, done: PullDone, now_s: float) -> list[Effect]:
         """A READ, or a load from the tiers, that somebody waits for is over."""
@@ -100,8 +95,7 @@ class Fetcher:
         self.reads.land(fetch, done)
         if fetch.failed:
             return self._end(fetch, fetch.failed)
-        fetch.releasing = True
-        return fetch.release()
+        return self.reads.confirm(fetch, now_s)
 
     def released(self, lease_id: str, ok: bool) -> list[Effect]:
         """The holder's word on whether the lease lived during the READ."""
@@ -127,7 +121,7 @@ class Fetcher:
 
     def expire(self, now_s: float) -> list[Effect]:
         """Wait no longer for what is overdue."""
-        late = [f for f in self.live.values() if not f.sources and now_s >= f.due_s]
+        late = [fetch for fetch in self.live.values() if now_s >= fetch.due_s]
         return [effect for fetch in late for effect in self._end(fetch, "silent")]
 
     def renew(self) -> list[Effect]:
@@ -144,7 +138,7 @@ class Fetcher:
         if not blocks:
             return []
         fetch.local, fetch.pulling = blocks, f"{fetch.name}/tier"
-        fetch.due_s = now_s + self.reads.pull_timeout_s
+        fetch.due_s = self.reads.due_s(now_s)
         return [LoadBlocks(fetch.pulling, tuple(hashes), tuple(blocks))]
 
     def _ask(self, fetch: Fetch, now_s: float) -> list[Effect]:

@@ -4,9 +4,11 @@
 
 Reading first and confirming then is a seqlock: `ok` says that the lease lived all the time, so the
 bytes stood still, and no clocks are compared. A READ cannot be called back: if its purpose is given
-up, its local blocks stay referenced, in quarantine, until it is over.
+up, its local blocks stay referenced, in quarantine, until it is over. The executor ends each READ
+in time; the machine does not rely on it.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -19,6 +21,8 @@ from slipstream.types import BlockId, Epoch, NodeId
 DIGEST_BYTES = HASH_BYTES
 SAMPLES_MAX = 16
 """Of READs, for one load."""
+ANSWER_S = 1.0
+"""Longest wait for a holder's `Lent`; how much later than it should a READ may end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +46,8 @@ class LeasedRead:
     failed: str = ""
     pull_end: int = 0
     pulls: int = 0
+    due_s: float = math.inf
+    """Until when what it waits for has to have happened."""
 
     def announce(self, sources: list[BlockId], digests: bytes) -> bool:
         """More blocks to read; False if there is not one digest for each."""
@@ -66,8 +72,13 @@ class Reads:
         self.given_up: dict[str, LeasedRead] = {}
         self.samples: deque[TransferSample] = deque(maxlen=SAMPLES_MAX)
 
-    def pull(self, read: LeasedRead) -> Effect:
+    def due_s(self, now_s: float) -> float:
+        """Of a READ that begins now, and of the word that is asked for after it."""
+        return now_s + self.pull_timeout_s + ANSWER_S
+
+    def pull(self, read: LeasedRead, now_s: float) -> Effect:
         """One READ of all that is announced and not read."""
+        read.due_s = self.due_s(now_s)
         read.pulls += 1
         read.pulling = f"{read.name}/{read.pulls}"
         read.pull_end = len(read.sources)
@@ -82,7 +93,7 @@ class Reads:
 
     def land(self, read: LeasedRead, done: PullDone) -> int:
         """The READ is over: how many blocks came as they were announced; else `failed` is set."""
-        read.pulling = ""
+        read.pulling, read.due_s = "", math.inf
         count = read.pull_end - read.pulled
         if done.error is not None:
             read.failed = read.failed or "read"
@@ -93,6 +104,11 @@ class Reads:
             self.note(read.source, count, done)
             return count
         return 0
+
+    def confirm(self, read: LeasedRead, now_s: float) -> list[Effect]:
+        """All is read: did the lease live until now?"""
+        read.releasing, read.due_s = True, self.due_s(now_s)
+        return read.release()
 
     def note(self, source: NodeId, num_blocks: int, done: PullDone) -> None:
         """What it took, for the prices."""
@@ -107,6 +123,11 @@ class Reads:
             return
         self.pool.release(read.local)
         read.local.clear()
+
+    def stuck(self, due_s: float) -> str:
+        """Id of a READ from a peer that was due by then and is not over; "" if there is none."""
+        reads = self.given_up.values()
+        return next((r.pulling for r in reads if r.lease_id and r.due_s <= due_s), "")
 
     def over(self, done: PullDone) -> bool:
         """Whether nobody waited for this READ; then its blocks are free."""

@@ -1,14 +1,13 @@
 """The decode side of a hand-over: pull what is announced, confirm, and only then use it.
 
     expected -> announced* -> pulled* -> releasing -> ready
-        any failure -> given up -> (no READ in flight, first token known) -> recompute
+        any failure, or silence -> given up -> (first token known) -> recompute
 
 Local blocks are allocated all at once, so that two hand-overs never wait for each other's blocks.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from slipstream.core.job import Job, blocks_for
 from slipstream.core.machine import Effect, PullDone, Send
@@ -16,10 +15,8 @@ from slipstream.core.reading import LeasedRead, Reads
 from slipstream.messages import KvReady, Renew
 from slipstream.types import BLOCK_TOKENS, Epoch, NodeId, RequestId
 
-EARLY_MAX = 256
+EARLY_MAX = 1024
 EARLY_KEEP_S = 10.0
-
-_Announced: TypeAlias = tuple[NodeId, RequestId, int]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -41,32 +38,40 @@ class Receiver:
     def __init__(self, reads: Reads):
         self.reads, self.pool = reads, reads.pool
         self.live: dict[RequestId, Handover] = {}
-        self.early: OrderedDict[_Announced, tuple[float, list[KvReady]]] = OrderedDict()
-        """Announcements that overtook their `Decode`: they come from another sender."""
+        self.early: deque[tuple[float, NodeId, KvReady]] = deque(maxlen=EARLY_MAX)
+        """Announcements that overtook their `Decode`, which comes from another sender; until
+        when they are kept."""
         self.ready: list[Job] = []
         self.recompute: list[Job] = []
         self.failures: Counter[str] = Counter()
         self.blocks_pulled = 0
 
-    def expect(self, job: Job, source: NodeId, epoch: Epoch) -> list[Effect]:
+    def expect(self, job: Job, source: NodeId, epoch: Epoch, now_s: float) -> list[Effect]:
         name = f"{job.request_id}/{job.attempt}"
         self.live[job.request_id] = Handover(name=name, source=source, epoch=epoch, job=job)
-        _, early = self.early.pop((source, *job.key), (0.0, []))
-        return [effect for message in early for effect in self.announced(source, message)]
+        mine = [early for early in self.early if (early[2].request_id, early[2].attempt) == job.key]
+        effects = []
+        for early in mine:
+            self.early.remove(early)
+            _, sender, message = early
+            effects += self.announced(sender, message, now_s)
+        return effects
 
     def overtook(self, source: NodeId, message: KvReady, now_s: float) -> None:
         """Its `Decode` is not here yet."""
-        key = source, message.request_id, message.attempt
-        _, early = self.early.setdefault(key, (now_s + EARLY_KEEP_S, []))
-        early.append(message)
-        if len(self.early) > EARLY_MAX:
-            self.early.popitem(last=False)
+        self.early.append((now_s + EARLY_KEEP_S, source, message))
 
-    def expire(self, now_s: float) -> None:
-        while self.early and next(iter(self.early.values()))[0] <= now_s:
-            self.early.popitem(last=False)
+    def expire(self, now_s: float) -> list[Effect]:
+        """Wait no longer for what is overdue."""
+        while self.early and self.early[0][0] <= now_s:
+            self.early.popleft()
+        effects = []
+        for handover in [h for h in self.live.values() if now_s >= h.due_s]:
+            handover.failed = handover.failed or "silent"
+            effects += self._advance(handover, now_s)
+        return effects
 
-    def announced(self, source: NodeId, message: KvReady) -> list[Effect]:
+    def announced(self, source: NodeId, message: KvReady, now_s: float) -> list[Effect]:
         """One more chunk is in the source's memory."""
         handover = self.live.get(message.request_id)
         if handover is None or handover.job.attempt != message.attempt:
@@ -81,15 +86,15 @@ class Receiver:
         whole = handover.announce(message.block_ids, message.digests)
         if not (whole and self._coherent(handover)):
             handover.failed = "malformed"
-        return self._advance(handover)
+        return self._advance(handover, now_s)
 
-    def pulled(self, done: PullDone) -> list[Effect]:
+    def pulled(self, done: PullDone, now_s: float) -> list[Effect]:
         """A READ that somebody waits for is over."""
         handover = next((h for h in self.live.values() if h.pulling == done.pull_id), None)
         if handover is None:
             return []
         self.blocks_pulled += self.reads.land(handover, done)
-        return self._advance(handover)
+        return self._advance(handover, now_s)
 
     def released(self, lease_id: str, ok: bool) -> list[Effect]:
         """The source's word on whether the lease lived during all READs."""
@@ -98,7 +103,7 @@ class Receiver:
             return []
         if not ok:
             handover.failed = "expired"
-            return self._advance(handover)
+            return self._give_up(handover)
         job, last = handover.job, handover.last
         assert last is not None
         del self.live[job.request_id]
@@ -128,15 +133,15 @@ class Receiver:
                 lost.append(handover.job)
             else:
                 handover.failed = handover.failed or "peer"
-                self._advance(handover)
+                self._give_up(handover)
         return lost
 
-    def retry(self) -> list[Effect]:
+    def retry(self, now_s: float) -> list[Effect]:
         """Blocks may have become free: try again to begin what waits for them."""
         effects: list[Effect] = []
         for handover in list(self.live.values()):
             if handover.sources and not handover.allocated and not handover.failed:
-                effects += self._advance(handover)
+                effects += self._advance(handover, now_s)
         return effects
 
     def renew(self) -> list[Effect]:
@@ -154,7 +159,7 @@ class Receiver:
             return count <= blocks_for(num_tokens)
         return last.num_tokens == num_tokens and count == blocks_for(num_tokens)
 
-    def _advance(self, handover: Handover) -> list[Effect]:
+    def _advance(self, handover: Handover, now_s: float) -> list[Effect]:
         if handover.failed:
             return self._give_up(handover)
         if not handover.allocated and not self._allocate(handover):
@@ -162,10 +167,9 @@ class Receiver:
         if handover.pulling or handover.releasing:
             return []
         if handover.pulled < len(handover.sources):
-            return [self.reads.pull(handover)]
+            return [self.reads.pull(handover, now_s)]
         if handover.last is not None and handover.pulled >= len(handover.job.block_ids):
-            handover.releasing = True
-            return handover.release()
+            return self.reads.confirm(handover, now_s)
         return []
 
     def _allocate(self, handover: Handover) -> bool:
@@ -184,12 +188,13 @@ class Receiver:
 
     def _give_up(self, handover: Handover) -> list[Effect]:
         """Nothing that was read is used. Go on from the tokens alone, once they are known."""
-        if handover.pulling or handover.last is None:
+        if handover.last is None:
             return []
         job = handover.job
         self.failures[handover.failed] += 1
         del self.live[job.request_id]
         self.reads.free(handover)
+        job.block_ids = []
         self._take_first_token(handover)
         self.recompute.append(job)
         return [] if handover.releasing else handover.release()

@@ -276,7 +276,7 @@ class WorkerMachine:
         return [CancelTimer("step"), *chain.from_iterable(failed)]
 
     def _settle(self, now_s: float) -> list[Effect]:
-        effects = self.exchange.receiver.retry()
+        effects = self.exchange.receiver.retry(now_s)
         for job in self.exchange.fetched():
             self.batcher.add(job)
         ready, recompute = self.exchange.settled()
@@ -348,6 +348,13 @@ class WorkerMachine:
     # --- Time -------------------------------------------------------------------------------------
 
     def _tick(self, now_s: float) -> list[Effect]:
+        stuck = self.exchange.reads.stuck(now_s - self.settings.step_timeout_s)
+        if stuck:
+            return [
+                Exit(
+                    f"READ {stuck} has not ended {self.settings.step_timeout_s:g} s after its time"
+                )
+            ]
         effects = self.exchange.tick(now_s)
         effects.append(SetTimer("tick", now_s + TICK_S))
         effects.append(Send(SCHEDULER, load_with_samples(self)))
