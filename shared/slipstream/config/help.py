@@ -18,10 +18,12 @@ _COLUMN = 30
 def help_text(cls: type[msgspec.Struct], command: str) -> str:
     """What `slipstream <command> --help` prints: at most 79 columns, grouped, with defaults."""
     fields = msgspec.structs.fields(cls)
-    positional = [kind.positional for field in fields if (kind := kind_of(field.type)).positional]
-    usage = " ".join(
-        [f"Usage: slipstream {command}", *[f"[{name}]" for name in positional], "[options]"]
-    )
+    positional = [
+        kind.positional if field.required else f"[{kind.positional}]"
+        for field in fields
+        if (kind := kind_of(field.type)).positional
+    ]
+    usage = " ".join([f"Usage: slipstream {command}", *positional, "[options]"])
     lines = [usage, "", *textwrap.wrap(_summary(cls), _WIDTH)]
     for heading, members in groups(cls):
         lines += ["", f"{heading}:"]
