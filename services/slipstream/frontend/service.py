@@ -11,7 +11,7 @@ from typing import Self
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from slipstream.config import SetupError, StartError
@@ -186,9 +186,8 @@ class _WorkerGauges(Collector):
             for name, value in gauges.items():
                 values[f"{kind}_{name}"].append((node_id, value))
         for name, entries in sorted(values.items()):
-            family = GaugeMetricFamily(
-                f"slipstream_{name}", name.replace("_", " "), labels=["node_id"]
-            )
+            made = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = made(f"slipstream_{name}", name.replace("_", " "), labels=["node_id"])
             for node_id, value in sorted(entries):
                 family.add_metric([node_id], value)
             yield family

@@ -31,6 +31,7 @@ from slipstream.core.machine import (
     Event,
     Exit,
     Machine,
+    Note,
     SetTimer,
     Started,
     TimerFired,
@@ -318,6 +319,8 @@ class _Shell:
                     self._timers.set(key, at_s)
                 case CancelTimer(key):
                     self._timers.cancel(key)
+                case Note(text):
+                    log.info("%s", text)
                 case Exit(fault):
                     if fault:
                         log.error("ends: %s", fault)
