@@ -10,6 +10,7 @@ from msgspec.structs import FieldInfo
 
 from slipstream.config.loader import CONFIG_ENV, env_of, flag_of
 from slipstream.config.values import Kind, format_bytes, kind_of
+from slipstream.errors import ExitCode
 
 _WIDTH = 79
 _COLUMN = 30
@@ -54,6 +55,9 @@ def markdown(commands: Mapping[str, type[msgspec.Struct]]) -> str:
             lines += ["", f"### {command}: {heading}", ""]
             lines += ["| flag | environment | default | meaning |", "|---|---|---|---|"]
             lines += [_row(field) for field in members]
+    lines += ["", "## Exit codes", "", "| code | meaning |", "|---|---|"]
+    lines += [f"| {code.value} | {code.meaning} |" for code in ExitCode]
+    lines += ["| 128 + n | Ended by a second signal n. |"]
     return "\n".join(lines) + "\n"
 
 

@@ -109,7 +109,7 @@ def choose_model_len(config: WorkerConfig, model: ModelConfig) -> int:
     if config.max_model_len > longest:
         raise SetupError(
             f"slipstream {config.role}: --max-model-len {config.max_model_len}: "
-            f"the model has {longest}"
+            f"the model has {longest}; give that or less"
         )
     return config.max_model_len or longest
 
