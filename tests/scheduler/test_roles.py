@@ -120,7 +120,7 @@ def test_with_all_decode_workers_dead_a_prefill_worker_takes_the_streams() -> No
     to, message = rig.one(ShiftRole)
     assert (to, message.accept_decode) == (PREFILL, True)
     (note,) = rig.notes
-    words = "shifts from prompts alone to prompts and streams: requests that wait for room: 1"
+    words = "shifts from prompts alone to prompts and streams: nobody takes streams"
     assert note == f"{PREFILL} {words}"
     rig.join(node(PREFILL, accept_decode=True, shifted=True))
     assert rig.one(Decode)[0] == PREFILL

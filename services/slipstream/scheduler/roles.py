@@ -84,7 +84,9 @@ class Roles:
         wanted = self.demand.workers(now_s)
         full = bool(waiting) or fullness(hosts) >= FULL
         why = f"prompts would fill {wanted:.1f} workers, {len(sources)} keep to them"
-        if waiting:
+        if not hosts:
+            why = "nobody takes streams"
+        elif waiting:
             why = f"requests that wait for room: {waiting}"
         elif full:
             why = f"workers that take streams are {fullness(hosts):.0%} full"
