@@ -1,7 +1,7 @@
-"""The closed table of error codes: HTTP status, OpenAI error type, and whether trying again may
-help."""
+"""The closed tables of errors: for clients HTTP status, OpenAI error type, and whether trying again
+may help; for who starts a process its exit code."""
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 import msgspec
@@ -63,6 +63,48 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.INTERNAL: ErrorSpec(500, _SERVER, True, "Something broke on our side."),
 }
 assert ERRORS.keys() == set(ErrorCode)
+
+
+class ExitCode(IntEnum):
+    """How a command ends; 128 + n after a second signal n."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    SETUP = 3
+    MODEL = 4
+    PORT = 5
+    MEMORY = 6
+    BUG = 70
+    FAULT = 75
+    INTERRUPTED = 130
+
+    @property
+    def meaning(self) -> str:
+        return _MEANINGS[self]
+
+    @property
+    def is_final(self) -> bool:
+        """Started again with the same settings, it would end the same way."""
+        return ExitCode.USAGE <= self <= ExitCode.MEMORY
+
+
+_MEANINGS = {
+    ExitCode.OK: "Done; of a service: drained, or ended by the first signal.",
+    ExitCode.FAILED: "Not ready in time, not drained in time, or a process that keeps crashing.",
+    ExitCode.USAGE: "The settings are wrong in themselves: an unknown command, flag or key, a "
+    "value out of range, two that contradict each other; from the command line, the environment or "
+    "the file.",
+    ExitCode.SETUP: "The settings are sound, and cannot be had here: a folder, file or address "
+    "that cannot be used, a transport or a redis-server that is not there.",
+    ExitCode.MODEL: "The model is not there, broken, or not supported.",
+    ExitCode.PORT: "A port or socket is in use; the line says by whom.",
+    ExitCode.MEMORY: "Too little memory; the line says how much is needed.",
+    ExitCode.BUG: "A bug in a machine; `slipstream serve` starts the process anew.",
+    ExitCode.FAULT: "A worker whose step hangs; started anew too.",
+    ExitCode.INTERRUPTED: "Ctrl-C in a command that is no service.",
+}
+assert _MEANINGS.keys() == set(ExitCode)
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

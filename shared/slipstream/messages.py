@@ -331,7 +331,8 @@ class WorkerLoad(Message, kw_only=True, frozen=True):
     blocks_cached: Count
     blocks_leased: Count
     counters: dict[str, float] = {}
-    """Since the start: transfers, their bytes and failures by cause, hits, preemptions."""
+    """Since the start: transfers, their bytes and failures by cause, hits, preemptions; and what
+    lies in the tiers below the pool."""
     step_samples: list[StepSample] = []
     """Since the last load, some of them if they were many; `transfer_samples` too."""
     transfer_samples: list[TransferSample] = []

@@ -97,6 +97,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV was found instead of computed."""
 
 
+TRANSPORTS = ("cuda_ipc", "shm", "nixl", "bus")
+"""Ways to move KV blocks, in order of preference where nothing has been measured."""
+
+
 def pack_tokens(tokens: list[int] | tuple[int, ...]) -> bytes:
     """Token ids as little-endian int32, the form in which they cross the wire."""
     packed = array.array("i", tokens)

@@ -19,6 +19,7 @@ from slipstream.config import (
     resolve,
 )
 from slipstream.decode.config import DecodeConfig
+from slipstream.errors import ExitCode
 from slipstream.frontend.config import FrontendConfig
 from slipstream.prefill.config import PrefillConfig
 from slipstream.scheduler.config import SchedulerConfig
@@ -88,7 +89,7 @@ def test_booleans_have_two_flags() -> None:
     assert toy("--verbose").verbose
     assert not toy("--no-verbose", VERBOSE="1").verbose
     assert toy(VERBOSE="Yes").verbose
-    assert refusal(VERBOSE="maybe").exit_code == 3
+    assert refusal(VERBOSE="maybe").exit_code is ExitCode.USAGE
 
 
 def test_positional_argument() -> None:
@@ -122,13 +123,13 @@ def test_positional_argument() -> None:
 def test_usage_errors(argv: str, message: str) -> None:
     error = refusal(argv)
     assert str(error) == f"slipstream toy: {message}"
-    assert error.exit_code == 2
+    assert error.exit_code is ExitCode.USAGE
 
 
 def test_environment_error_names_the_variable() -> None:
     error = refusal(PORT="70000")
     assert str(error) == "slipstream toy: SLIPSTREAM_PORT: expected an int <= 65535, got 70000"
-    assert error.exit_code == 3
+    assert error.exit_code is ExitCode.USAGE
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_file_errors(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     error = refusal(f"--config {path}")
     assert message in str(error) and str(path) in str(error)
-    assert error.exit_code == 3
+    assert error.exit_code is ExitCode.USAGE
 
 
 def test_missing_file() -> None:

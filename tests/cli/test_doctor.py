@@ -50,7 +50,7 @@ def test_the_screen_says_what_is_fastest_and_what_is_missing_why(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "usage: slipstream doctor transports"),
+        ([], "slipstream doctor: expected transports, got nothing"),
         (["transport"], "did you mean transports"),
         (["transports", "--block-kib", "2048", "--mib", "1"], "--block-kib 2048 is more than"),
         (["transports", "--shm-dir", "/nowhere"], "--shm-dir /nowhere: No such file"),

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from slipstream.cli.commands import COMMANDS
 from slipstream.cli.main import main
+from slipstream.errors import ExitCode
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -50,12 +53,64 @@ def test_missing_model_stops_before_anything_starts() -> None:
     assert result.stderr == "slipstream serve: /no/such/model: no such folder or file\n"
 
 
-def test_misspelt_variable_is_pointed_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_misspelt_variable_is_pointed_out_by_every_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLIPSTREAM_PROT", "1")
-    assert main(["serve", "/no/such/model", "--port", "59872"]) == 4
-    assert "SLIPSTREAM_PROT (did you mean SLIPSTREAM_PORT?); ignored" in capsys.readouterr().err
+    monkeypatch.setenv("SLIPSTREAM_CPU_KERNELS", "reference")
+    assert main([*command.split(), "--help"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    wanted = "unknown variable SLIPSTREAM_PROT (did you mean SLIPSTREAM_PORT?); ignored"
+    assert line == f"slipstream {command}: {wanted}"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_what_is_wrong_in_itself_is_usage_wherever_it_stands(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = command.split()
+    if command == "config show":
+        words.append("decode")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[serve\n")
+    assert main([*words, "--no-such-flag"]) == ExitCode.USAGE
+    assert main([*words, "--config", str(broken)]) == ExitCode.USAGE
+    monkeypatch.setenv("SLIPSTREAM_CONFIG", str(tmp_path / "none.toml"))
+    assert main(words) == ExitCode.USAGE
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("slipstream ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["model"], "slipstream model: expected prepare, got nothing"),
+        (
+            ["doctor", "transprots"],
+            "expected transports, got transprots (did you mean transports?)",
+        ),
+        (["config", "--docs"], "slipstream config: expected show or docs, got --docs"),
+        (["config", "show"], "got nothing"),
+        (["config", "show", "srve"], "got srve (did you mean serve?)"),
+        (["simulate", "fti", "x"], "slipstream simulate: unexpected argument fti"),
+    ],
+)
+def test_half_a_command_says_what_is_missing(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_help_of_half_a_command_lists_the_other_halves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "config show" in shown and "config docs" in shown and "doctor" not in shown
 
 
 def test_config_show_names_origins_and_hides_secrets(

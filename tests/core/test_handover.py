@@ -61,7 +61,7 @@ def test_prefill_hands_over_and_decode_goes_on(source: Worker, early: bool) -> N
             target.read(source)
     told = [FirstToken(request_id="r", attempt=1)]
     assert source.to(SCHEDULER) == told, "its part is over, the stream is not"
-    assert source.said[0].path == "prefill-0" and len(source.output()) == 1
+    assert source.said[0].path == "prefill-0>decode-0" and len(source.output()) == 1
     if early:
         target.hear(announcement)
         target.read(source)
@@ -102,6 +102,7 @@ def test_a_stream_that_its_first_token_ends_goes_no_further(source: Worker) -> N
     source.step()
     assert [type(message) for _, message in source.sent] == [FirstToken, Finished, TokensOut]
     assert source.said[-1].finish_reason is LENGTH
+    assert source.said[-1].path == "prefill-0", "nobody else had a part in it"
     assert source.load["blocks_leased"] == 0 and source.held == 0
 
 

@@ -35,6 +35,7 @@ from slipstream.messages import (
     Snapshot,
     SnapshotRequest,
     StreamAck,
+    WorkerLoad,
 )
 from slipstream.types import BLOCK_TOKENS, FinishReason, unpack_tokens
 
@@ -227,6 +228,13 @@ def test_what_the_index_claimed_wrongly_is_counted(worker: Worker) -> None:
     worker.hear(decode("c", PROMPT[::-1], claimed=2))
     assert worker.load["index_claims_wrong_total"] == 2
     assert worker.load["index_claims_total"] == 4
+
+
+def test_what_the_executor_counts_goes_out_with_the_load(worker: Worker) -> None:
+    worker.handle(m.Counted({"tier_host_blocks": 3.0}))
+    worker.handle(m.Counted({"tier_host_blocks": 4.0}))
+    (load,) = [said for said in worker.pass_time(0.6) if isinstance(said, WorkerLoad)]
+    assert load.counters["tier_host_blocks"] == 4.0 and "preemptions_total" in load.counters
 
 
 def test_the_index_is_answered_about_this_process_only(worker: Worker) -> None:

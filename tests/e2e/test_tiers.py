@@ -8,6 +8,8 @@ from e2e.stack import Stack, until
 
 PROMPT = [(7919 * index) % 40_000 + 200 for index in range(500)]
 FULL = (len(PROMPT) - 1) // 16 * 16
+SHOWN = ("disk_blocks", "disk_bytes")
+BLOCK_BYTES = 720 << 10
 ASKED = {"max_tokens": 8, "ignore_eos": True}
 
 
@@ -37,6 +39,10 @@ async def test_blocks_come_back_from_below_the_pool(tmp_path: Path) -> None:
             back = await client.complete(PROMPT, **ASKED)
             assert back.cached_tokens == FULL and back.text == first.text
             await asyncio.to_thread(_until_loaded, stack, FULL // 16)
+            await asyncio.to_thread(until, lambda: _hits(stack) >= FULL // 16, "hits by tier")
+            tiers = {name: stack.worker(f"tier_{name}")["decode-0"] for name in SHOWN}
+            assert tiers["disk_blocks"] > 0
+            assert tiers["disk_bytes"] == tiers["disk_blocks"] * BLOCK_BYTES
 
             epoch = stack.epochs()["decode-0"]
             stack.kill_child("decode-0")
@@ -67,6 +73,10 @@ def _blocks(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> int:
     return len(_blocks(folder))
+
+
+def _hits(stack: Stack) -> float:
+    return sum(sum(stack.worker(f"tier_loaded_{tier}_total").values()) for tier in ("host", "disk"))
 
 
 def _until_loaded(stack: Stack, count: int) -> None:

@@ -18,6 +18,7 @@ from slipstream.core.machine import (
     BatchFailed,
     BatchPlan,
     BlocksDigested,
+    Counted,
     DigestBlocks,
     Event,
     Exit,
@@ -28,6 +29,7 @@ from slipstream.core.machine import (
     RunBatch,
 )
 from slipstream.decode.config import DecodeConfig
+from slipstream.engine import executor as executor_module
 from slipstream.engine import transfers as transfers_module
 from slipstream.engine.executor import StepRunner, WorkerExecutor
 from slipstream.engine.model_config import ModelConfig
@@ -135,6 +137,20 @@ async def test_steps_run_in_order_and_digests_follow_the_writes(tmp_path: Path) 
     statistics = side.executor.statistics()
     assert statistics["steps_total"] == 2
     assert statistics["steps_failed_total"] == 1
+    await side.close()
+
+
+async def test_what_is_counted_is_told_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_module, "COUNTED_PERIOD_S", 0.01)
+    side = Side(tmp_path, "d", Scripted)
+    await side.start()
+    side.executor.execute(RunBatch(BatchPlan(1, ())))
+    told = await side.next()
+    while not (isinstance(told, Counted) and told.values.get("steps_total")):
+        told = await side.next()
+    assert told.values.keys() == side.executor.statistics().keys()
     await side.close()
 
 

@@ -154,12 +154,17 @@ async def test_codec(client: Client) -> None:
 
 async def test_pages(client: Client) -> None:
     client.stack.send(
-        SCHEDULER, FRONTEND, ClusterLoad(gauges={"decode-0": {"running": 3, "blocks_free": 5}})
+        SCHEDULER,
+        FRONTEND,
+        ClusterLoad(gauges={"decode-0": {"running": 3, "blocks_free": 5, "tier_saved_total": 7}}),
     )
     await until(lambda: bool(client.stack.frontend.load))
     async with client.get("/metrics") as response:
         lines = (await response.text()).splitlines()
     assert 'slipstream_worker_blocks_free{node_id="decode-0"} 5.0' in lines
+    assert "# TYPE slipstream_worker_blocks_free gauge" in lines
+    assert 'slipstream_worker_tier_saved_total{node_id="decode-0"} 7.0' in lines
+    assert "# TYPE slipstream_worker_tier_saved_total counter" in lines
     assert any(line.startswith("slipstream_requests_live{") for line in lines)
     async with client.get("/v1/models") as response:
         (card,) = (await response.json())["data"]

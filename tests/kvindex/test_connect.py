@@ -144,6 +144,12 @@ async def test_behind_a_sentinel_and_through_a_failover(
         "redis://:hunt/er2@host:1",
         "redis://host:99999999",
         "redis://host:1?socket_timeout=long",
+        "redis://host:1?hunter2=1",
+        "redis+cluster://host:1?hunter2=1",
+        "redis+sentinel://host:1/name?hunter2=1",
+        "redis://host:1/hunter2",
+        "redis://:hunter2@:6379",
+        "unix://",
     ],
 )
 def test_a_malformed_url_says_what_is_expected_and_quotes_nothing(url: str) -> None:

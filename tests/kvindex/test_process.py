@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from slipstream.errors import ExitCode
+
 
 def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
@@ -37,7 +39,7 @@ def test_a_malformed_url_is_one_line(tmp_path: Path) -> None:
     process = start(tmp_path, "--redis-url", "nonsense")
     assert process.stderr is not None
     said = process.stderr.read()
-    assert process.wait(60) == 3
+    assert process.wait(60) == ExitCode.USAGE
     assert "--redis-url" in said
     assert said.count("\n") == 1
     process.stderr.close()

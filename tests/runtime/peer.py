@@ -20,6 +20,7 @@ from slipstream.core.machine import (
     EncodePrompt,
     Event,
     Exit,
+    Note,
     PeerDown,
     PeerUp,
     Received,
@@ -29,7 +30,7 @@ from slipstream.core.machine import (
     TimerFired,
 )
 from slipstream.core.membership import Membership
-from slipstream.errors import ErrorCode, Problem
+from slipstream.errors import ErrorCode, ExitCode, Problem
 from slipstream.messages import Failed, Hello, NodeInfo, Peers, StreamEnded, TextPrompt
 from slipstream.runtime.shell import Executor, host_identity, new_epoch, run_service
 from slipstream.types import NodeId, Role
@@ -69,7 +70,7 @@ class Echo:
                 self.answered += 1
                 return [Send(source, answer(question.request_id))]
             case Drain():
-                return [Exit()]
+                return [Note("100 % done"), Exit()]
         return []
 
     def statistics(self) -> dict[str, float]:
@@ -151,7 +152,7 @@ class Hands:
     async def start(self, post: Callable[[Event], None]) -> None:
         self.post = post
         if self.kind == "refuses":
-            raise StartError("slipstream asker: no such luck", 4)
+            raise StartError("slipstream asker: no such luck", ExitCode.MODEL)
         if self.kind == "slow":
             await asyncio.sleep(3600)
 

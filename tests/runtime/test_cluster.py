@@ -58,13 +58,15 @@ def test_a_peer_that_stands_still_is_down_and_comes_back(cluster: Cluster) -> No
 
 
 def test_a_signal_drains(cluster: Cluster) -> None:
-    cluster.echo()
+    echo = cluster.echo()
     asker = cluster.asker(drain_s=0.1)
     until(lambda: asker.saw("PeerUp"), "a session")
     assert asker.end() == 0
     assert asker.saw("Drain") == 1
     assert asker.saw("Exit") == 1
     assert not list(cluster.folder.glob("asker*.sock"))
+    assert echo.end() == 0
+    assert "info 100 % done" in echo.errors, "a machine's note is a line of the log"
 
 
 def test_a_second_signal_ends_at_once(cluster: Cluster) -> None:

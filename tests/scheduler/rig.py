@@ -7,6 +7,7 @@ import msgspec
 from slipstream.core.machine import (
     Event,
     Exit,
+    Note,
     PeerDown,
     Received,
     Send,
@@ -110,6 +111,7 @@ class Rig:
         self.timers: dict[str, float] = {}
         self.sent: list[tuple[NodeId, AnyMessage]] = []
         self.exits = False
+        self.notes: list[str] = []
         self.handle(Started())
         if not young:
             self.pass_time(20.0)
@@ -124,6 +126,8 @@ class Rig:
                     self.sent.append((to, message))
                 case SetTimer(key, at_s):
                     self.timers[key] = at_s
+                case Note(text):
+                    self.notes.append(text)
                 case Exit():
                     self.exits = True
                 case _:

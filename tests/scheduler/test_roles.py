@@ -81,6 +81,28 @@ def test_demand_is_work_in_a_time_and_is_forgotten() -> None:
     assert demand.workers(199.0 + 3 * MEMORY_S) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("views", "wanted", "line"),
+    [
+        (
+            [view(P0), view(D0, streams=1), view(D1)],
+            1.8,
+            "decode-1 shifts from prompts and streams to prompts alone: "
+            "prompts would fill 1.8 workers, 1 keep to them",
+        ),
+        (
+            [view(P0), view(D0, held=4)],
+            0.9,
+            "prefill-0 shifts from prompts alone to prompts and streams: "
+            "workers that take streams are 100% full",
+        ),
+    ],
+)
+def test_a_shift_says_why(views: list[WorkerView], wanted: float, line: str) -> None:
+    shift = roles(wanted).shift(views, 0, 0.0)
+    assert shift is not None and shift.line == line
+
+
 def test_fullness() -> None:
     assert fullness([]) == 1.0
     assert fullness([view(D0, held=1, blocks=8), view(D1)]) == pytest.approx(0.25)
@@ -97,6 +119,9 @@ def test_with_all_decode_workers_dead_a_prefill_worker_takes_the_streams() -> No
     rig.pass_time(1.5)
     to, message = rig.one(ShiftRole)
     assert (to, message.accept_decode) == (PREFILL, True)
+    (note,) = rig.notes
+    words = "shifts from prompts alone to prompts and streams: nobody takes streams"
+    assert note == f"{PREFILL} {words}"
     rig.join(node(PREFILL, accept_decode=True, shifted=True))
     assert rig.one(Decode)[0] == PREFILL
     assert rig.count("role_shifts_total") == 1

@@ -193,6 +193,8 @@ class Process:
                 self.later(0.001, m.Encoded(request_id, tokens))
             case m.Deliver() | m.DeliverCodec():
                 self.deliver(action)
+            case m.Note():
+                pass  # `show` has shown it
             case m.Exit(fault):
                 self.kill()
                 if fault:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulate.builders import request
-from slipstream.config import ConfigError
+from slipstream.config import SetupError
 from slipstream.simulate.synthetic import synthetic_trace
 from slipstream.simulate.trace import (
     CHUNK_TOKENS,
@@ -55,16 +55,16 @@ def test_reads_requests_by_arrival_from_zero(tmp_path: Path) -> None:
 def test_a_broken_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + line.encode("latin-1"))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(SetupError) as caught:
         read_trace(path)
     assert f"{path}:2: {complaint}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_no_trace_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(SetupError, match="No such file"):
         read_trace(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="holds no request"):
+    with pytest.raises(SetupError, match="holds no request"):
         read_trace(written(tmp_path, "\n"))
 
 

@@ -1,12 +1,13 @@
 """The commands and the struct that holds the settings of each; imports no service's code."""
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from slipstream.cli.config import ServeConfig
-from slipstream.config import ServiceConfig, ShmDir
+from slipstream.config import ENV_PREFIX, ServiceConfig, ShmDir, env_of
 from slipstream.decode.config import DecodeConfig
 from slipstream.frontend.config import FrontendConfig
 from slipstream.kvindex.config import KvIndexConfig
@@ -14,15 +15,6 @@ from slipstream.prefill.config import PrefillConfig
 from slipstream.scheduler.config import SchedulerConfig
 from slipstream.simulate.config import SimulateConfig
 from slipstream.tokenizer.config import TokenizerConfig
-
-SERVICES: dict[str, type[ServiceConfig]] = {
-    "frontend": FrontendConfig,
-    "tokenizer": TokenizerConfig,
-    "scheduler": SchedulerConfig,
-    "prefill": PrefillConfig,
-    "decode": DecodeConfig,
-    "kvindex": KvIndexConfig,
-}
 
 
 class PrepareConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,28 +56,65 @@ class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"--block-kib {self.block_kib} is more than --mib {self.mib}")
 
 
+class ShowConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prints each setting of a command, and where its value comes from. The options are those of
+    that command."""
+
+    command: Annotated[
+        str, Meta(description="As in `slipstream COMMAND`.", extra={"positional": "COMMAND"})
+    ]
+
+
+class DocsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prints the page docs/configuration.md."""
+
+
+class Command(NamedTuple):
+    settings: type[msgspec.Struct]
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": Command(ServeConfig, "start everything on this machine"),
+    "frontend": Command(FrontendConfig, "one frontend: the OpenAI API over HTTP"),
+    "tokenizer": Command(TokenizerConfig, "one tokenizer: text to tokens and back"),
+    "scheduler": Command(SchedulerConfig, "the scheduler: owns every request"),
+    "prefill": Command(PrefillConfig, "one prefill worker: computes prompts"),
+    "decode": Command(DecodeConfig, "one decode worker: generates tokens"),
+    "kvindex": Command(KvIndexConfig, "one index service: prefixes in Redis"),
+    "simulate": Command(SimulateConfig, "replay a trace against a cluster in simulated time"),
+    "simulate fit": Command(FitConfig, "recordings to a file for simulate --step-model"),
+    "model prepare": Command(PrepareConfig, "make a model folder ready, print its path"),
+    "doctor transports": Command(DoctorConfig, "how KV blocks can move here, how fast, why not"),
+    "config show": Command(ShowConfig, "the settings of a command and their origin"),
+    "config docs": Command(DocsConfig, "the reference page of all settings"),
+}
+"""By the one or two words that call it."""
+
+SERVICES: dict[str, type[ServiceConfig]] = {
+    name: command.settings
+    for name, command in COMMANDS.items()
+    if issubclass(command.settings, ServiceConfig)
+}
+
 CONFIGURED: dict[str, type[msgspec.Struct]] = {
-    "serve": ServeConfig,
-    **SERVICES,
-    "simulate": SimulateConfig,
+    name: command.settings for name, command in COMMANDS.items() if " " not in name
 }
 """What has a section in the configuration file and on the reference page."""
 
-SUMMARIES = {
-    "serve": "start everything on this machine",
-    "frontend": "one frontend: the OpenAI API over HTTP",
-    "tokenizer": "one tokenizer: text to tokens and back",
-    "scheduler": "the scheduler: owns every request",
-    "prefill": "one prefill worker: computes prompts",
-    "decode": "one decode worker: generates tokens",
-    "kvindex": "one index service: prefixes in Redis",
-    "simulate": "replay a trace against a cluster in simulated time",
-    "model": "prepare a model: slipstream model prepare [MODEL]",
-    "doctor": "what works here: slipstream doctor transports",
-    "config": "show settings and their origin; write the reference page",
-}
+_READ_BELOW = {env_of("cpu_kernels")}
+"""Not a setting: `kernels.build` reads it, wherever it is imported."""
 
 
-def known_settings() -> set[str]:
-    """Every field of every struct: what may stand behind SLIPSTREAM_ in the environment."""
-    return {field.name for cls in CONFIGURED.values() for field in msgspec.structs.fields(cls)}
+def known_variables() -> set[str]:
+    """What of ours may stand in the environment."""
+    fields = [
+        field.name for one in COMMANDS.values() for field in msgspec.structs.fields(one.settings)
+    ]
+    return {env_of(name) for name in (*fields, "config")} | _READ_BELOW
+
+
+def unknown_variables(environ: Iterable[str]) -> list[str]:
+    """Those that begin as ours do and that no command reads: misspelt, for nothing else does."""
+    known = known_variables()
+    return sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)

@@ -24,6 +24,7 @@ from slipstream.config import (
     ShmDir,
     Transports,
 )
+from slipstream.config.rules import check_offload, check_transports
 from slipstream.scheduler.config import Disaggregation, Policy
 
 Count = Annotated[int, Meta(ge=1, le=64)]
@@ -99,7 +100,26 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.prefill == 0 and self.disaggregation == "always":
             raise ValueError("--prefill 0 needs --disaggregation auto or never")
-        if bool(self.offload_disk_bytes) != bool(self.offload_dir):
-            raise ValueError("--offload-dir and --offload-disk-bytes need each other")
+        check_transports(self.transports)
+        check_offload(self.offload_disk_bytes, self.offload_dir)
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")
+        if not self.metrics_port:
+            return
+        last = self.metrics_port + self.num_services - 1
+        if last > 65535:
+            raise ValueError(
+                f"--metrics-port {self.metrics_port}: {self.num_services} processes need one each"
+            )
+        if self.metrics_port < self.port + self.frontend and self.port <= last:
+            raise ValueError(
+                f"--metrics-port {self.metrics_port}: {self.num_services} processes take ports up "
+                f"to {last}, and --port {self.port} is among them"
+            )
+
+    @property
+    def num_services(self) -> int:
+        """Processes of ours; Redis is none."""
+        scheduler = 1
+        workers = self.prefill + self.decode
+        return scheduler + self.kvindex + self.tokenizer + self.frontend + workers

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from slipstream.cli.commands import DoctorConfig
-from slipstream.config import StartError
+from slipstream.config import SetupError
 from slipstream.kernels.verified_copy import compiled
 from slipstream.kv.probe import Row, measure_all
 
@@ -17,7 +17,6 @@ _FOR = {
     "nixl": "anywhere; RDMA or TCP, as UCX finds them",
     "bus": "anywhere",
 }
-_NO_FOLDER = 3
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -30,7 +29,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def transports(config: DoctorConfig) -> str:
-    """The whole screen, or its JSON. StartError: no room for two pools."""
+    """The whole screen, or its JSON. SetupError: no room for two pools."""
     block_bytes = config.block_kib << 10
     num_blocks = (config.mib << 20) // block_bytes
     try:
@@ -38,7 +37,7 @@ def transports(config: DoctorConfig) -> str:
             memcpy, rows = measure_all(Path(folder), num_blocks, block_bytes, REPEATS)
     except OSError as error:
         line = f"slipstream doctor: --shm-dir {config.shm_dir}: {error.strerror}"
-        raise StartError(line, _NO_FOLDER) from None
+        raise SetupError(line) from None
     report = Report(memcpy, compiled() is not None, rows)
     if config.json:
         return msgspec.json.encode(report).decode()

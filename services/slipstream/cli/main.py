@@ -4,40 +4,40 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from slipstream.cli.commands import (
+    COMMANDS,
     CONFIGURED,
     SERVICES,
-    SUMMARIES,
+    Command,
+    DocsConfig,
     DoctorConfig,
     FitConfig,
     PrepareConfig,
-    known_settings,
+    known_variables,
+    unknown_variables,
 )
+from slipstream.cli.config import ServeConfig
 from slipstream.config import (
-    ENV_PREFIX,
+    ConfigError,
     HelpRequested,
     StartError,
     did_you_mean,
-    env_of,
     load,
     load_with_origin,
+    make_folder,
     resolve,
 )
 from slipstream.config.help import help_text
-from slipstream.config.loader import USAGE_ERROR
 from slipstream.config.values import kind_of
+from slipstream.errors import ExitCode
 from slipstream.simulate.config import SimulateConfig
 
-INTERRUPTED = 130
-
-
-_READ_BELOW = {env_of("cpu_kernels")}
-"""Not a setting: `kernels.build` reads it, wherever it is imported."""
+_HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,90 +49,141 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough: `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return ExitCode.OK
 
 
 def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if command in ("--help", "-h", "help"):
-        print(_overview())
-        return 0
-    if command in ("--version", "version"):
+    first = arguments[0] if arguments else "--help"
+    if first in (*_HELP, "help"):
+        print(_overview(COMMANDS))
+        return ExitCode.OK
+    if first in ("--version", "version"):
         print(f"slipstream {_version()}")
-        return 0
-    if command not in SUMMARIES:
-        hint = did_you_mean(command, SUMMARIES)
-        raise StartError(f"slipstream: unknown command {command}{hint}", USAGE_ERROR)
+        return ExitCode.OK
+    group = {name: one for name, one in COMMANDS.items() if name.split()[0] == first}
+    if not group:
+        hint = did_you_mean(first, sorted({name.split()[0] for name in COMMANDS}))
+        raise ConfigError(f"slipstream: unknown command {first}{hint}")
+    name = next((name for name in (" ".join(arguments[:2]), first) if name in group), None)
+    rest = arguments[len(name.split()) if name else 1 :]
+    if name is None:
+        return _part_of(group, first, rest)
+    _point_out(name, environ)
     try:
-        if command == "model":
-            return _model(rest, environ)
-        if command == "doctor":
-            return _doctor(rest, environ)
-        if command == "config":
-            return _config(rest, environ)
-        if command == "serve":
-            return _serve(rest, environ)
-        if command == "simulate":
-            return _simulate(rest, environ)
-        return _service(command, rest, environ)
+        return _RUNNERS[name](name, rest, environ)
     except HelpRequested:
-        print(help_text(CONFIGURED[command], command))
-        return 0
+        print(help_text(COMMANDS[name].settings, name))
+        return ExitCode.OK
+
+
+def _part_of(group: Mapping[str, Command], first: str, rest: list[str]) -> int:
+    """One word of two."""
+    if rest and rest[0] in _HELP:
+        print(_overview(group))
+        return ExitCode.OK
+    words = [name.split()[1] for name in group]
+    got = f"got {rest[0]}{did_you_mean(rest[0], words)}" if rest else "got nothing"
+    raise ConfigError(f"slipstream {first}: expected {' or '.join(words)}, {got}")
+
+
+def _point_out(name: str, environ: Mapping[str, str]) -> None:
+    """A misspelt variable would be ignored in silence."""
+    for variable in unknown_variables(environ):
+        hint = did_you_mean(variable, known_variables())
+        print(f"slipstream {name}: unknown variable {variable}{hint}; ignored", file=sys.stderr)
 
 
 def _service(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     config = resolve(load(SERVICES[command], command, rest, environ), environ)
     _set_title(command, rest)
-    try:
-        Path(config.run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartError(f"slipstream {command}: --run-dir: {error}", 3) from None
+    make_folder(f"slipstream {command}", "--run-dir", Path(config.run_dir), 0o700)
     module = importlib.import_module(f"slipstream.{command}.__main__")
     return int(module.run(config))
 
 
-def _serve(rest: list[str], environ: Mapping[str, str]) -> int:
-    loaded = load_with_origin(CONFIGURED["serve"], "serve", rest, environ)
-    _check_environment(environ)
-    _set_title("serve", rest)
+def _serve(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    loaded = load_with_origin(ServeConfig, command, rest, environ)
+    _set_title(command, rest)
     from slipstream.cli.serve import serve
 
     return serve(loaded, environ)
 
 
-def _simulate(rest: list[str], environ: Mapping[str, str]) -> int:
-    if rest[:1] == ["fit"]:
-        return _fit(rest[1:], environ)
-    config = load(SimulateConfig, "simulate", rest, environ)
+def _simulate(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(SimulateConfig, command, rest, environ)
     from slipstream.simulate.__main__ import run
 
     return run(config)
 
 
-def _fit(rest: list[str], environ: Mapping[str, str]) -> int:
-    try:
-        config = load(FitConfig, "simulate fit", rest, environ)
-    except HelpRequested:
-        print(help_text(FitConfig, "simulate fit"))
-        return 0
+def _fit(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(FitConfig, command, rest, environ)
     from slipstream.simulate.fit import as_toml, fit, recorded
 
     hardware, error = fit(recorded(Path(config.folder)))
     comment = f"Fitted by `slipstream simulate fit`; median error of a step {error:.1%}."
     print(as_toml(hardware, comment), end="")
-    return 0
+    return ExitCode.OK
 
 
-def _check_environment(environ: Mapping[str, str]) -> None:
-    """A misspelt variable would be ignored in silence; nothing else begins with our prefix."""
-    known = {env_of(name) for name in known_settings()} | {env_of("config"), *_READ_BELOW}
-    for name in environ:
-        if name.startswith(ENV_PREFIX) and name not in known:
-            hint = did_you_mean(name, known)
-            print(f"slipstream serve: unknown variable {name}{hint}; ignored", file=sys.stderr)
+def _prepare(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(PrepareConfig, command, rest, environ)
+    from rich.console import Console
+
+    from slipstream.cli.models import models_dir, prepare
+
+    print(prepare(config.model, models_dir(environ), Console(stderr=True)).folder)
+    return ExitCode.OK
+
+
+def _transports(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(DoctorConfig, command, rest, environ)
+    from slipstream.cli.doctor import transports
+
+    print(transports(config))
+    return ExitCode.OK
+
+
+def _docs(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    load(DocsConfig, command, rest, environ)
+    from slipstream.config.help import markdown
+
+    print(markdown(CONFIGURED), end="")
+    return ExitCode.OK
+
+
+def _show(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    shown = rest[0] if rest else ""
+    if shown in _HELP:
+        raise HelpRequested
+    if shown not in CONFIGURED:
+        got = f"{shown}{did_you_mean(shown, CONFIGURED)}" if shown else "nothing"
+        raise ConfigError(
+            f"slipstream {command}: expected one of {', '.join(CONFIGURED)}, got {got}"
+        )
+    cls = CONFIGURED[shown]
+    loaded = load_with_origin(cls, shown, rest[1:], environ)
+    for field in msgspec.structs.fields(cls):
+        value = getattr(loaded.config, field.name)
+        hidden = kind_of(field.type).secret and value != field.default
+        print(f"{field.name} = {'…' if hidden else value!r}  # {loaded.origin[field.name]}")
+    return ExitCode.OK
+
+
+_RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
+    "serve": _serve,
+    **dict.fromkeys(SERVICES, _service),
+    "simulate": _simulate,
+    "simulate fit": _fit,
+    "model prepare": _prepare,
+    "doctor transports": _transports,
+    "config show": _show,
+    "config docs": _docs,
+}
+assert _RUNNERS.keys() == COMMANDS.keys()
 
 
 def _set_title(command: str, rest: list[str]) -> None:
@@ -152,71 +203,9 @@ def _set_title(command: str, rest: list[str]) -> None:
     setproctitle(" ".join(["slipstream", command, *shown]))
 
 
-def _model(rest: list[str], environ: Mapping[str, str]) -> int:
-    if rest and rest[0] in ("-h", "--help"):
-        print(help_text(PrepareConfig, "model prepare"))
-        return 0
-    if not rest or rest[0] != "prepare":
-        hint = did_you_mean(rest[0], ["prepare"]) if rest else ""
-        raise StartError(f"usage: slipstream model prepare [MODEL]{hint}", USAGE_ERROR)
-    try:
-        config = load(PrepareConfig, "model prepare", rest[1:], environ)
-    except HelpRequested:
-        print(help_text(PrepareConfig, "model prepare"))
-        return 0
-    from rich.console import Console
-
-    from slipstream.cli.models import models_dir, prepare
-
-    model = prepare(config.model, models_dir(environ), Console(stderr=True))
-    print(model.folder)
-    return 0
-
-
-def _doctor(rest: list[str], environ: Mapping[str, str]) -> int:
-    if rest[:1] in (["-h"], ["--help"]):
-        print(help_text(DoctorConfig, "doctor transports"))
-        return 0
-    if rest[:1] != ["transports"]:
-        hint = did_you_mean(rest[0], ["transports"]) if rest else ""
-        raise StartError(f"usage: slipstream doctor transports [options]{hint}", USAGE_ERROR)
-    try:
-        config = load(DoctorConfig, "doctor transports", rest[1:], environ)
-    except HelpRequested:
-        print(help_text(DoctorConfig, "doctor transports"))
-        return 0
-    from slipstream.cli.doctor import transports
-
-    print(transports(config))
-    return 0
-
-
-def _config(rest: list[str], environ: Mapping[str, str]) -> int:
-    usage = "usage: slipstream config docs | slipstream config show COMMAND [options]"
-    if rest[:1] == ["docs"] and len(rest) == 1:
-        from slipstream.config.help import markdown
-
-        print(markdown(CONFIGURED), end="")
-        return 0
-    if rest[:1] != ["show"] or len(rest) < 2 or rest[1] not in CONFIGURED:
-        raise StartError(usage, USAGE_ERROR)
-    command = rest[1]
-    cls = CONFIGURED[command]
-    try:
-        loaded = load_with_origin(cls, command, rest[2:], environ)
-    except HelpRequested:
-        print(usage)
-        return 0
-    for field in msgspec.structs.fields(cls):
-        value = getattr(loaded.config, field.name)
-        shown = "…" if kind_of(field.type).secret and value != field.default else value
-        print(f"{field.name} = {shown!r}  # {loaded.origin[field.name]}")
-    return 0
-
-
-def _overview() -> str:
+def _overview(commands: Mapping[str, Command]) -> str:
     lines = ["Usage: slipstream COMMAND [options]", "", "Commands:"]
-    lines += [f"  {name:<12}{summary}" for name, summary in SUMMARIES.items()]
+    lines += [f"  {name:<19}{command.summary}" for name, command in commands.items()]
     lines += ["", "slipstream COMMAND --help lists the settings of a command.", "--version"]
     return "\n".join(lines)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from slipstream.cli.commands import SERVICES
+from slipstream.cli.commands import SERVICES, unknown_variables
 from slipstream.cli.config import ServeConfig
-from slipstream.config import StartError, env_of, flag_of
+from slipstream.config import SetupError, env_of, flag_of
 from slipstream.types import Role
 
 REDIS = "redis"
@@ -40,6 +40,8 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     argv: tuple[str, ...]
     env: dict[str, str]
+    flags: tuple[str, ...] = ()
+    """The part of `argv` that is settings."""
     quiet: bool = False
     """What it prints is shown only when it dies."""
 
@@ -92,8 +94,7 @@ def metrics_ports(config: ServeConfig) -> list[int]:
     """Ports of the services' own metrics, in the order of `plan`."""
     if not config.metrics_port:
         return []
-    total = 1 + config.kvindex + config.tokenizer + config.frontend + config.prefill + config.decode
-    return [config.metrics_port + position for position in range(total)]
+    return [config.metrics_port + position for position in range(config.num_services)]
 
 
 def redis_child(layout: Layout) -> ChildSpec:
@@ -117,10 +118,9 @@ def redis_child(layout: Layout) -> ChildSpec:
     words = [word for option in options.items() for word in option]
     binary = redis_binary("redis-server", layout.environ)
     if not binary:
-        raise StartError(
+        raise SetupError(
             "slipstream serve: no redis-server on PATH; install it, or 'slipstream[demo]', "
-            "or give --redis-url",
-            3,
+            "or give --redis-url"
         )
     return ChildSpec(
         node_id=REDIS,
@@ -171,7 +171,9 @@ def _service(layout: Layout, role: Role, index: int, position: int) -> ChildSpec
     if role in _WORKERS:
         env = _WORKER_ENV | env
     command = (sys.executable, "-P", "-m", "slipstream.cli.main", str(role), *flags)
-    return ChildSpec(node_id=f"{role}-{index}", role=str(role), argv=command, env=env)
+    return ChildSpec(
+        node_id=f"{role}-{index}", role=str(role), argv=command, env=env, flags=tuple(flags)
+    )
 
 
 def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:
@@ -191,9 +193,10 @@ def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:
 
 
 def _child_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment less what `serve` has already understood, and with our source roots."""
+    """The environment less what `serve` has understood or pointed out, and with our source
+    roots."""
     ours = {field.name for field in msgspec.structs.fields(ServeConfig)} | set(_NEVER_INHERITED)
-    hidden = {env_of(name) for name in ours}
+    hidden = {env_of(name) for name in ours} | set(unknown_variables(environ))
     env = {name: value for name, value in environ.items() if name not in hidden}
     roots = [str(Path(place).parent) for place in import_module("slipstream").__path__]
     env["PYTHONPATH"] = os.pathsep.join([*roots, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)

@@ -118,6 +118,7 @@ def ready_block(
         "model": readyz.model or model,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "stream": True,
+        "temperature": 0,
     }
     header = "-H 'Content-Type: application/json'"
     curl = f"curl -N {url}/v1/chat/completions {header} -d '{json.dumps(body)}'"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from slipstream.config import ConfigError
+from slipstream.config import SetupError, make_folder
 
 _PREFIX = "slipstream-"
 _LOCK = "lock"
@@ -21,12 +21,11 @@ _LONGEST_NAME = "/tokenizer-63.sock"
 
 
 @contextmanager
-def private_run_dir(wanted: str, shm_dir: str, environ: Mapping[str, str]) -> Iterator[Path]:
-    """A fresh folder of mode 0700 that goes away at the end, with this run's segments.
+def private_run_dir(base: Path, shm_dir: str) -> Iterator[Path]:
+    """A fresh folder in `base`, of mode 0700, that goes away at the end, with this run's segments.
 
     Also removes what earlier runs of ours that were killed have left in the same places.
     """
-    base = _base(wanted, environ)
     sweep(base, shm_dir)
     path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     lock = (path / _LOCK).open("w")
@@ -38,16 +37,14 @@ def private_run_dir(wanted: str, shm_dir: str, environ: Mapping[str, str]) -> It
         lock.close()
 
 
-def _base(wanted: str, environ: Mapping[str, str]) -> Path:
+def run_dir_base(wanted: str, environ: Mapping[str, str]) -> Path:
+    """Where to make it. SetupError: `wanted` cannot be used."""
     if wanted:
         base = Path(wanted).expanduser().absolute()
-        try:
-            base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"slipstream serve: --run-dir: {error}") from None
+        make_folder("slipstream serve", "--run-dir", base, 0o700)
         room = _PATH_BYTES - len(f"/{_PREFIX}12345678{_LONGEST_NAME}")
         if len(os.fsencode(base)) > room:
-            raise ConfigError(
+            raise SetupError(
                 f"slipstream serve: --run-dir: at most {room} bytes, so that socket paths fit, "
                 f"got {len(os.fsencode(base))}"
             )

@@ -9,20 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from slipstream.cli.config import ServeConfig
 from slipstream.cli.models import Model, models_dir, prepare
 from slipstream.cli.plan import REDIS, Layout, metrics_ports, plan, redis_binary
+from slipstream.cli.preflight import preflight
 from slipstream.cli.ready import Readyz, reachable, ready_block, until_ready
-from slipstream.cli.run_dir import private_run_dir
+from slipstream.cli.run_dir import private_run_dir, run_dir_base
 from slipstream.cli.screen import Screen
 from slipstream.cli.supervisor import Failure, Supervisor
 from slipstream.config import Loaded, StartError
+from slipstream.errors import ExitCode
 from slipstream.runtime.ports import require_free
 
 _SERVICES = ("scheduler", "kvindex", "tokenizer", "prefill", "decode")
 STOP_ORDER: Sequence[Sequence[str]] = (("frontend",), _SERVICES, (REDIS,))
 """Frontends first: they finish their streams while everybody else still works."""
-NOT_READY = 1
 SECOND_SIGNAL_S = 1.0
 """A signal sooner than this after the first is its echo: make passes on what its group got too."""
 
@@ -36,19 +39,27 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
     for port in [*_http_ports(config), *metrics_ports(config)]:
         host = config.host if port in _http_ports(config) else "127.0.0.1"
         require_free("slipstream serve", host, port)
+    base = run_dir_base(config.run_dir, environ)
+    layout = Layout(
+        config=config,
+        given=[name for name, origin in loaded.origin.items() if origin != "default"],
+        config_file=str(Path(loaded.file).absolute()) if loaded.file else "",
+        model=Path(config.model),
+        model_name=config.served_model_name,
+        run_dir=base,
+        environ=environ,
+    )
+    preflight(plan(layout))  # before the model, which may have to be fetched or converted
     try:
         model = prepare(config.model, models_dir(environ), screen.console)
     except StartError as error:
         raise StartError(f"slipstream serve: {error}", error.exit_code) from None
-    with private_run_dir(config.run_dir, config.shm_dir, environ) as run_dir:
-        layout = Layout(
-            config=config,
-            given=[name for name, origin in loaded.origin.items() if origin != "default"],
-            config_file=str(Path(loaded.file).absolute()) if loaded.file else "",
+    with private_run_dir(base, config.shm_dir) as run_dir:
+        layout = msgspec.structs.replace(
+            layout,
             model=model.folder,
             model_name=config.served_model_name or model.name,
             run_dir=run_dir,
-            environ=environ,
         )
         return asyncio.run(_supervise(layout, model, screen, started))
 
@@ -128,7 +139,8 @@ async def _until_ready(
     if signalled.is_set():
         return None
     return Failure(
-        f"slipstream serve: not ready after {config.ready_timeout_s:g} s: {last_phase}", NOT_READY
+        f"slipstream serve: not ready after {config.ready_timeout_s:g} s: {last_phase}",
+        ExitCode.FAILED,
     )
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from slipstream.cli.plan import ChildSpec
+from slipstream.errors import ExitCode
 
-START_ERRORS = frozenset({2, 3, 4, 5, 6})
-"""Exit codes of a child that cannot start; starting it again would end the same way."""
+_FINAL = frozenset(code for code in ExitCode if code.is_final)
 QUICK_DEATHS_MAX = 5
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 5.0
@@ -131,12 +131,14 @@ class Supervisor:
         if self.ready:
             return False
         node_id = child.spec.node_id
-        if code in START_ERRORS:
+        if code in _FINAL:
             failure = Failure(child.last_line or f"{node_id}: exit code {code}", code)
         elif child.quick_deaths >= QUICK_DEATHS_MAX:
             times = f"{QUICK_DEATHS_MAX} times in a row"
             last = f": {child.last_line}" if child.last_line else ""
-            failure = Failure(f"slipstream serve: {node_id} {_ending(code)} {times}{last}", 1)
+            failure = Failure(
+                f"slipstream serve: {node_id} {_ending(code)} {times}{last}", ExitCode.FAILED
+            )
         else:
             return False
         if not self.failed.done():

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from slipstream.config import StartError
+from slipstream.errors import ExitCode
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.config import FrontendConfig
 from slipstream.frontend.machine import FrontendMachine, FrontendSettings
@@ -13,8 +14,6 @@ from slipstream.frontend.validate import Limits
 from slipstream.messages import NodeInfo
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
 from slipstream.types import SamplingParams
-
-MODEL_ERROR = 4
 
 
 class _GenerationConfig(msgspec.Struct):
@@ -68,5 +67,5 @@ def default_sampling(model: str) -> dict[str, float]:
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.MsgspecError) as error:
-        raise StartError(f"slipstream frontend: {file}: {error}", MODEL_ERROR) from None
+        raise StartError(f"slipstream frontend: {file}: {error}", ExitCode.MODEL) from None
     return named

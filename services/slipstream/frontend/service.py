@@ -11,10 +11,10 @@ from typing import Self
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from slipstream.config import StartError
+from slipstream.config import SetupError, StartError
 from slipstream.core.machine import (
     Closed,
     CodecAsked,
@@ -24,13 +24,13 @@ from slipstream.core.machine import (
     Event,
     Opened,
 )
-from slipstream.errors import Problem
+from slipstream.errors import ExitCode, Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.messages import SCHEDULER, Prompt, TextDelta, Tokenize, WorkerInfo
 from slipstream.runtime.metrics import metrics
-from slipstream.runtime.ports import PORT_ERROR, holder
+from slipstream.runtime.ports import holder
 from slipstream.types import NodeId, RequestId
 
 SHUTDOWN_TIMEOUT_S = 2.0
@@ -65,10 +65,10 @@ class FrontendService:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 line = f"slipstream frontend: port {self.port} is taken by {holder(self.port)}"
-                raise StartError(line, PORT_ERROR) from None
+                raise StartError(line, ExitCode.PORT) from None
             reason = error.strerror or str(error)
             line = f"slipstream frontend: cannot listen on {self._host}:{self.port}: {reason}"
-            raise StartError(line, 3) from None
+            raise SetupError(line) from None
         self.port = self._runner.addresses[0][1]
         _log.info("HTTP on %s:%d", self._host, self.port)
 
@@ -186,9 +186,8 @@ class _WorkerGauges(Collector):
             for name, value in gauges.items():
                 values[f"{kind}_{name}"].append((node_id, value))
         for name, entries in sorted(values.items()):
-            family = GaugeMetricFamily(
-                f"slipstream_{name}", name.replace("_", " "), labels=["node_id"]
-            )
+            made = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = made(f"slipstream_{name}", name.replace("_", " "), labels=["node_id"])
             for node_id, value in sorted(entries):
                 family.add_metric([node_id], value)
             yield family

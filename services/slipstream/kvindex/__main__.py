@@ -1,7 +1,7 @@
 """`slipstream kvindex`: block events in, hints out, kept in Redis."""
 
-from slipstream.config import ConfigError
 from slipstream.kvindex.config import KvIndexConfig
+from slipstream.kvindex.connect import require_url
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.kvindex.store import RedisStore
 from slipstream.messages import NodeInfo
@@ -9,10 +9,8 @@ from slipstream.runtime.shell import host_identity, new_epoch, run_service
 
 
 def run(config: KvIndexConfig) -> int:
-    try:
-        store = RedisStore(config.redis_url, config.redis_timeout_s, config.worker_ttl_s)
-    except ValueError as error:
-        raise ConfigError(f"slipstream kvindex: --redis-url: {error}") from None
+    require_url("slipstream kvindex", config.redis_url)
+    store = RedisStore(config.redis_url, config.redis_timeout_s, config.worker_ttl_s)
     node = NodeInfo(
         node_id=config.node_id,
         role=config.role,

@@ -9,6 +9,7 @@
 """
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -16,6 +17,8 @@ from redis.asyncio.connection import ConnectionPool, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+
+from slipstream.config import ConfigError
 
 _EXPECTED = (
     "expected redis://, rediss:// or redis+cluster:// with host:port, "
@@ -28,11 +31,27 @@ def is_cluster(url: str) -> bool:
     return url.partition("://")[0].endswith("+cluster")
 
 
+def require_url(prog: str, url: str) -> None:
+    """ConfigError: there is no Redis to be had by this URL, whatever runs there. Connects to
+    nothing."""
+    try:
+        connect(url, timeout_s=1.0)
+    except ValueError as error:
+        raise ConfigError(f"{prog}: --redis-url: {error}") from None
+
+
 def connect(url: str, timeout_s: float) -> Any:
     """A client of redis-py's; nothing is connected yet.
 
     ValueError if the URL is malformed; its text quotes none of it, for there may be a password.
     """
+    try:
+        return _client(url, timeout_s)
+    except TypeError:
+        raise ValueError("an option behind ? is none of redis-py's") from None
+
+
+def _client(url: str, timeout_s: float) -> Any:
     # No retries: the machine knows when to ask again. A Cluster's client needs one to notice that
     # a slot is elsewhere.
     common = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "protocol": 2}
@@ -42,7 +61,14 @@ def connect(url: str, timeout_s: float) -> Any:
         raise ValueError(_EXPECTED)
     if not kind:
         options = _parse(url)
+        if not ("host" in options or "path" in options):
+            raise ValueError(_EXPECTED)
+        database = urlsplit(url).path.strip("/")
+        if base != "unix" and not (database or "0").isdigit():
+            raise ValueError("after the host comes a database's number, as in redis://host:6379/0")
         pool = ConnectionPool(**{**common, "retry": Retry(NoBackoff(), 0), **options})
+        make: Any = pool.make_connection  # redis-py gives it no types
+        make()  # looks at the options, and connects to nothing
         return Redis(connection_pool=pool)
     authority, slash, path_and_query = rest.partition("/")
     if not slash:

@@ -4,7 +4,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from slipstream.core.machine import Effect, Send
+from slipstream.core.machine import Effect, Note, Send
 from slipstream.messages import Decode, Prefill, ShiftRole
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
@@ -65,7 +65,8 @@ class Dispatcher:
         shift = self.roles.shift(list(self.ledger.views.values()), len(self.queue), now_s)
         if shift is None:
             return []
-        return [Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))]
+        told = Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))
+        return [told, Note(shift.line)]
 
     # --- The account ------------------------------------------------------------------------------
 

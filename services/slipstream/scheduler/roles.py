@@ -7,7 +7,7 @@ prompts spare the streams of the others. Nothing is drained: streams that run st
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slipstream.scheduler.ledger import WorkerView
 from slipstream.types import NodeId, Role
@@ -28,6 +28,14 @@ URGENT_S = 2.0
 class Shift:
     node_id: NodeId
     accept_decode: bool
+    why: str = field(default="", compare=False)
+
+    @property
+    def line(self) -> str:
+        """For the log."""
+        words = "prompts alone", "prompts and streams"
+        before, after = words if self.accept_decode else reversed(words)
+        return f"{self.node_id} shifts from {before} to {after}: {self.why}"
 
 
 class Demand:
@@ -56,14 +64,14 @@ class Roles:
         views = [view for view in views if view.taking]
         hosts = [view for view in views if view.worker.accept_decode]
         sources = [view for view in views if not view.worker.accept_decode]
-        chosen = self._chosen(hosts, sources, waiting, now_s)
+        chosen, why = self._chosen(hosts, sources, waiting, now_s)
         dwell_s = DWELL_S if hosts else URGENT_S
         if chosen is None or now_s < self._shifted_s.get(chosen.node_id, -DWELL_S) + dwell_s:
             return None
         self._shifted_s = {v.node_id: self._shifted_s.get(v.node_id, -DWELL_S) for v in views}
         self._shifted_s[chosen.node_id] = now_s
         self.shifts += 1
-        return Shift(chosen.node_id, not chosen.worker.accept_decode)
+        return Shift(chosen.node_id, not chosen.worker.accept_decode, why)
 
     def _chosen(
         self,
@@ -71,17 +79,27 @@ class Roles:
         sources: Sequence[WorkerView],
         waiting: int,
         now_s: float,
-    ) -> WorkerView | None:
+    ) -> tuple[WorkerView | None, str]:
+        """And why."""
         wanted = self.demand.workers(now_s)
         full = bool(waiting) or fullness(hosts) >= FULL
+        why = f"prompts would fill {wanted:.1f} workers, {len(sources)} keep to them"
+        if not hosts:
+            why = "nobody takes streams"
+        elif waiting:
+            why = f"requests that wait for room: {waiting}"
+        elif full:
+            why = f"workers that take streams are {fullness(hosts):.0%} full"
         if sources and (full or len(sources) - wanted >= FEWER):
-            return min(sources, key=lambda v: (v.node.role is Role.PREFILL, v.backlog_s(now_s)))
+            return min(
+                sources, key=lambda v: (v.node.role is Role.PREFILL, v.backlog_s(now_s))
+            ), why
         if len(hosts) > 1 and not full and wanted - len(sources) >= MORE:
             able = [view for view in hosts if view.prefills]
             return min(
                 able, key=lambda v: (v.node.role is Role.DECODE, len(v.streams)), default=None
-            )
-        return None
+            ), why
+        return None, why
 
 
 def fullness(hosts: Sequence[WorkerView]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from slipstream.config import ConfigError
+from slipstream.config import SetupError
 from slipstream.simulate.cluster import Run
 from slipstream.simulate.config import SimulateConfig
 from slipstream.simulate.driver import Limits
@@ -24,11 +24,11 @@ def run(config: SimulateConfig) -> int:
         check_plot(config.plot)
     for flag, name in (("--json", config.json), ("--plot", config.plot)):
         if name and not Path(name).absolute().parent.is_dir():
-            raise ConfigError(f"slipstream simulate: {flag}: {name}: its folder is not there")
+            raise SetupError(f"slipstream simulate: {flag}: {name}: its folder is not there")
     tasks = _tasks(config, hardware)
     requests = requests_of(tasks[0].source)
     if not requests:
-        raise ConfigError(
+        raise SetupError(
             f"slipstream simulate: --duration-s {config.duration_s:g} leaves no request of the "
             "trace; the first comes at 0 s"
         )
@@ -108,4 +108,4 @@ def _write_json(name: str, document: dict[str, Any]) -> None:
     try:
         Path(name).write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
     except OSError as error:
-        raise ConfigError(f"slipstream simulate: --json: {name}: {error.strerror}") from None
+        raise SetupError(f"slipstream simulate: --json: {name}: {error.strerror}") from None

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.config import ConfigError
+from slipstream.config import SetupError
 from slipstream.core.machine import BatchPlan
 from slipstream.core.step_model import StepModel, sample_of
 from slipstream.messages import StepSample, WorkerInfo
@@ -40,12 +40,12 @@ class Recorded(msgspec.Struct):
 
 
 def recorded(folder: Path) -> Recorded:
-    """ConfigError: there is too little in it."""
+    """SetupError: there is too little in it."""
     found = Recorded()
     for path in sorted(folder.glob("*.rec")):
         _collect(path, found)
     if found.worker is None or len(found.steps) < STEPS_MIN:
-        raise ConfigError(
+        raise SetupError(
             f"slipstream simulate fit: {folder}: {len(found.steps)} steps of workers are recorded; "
             f"at least {STEPS_MIN} are needed (slipstream serve --record {folder}, and requests of "
             "different lengths)"

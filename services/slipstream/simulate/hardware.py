@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from slipstream.config import ConfigError
+from slipstream.config import SetupError
 from slipstream.core.step_model import StepModel
 from slipstream.types import BLOCK_TOKENS
 
@@ -50,7 +50,7 @@ def presets() -> list[str]:
 
 
 def load_hardware(name: str) -> Hardware:
-    """A preset by its name, or a file. ConfigError: what is wrong with it."""
+    """A preset by its name, or a file. SetupError: what is wrong with it."""
     prefix = f"slipstream simulate: --step-model: {name}"
     preset = name in presets()
     try:
@@ -61,15 +61,15 @@ def load_hardware(name: str) -> Hardware:
         hardware = msgspec.convert(found, Hardware)
     except FileNotFoundError:
         known = ", ".join(presets())
-        raise ConfigError(f"{prefix}: no such file, and the presets are {known}") from None
+        raise SetupError(f"{prefix}: no such file, and the presets are {known}") from None
     except (OSError, ValueError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{prefix}: {error}") from None
+        raise SetupError(f"{prefix}: {error}") from None
     for field in msgspec.structs.fields(StepModel):
         seconds = getattr(hardware.step, field.name)
         if not 0 <= seconds < float("inf"):
-            raise ConfigError(f"{prefix}: step.{field.name} = {seconds}; it must be 0 or more")
+            raise SetupError(f"{prefix}: step.{field.name} = {seconds}; it must be 0 or more")
     if hardware.step.base_s == 0:
-        raise ConfigError(f"{prefix}: step.base_s = 0; a step takes time, so it must be above 0")
+        raise SetupError(f"{prefix}: step.base_s = 0; a step takes time, so it must be above 0")
     return hardware
 
 

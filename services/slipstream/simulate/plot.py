@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream.config import ConfigError
+from slipstream.config import ConfigError, SetupError
 from slipstream.simulate.config import SimulateConfig
 from slipstream.simulate.report import Summary
 
@@ -15,7 +15,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot(name: str) -> None:
-    """ConfigError: no plot can be written."""
+    """ConfigError, SetupError: no plot can be written."""
     if Path(name).suffix not in SUFFIXES:
         raise ConfigError(
             f"slipstream simulate: --plot: expected a name in {', '.join(SUFFIXES)}, got {name}"
@@ -23,13 +23,13 @@ def check_plot(name: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError(
+        raise SetupError(
             "slipstream simulate: --plot needs matplotlib: pip install 'slipstream[simulate]'"
         ) from None
 
 
 def write_plot(name: str, summaries: Sequence[Summary], config: SimulateConfig) -> None:
-    """ConfigError: the file cannot be written."""
+    """SetupError: the file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,7 +54,7 @@ def write_plot(name: str, summaries: Sequence[Summary], config: SimulateConfig) 
     try:
         figure.savefig(name, dpi=120)
     except OSError as error:
-        raise ConfigError(f"slipstream simulate: --plot: {name}: {error.strerror}") from None
+        raise SetupError(f"slipstream simulate: --plot: {name}: {error.strerror}") from None
 
 
 def _lines(

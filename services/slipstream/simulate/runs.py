@@ -44,7 +44,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 @cache
 def requests_of(source: Source) -> list[TraceRequest]:
-    """ConfigError: the trace cannot be used."""
+    """SetupError: the trace cannot be used."""
     if source.synthetic:
         drawn = synthetic_trace(source.synthetic, source.seed)
         return cut(drawn, source.requests, source.duration_s)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from slipstream.config import ConfigError
+from slipstream.config import SetupError
 from slipstream.types import BLOCK_TOKENS
 
 CHUNK_TOKENS = 512
@@ -47,7 +47,7 @@ _decode = msgspec.json.Decoder(_Line).decode
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
-    """All requests by arrival, beginning at 0 s. ConfigError: which line is wrong, and why."""
+    """All requests by arrival, beginning at 0 s. SetupError: which line is wrong, and why."""
     requests: list[TraceRequest] = []
     try:
         with path.open("rb") as lines:
@@ -55,9 +55,9 @@ def read_trace(path: Path) -> list[TraceRequest]:
                 if line.strip():
                     requests.append(_parse(line, f"{path}:{number}"))
     except OSError as error:
-        raise ConfigError(f"slipstream simulate: --trace: {path}: {error.strerror}") from None
+        raise SetupError(f"slipstream simulate: --trace: {path}: {error.strerror}") from None
     if not requests:
-        raise ConfigError(f"slipstream simulate: --trace: {path} holds no request")
+        raise SetupError(f"slipstream simulate: --trace: {path} holds no request")
     requests.sort(key=lambda request: request.arrival_s)
     begin_s = requests[0].arrival_s
     return [_moved(request, request.arrival_s - begin_s) for request in requests]
@@ -68,12 +68,12 @@ def _parse(line: bytes, where: str) -> TraceRequest:
     try:
         found = _decode(line)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{prefix}: {_explained(str(error), line)}") from None
+        raise SetupError(f"{prefix}: {_explained(str(error), line)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{prefix}: not a JSON object: {error}") from None
+        raise SetupError(f"{prefix}: not a JSON object: {error}") from None
     chunks = -(-found.input_length // CHUNK_TOKENS)
     if len(found.hash_ids) != chunks:
-        raise ConfigError(
+        raise SetupError(
             f"{prefix}: hash_ids: {len(found.hash_ids)} ids for input_length {found.input_length}; "
             f"one for each {CHUNK_TOKENS} tokens makes {chunks}"
         )

@@ -73,6 +73,7 @@ class Process:
             m.RunBatch: self._run_batch,
             m.PullBlocks: self._pull,
             m.DigestBlocks: self._digest,
+            m.Note: lambda effect: None,
             m.SaveBlocks: self._save_blocks,
             m.LoadBlocks: self._load_blocks,
             **dict.fromkeys(

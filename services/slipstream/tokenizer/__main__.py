@@ -5,14 +5,13 @@ from pathlib import Path
 import msgspec
 
 from slipstream.config import StartError
+from slipstream.errors import ExitCode
 from slipstream.messages import NodeInfo
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
 from slipstream.tokenizer.codec import CodecError, TokenizerCodec
 from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
-
-MODEL_ERROR = 4
 
 
 class _EosFile(msgspec.Struct):
@@ -25,7 +24,7 @@ def run(config: TokenizerConfig) -> int:
     try:
         codec = TokenizerCodec(folder)
     except CodecError as error:
-        raise StartError(f"slipstream tokenizer: {error}", MODEL_ERROR) from None
+        raise StartError(f"slipstream tokenizer: {error}", ExitCode.MODEL) from None
     settings = TokenizerSettings(
         max_model_len=config.max_model_len, eos_token_ids=read_eos_token_ids(folder)
     )
@@ -51,7 +50,7 @@ def read_eos_token_ids(folder: Path) -> frozenset[int]:
         except FileNotFoundError:
             continue
         except (OSError, msgspec.MsgspecError) as error:
-            raise StartError(f"slipstream tokenizer: {file}: {error}", MODEL_ERROR) from None
+            raise StartError(f"slipstream tokenizer: {file}: {error}", ExitCode.MODEL) from None
         if ids is not None:
             return frozenset(ids if isinstance(ids, list) else [ids])
     return frozenset()

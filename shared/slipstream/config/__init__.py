@@ -10,6 +10,7 @@ from slipstream.config.loader import (
     load,
     load_with_origin,
 )
+from slipstream.config.rules import AUTO_TRANSPORTS, make_folder, require_folder
 from slipstream.config.service import (
     Dtype,
     KvCacheBytes,
@@ -33,9 +34,17 @@ from slipstream.config.service import (
     default_run_dir,
     resolve,
 )
-from slipstream.config.values import ByteSize, ConfigError, StartError, format_bytes, parse_bytes
+from slipstream.config.values import (
+    ByteSize,
+    ConfigError,
+    SetupError,
+    StartError,
+    format_bytes,
+    parse_bytes,
+)
 
 __all__ = [
+    "AUTO_TRANSPORTS",
     "ENV_PREFIX",
     "ByteSize",
     "ConfigError",
@@ -57,6 +66,7 @@ __all__ = [
     "RedisUrl",
     "ServedModelName",
     "ServiceConfig",
+    "SetupError",
     "ShmDir",
     "StartError",
     "Transports",
@@ -68,6 +78,8 @@ __all__ = [
     "format_bytes",
     "load",
     "load_with_origin",
+    "make_folder",
     "parse_bytes",
+    "require_folder",
     "resolve",
 ]

@@ -10,6 +10,7 @@ from msgspec.structs import FieldInfo
 
 from slipstream.config.loader import CONFIG_ENV, env_of, flag_of
 from slipstream.config.values import Kind, format_bytes, kind_of
+from slipstream.errors import ExitCode
 
 _WIDTH = 79
 _COLUMN = 30
@@ -18,10 +19,12 @@ _COLUMN = 30
 def help_text(cls: type[msgspec.Struct], command: str) -> str:
     """What `slipstream <command> --help` prints: at most 79 columns, grouped, with defaults."""
     fields = msgspec.structs.fields(cls)
-    positional = [kind.positional for field in fields if (kind := kind_of(field.type)).positional]
-    usage = " ".join(
-        [f"Usage: slipstream {command}", *[f"[{name}]" for name in positional], "[options]"]
-    )
+    positional = [
+        kind.positional if field.required else f"[{kind.positional}]"
+        for field in fields
+        if (kind := kind_of(field.type)).positional
+    ]
+    usage = " ".join([f"Usage: slipstream {command}", *positional, "[options]"])
     lines = [usage, "", *textwrap.wrap(_summary(cls), _WIDTH)]
     for heading, members in groups(cls):
         lines += ["", f"{heading}:"]
@@ -52,6 +55,9 @@ def markdown(commands: Mapping[str, type[msgspec.Struct]]) -> str:
             lines += ["", f"### {command}: {heading}", ""]
             lines += ["| flag | environment | default | meaning |", "|---|---|---|---|"]
             lines += [_row(field) for field in members]
+    lines += ["", "## Exit codes", "", "| code | meaning |", "|---|---|"]
+    lines += [f"| {code.value} | {code.meaning} |" for code in ExitCode]
+    lines += ["| 128 + n | Ended by a second signal n. |"]
     return "\n".join(lines) + "\n"
 
 

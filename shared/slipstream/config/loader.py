@@ -17,8 +17,6 @@ from slipstream.config.values import ConfigError, Kind, convert, kind_of
 
 ENV_PREFIX = "SLIPSTREAM_"
 CONFIG_ENV = ENV_PREFIX + "CONFIG"
-USAGE_ERROR = 2
-CONFIG_ERROR = 3
 
 C = TypeVar("C", bound=msgspec.Struct)
 
@@ -55,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse splits the words; types, bounds, help and errors are ours."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message.replace('argument ', '')}", USAGE_ERROR)
+        raise ConfigError(f"{self.prog}: {message.replace('argument ', '')}")
 
 
 def load(cls: type[C], command: str, argv: Sequence[str], environ: Mapping[str, str]) -> C:
@@ -76,15 +74,15 @@ def load_with_origin(
     origin = {name: "default" for name in fields}
     if path:
         for name, raw in _read_toml(prog, Path(path), command, fields).items():
-            values[name] = _convert(prog, f"{path}: [{command}] {name}", raw, fields[name], 3)
+            values[name] = _convert(prog, f"{path}: [{command}] {name}", raw, fields[name])
             origin[name] = path
     for name, field in fields.items():
         if raw := environ.get(env_of(name), ""):  # set but empty, as compose files do: not set
-            values[name] = _convert(prog, env_of(name), raw, field, CONFIG_ERROR)
+            values[name] = _convert(prog, env_of(name), raw, field)
             origin[name] = env_of(name)
     for name, raw in flags.items():
         label = kind_of(fields[name].type).positional or flag_of(name)
-        values[name] = _convert(prog, label, raw, fields[name], USAGE_ERROR)
+        values[name] = _convert(prog, label, raw, fields[name])
         origin[name] = label
     return Loaded(_build(prog, cls, fields, values), origin, path)
 
@@ -96,11 +94,11 @@ def _build(
     if missing:
         name = missing[0]
         label = kind_of(fields[name].type).positional or flag_of(name)
-        raise ConfigError(f"{prog}: {label} is required (or {env_of(name)})", USAGE_ERROR)
+        raise ConfigError(f"{prog}: {label} is required (or {env_of(name)})")
     try:
         return cls(**values)
     except ValueError as error:  # a __post_init__ that compares fields
-        raise ConfigError(f"{prog}: {error}", CONFIG_ERROR) from None
+        raise ConfigError(f"{prog}: {error}") from None
 
 
 def _parse_flags(prog: str, fields: Mapping[str, FieldInfo], argv: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def _parse_flags(prog: str, fields: Mapping[str, FieldInfo], argv: Sequence[str]
     if unknown:
         word = unknown[0].split("=")[0]
         what = "unknown flag" if word.startswith("-") else "unexpected argument"
-        raise ConfigError(f"{prog}: {what} {word}{did_you_mean(word, known)}", USAGE_ERROR)
+        raise ConfigError(f"{prog}: {what} {word}{did_you_mean(word, known)}")
     return flags
 
 
@@ -149,16 +147,14 @@ def _read_toml(
     return section
 
 
-def _convert(prog: str, label: str, raw: Any, field: FieldInfo, exit_code: int) -> Any:
+def _convert(prog: str, label: str, raw: Any, field: FieldInfo) -> Any:
     try:
         return convert(raw, field.type)
     except ValueError as error:
         kind = kind_of(field.type)
         hint = did_you_mean(str(raw), kind.choices)
         got = _shown(raw, kind)
-        raise ConfigError(
-            f"{prog}: {label}: expected {error}, got {got}{hint}", exit_code
-        ) from None
+        raise ConfigError(f"{prog}: {label}: expected {error}, got {got}{hint}") from None
 
 
 def _shown(raw: Any, kind: Kind) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
+from slipstream.config.rules import check_offload, check_transports
 from slipstream.config.values import ByteSize, ConfigError
 from slipstream.types import Role
 
@@ -67,7 +68,6 @@ PrefillBudget: TypeAlias = Annotated[
 Transports: TypeAlias = Annotated[
     str,
     Meta(
-        pattern=r"^[a-z_]+(,[a-z_]+)*$",
         description="Ways to move KV blocks, the preferred first: cuda_ipc (GPUs of one host), "
         "shm (one host), nixl (RDMA or TCP), bus (anywhere); auto: all that can work here.",
     ),
@@ -196,8 +196,8 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 f"--renew-s {self.renew_s:g} must be less than --lease-s {self.lease_s:g}"
             )
-        if bool(self.offload_disk_bytes) != bool(self.offload_dir):
-            raise ValueError("--offload-dir and --offload-disk-bytes need each other")
+        check_transports(self.transports)
+        check_offload(self.offload_disk_bytes, self.offload_dir)
         if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
             raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 

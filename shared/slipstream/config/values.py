@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
+from slipstream.errors import ExitCode
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -31,21 +33,25 @@ ByteSize = Annotated[int, Meta(ge=0, le=2**50, extra={"kind": "bytes"})]
 
 
 class StartError(Exception):
-    """Why a process cannot start, in one line; the command prints it and exits with `exit_code`.
+    """Why a process cannot start, in one line; the command prints it and exits with `exit_code`."""
 
-    2: usage, 3: configuration, 4: model, 5: port in use, 6: memory.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: ExitCode) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
 class ConfigError(StartError):
-    """A setting that cannot be used. `exit_code`: 2 for a flag, 3 for the rest."""
+    """Settings that are wrong in themselves, wherever they come from and wherever they are used."""
 
-    def __init__(self, message: str, exit_code: int = 3) -> None:
-        super().__init__(message, exit_code)
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ExitCode.USAGE)
+
+
+class SetupError(StartError):
+    """Settings that are sound, and that this machine or this model does not give."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ExitCode.SETUP)
 
 
 def parse_bytes(text: str) -> int:

@@ -58,7 +58,10 @@ class Job:
     @classmethod
     def of(cls, message: Prefill | Decode, space: bytes, node_id: NodeId, now_s: float) -> "Job":
         prompt, accepted = unpack_tokens(message.prompt), unpack_tokens(message.accepted)
-        prefill = message.prefill if isinstance(message, Decode) else None
+        if isinstance(message, Prefill):
+            pair = (node_id, message.decode)
+        else:
+            pair = (message.prefill or node_id, node_id)
         return cls(
             request_id=message.request_id,
             attempt=message.attempt,
@@ -70,7 +73,7 @@ class Job:
             num_accepted=len(accepted),
             deadline_s=now_s + message.timeout_s,
             handover=message.decode if isinstance(message, Prefill) else None,
-            path=f"{prefill}>{node_id}" if prefill else node_id,
+            path=">".join(dict.fromkeys(pair)),
             decision=message.decision,
         )
 
@@ -125,9 +128,15 @@ class Job:
             finish_reason=self.finish_reason,
             stop_token=self.stop_token,
             cached_tokens=self.cached_tokens or 0,
-            path=self.path,
+            path=self._path(),
             decision=self.decision,
         )
+
+    def _path(self) -> str:
+        """Who makes the answer. A stream's headers go out with its first token, so both workers
+        are named by then; an answer that ended with it has had the first one only."""
+        ended_early = self.handover is not None and self.finish_reason is not None
+        return self.path.partition(">")[0] if ended_early else self.path
 
 
 def unfit(message: Prefill | Decode, worker: WorkerInfo) -> Problem | None:

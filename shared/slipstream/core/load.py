@@ -71,6 +71,7 @@ def load_of(worker: "WorkerMachine") -> WorkerLoad:
 def _counters(worker: "WorkerMachine") -> dict[str, float]:
     batcher, exchange = worker.batcher, worker.exchange
     return {
+        **worker.counted,
         "blocks_pulled_total": exchange.receiver.blocks_pulled,
         "blocks_fetched_total": exchange.fetcher.blocks_fetched,
         "blocks_loaded_total": exchange.tiers.blocks_loaded,

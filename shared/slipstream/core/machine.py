@@ -164,6 +164,12 @@ class StoreDone(_Record, frozen=True):
     holders: dict[NodeId, Held] = {}
 
 
+class Counted(_Record, frozen=True):
+    """What a worker's executor has counted so far, now and then: it goes out with the load."""
+
+    values: dict[str, float]
+
+
 Event: TypeAlias = (
     Started
     | Received
@@ -182,6 +188,7 @@ Event: TypeAlias = (
     | Closed
     | CodecAsked
     | StoreDone
+    | Counted
 )
 
 
@@ -378,6 +385,13 @@ class StoreForget(_Record, frozen=True):
     epoch: Epoch
 
 
+class Note(_Record, frozen=True):
+    """One line for the log, at info. Machines do not log; nothing of a prompt or an answer may be
+    in it."""
+
+    text: str
+
+
 class Exit(_Record, frozen=True):
     """Drained: the process may end. With `fault` it must, for it can do nothing useful any more."""
 
@@ -402,6 +416,7 @@ Effect: TypeAlias = (
     | StoreFind
     | StoreAlive
     | StoreForget
+    | Note
     | Exit
 )
 

@@ -24,6 +24,7 @@ from slipstream.core.machine import (
     BlocksMoved,
     BlocksSaved,
     CancelTimer,
+    Counted,
     Drain,
     Effect,
     Event,
@@ -110,6 +111,8 @@ class WorkerMachine:
         self.failures: Counter[str] = Counter()
         self.samples = Samples()
         self._eos = frozenset(settings.eos_token_ids)
+        self.counted: dict[str, float] = {}
+        """By the executor, as of late."""
         self._plan: BatchPlan | None = None
         self._draining = False
         self._epochs: dict[NodeId, Epoch] = {}
@@ -148,6 +151,8 @@ class WorkerMachine:
                 return self._batch_failed(step, cause)
             case PullDone() | BlocksDigested() | BlocksSaved() | BlocksMoved():
                 return self.exchange.happened(event, now_s)
+            case Counted(values):
+                self.counted = values
             case TimerFired("tick"):
                 return self._tick(now_s)
             case TimerFired("renew"):

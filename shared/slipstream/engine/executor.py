@@ -13,6 +13,7 @@ from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
     BatchPlan,
+    Counted,
     DigestBlocks,
     Effect,
     Event,
@@ -31,6 +32,8 @@ from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
+
+COUNTED_PERIOD_S = 0.5
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,12 +63,14 @@ class WorkerExecutor:
         self._post: Callable[[Event], None] = lambda event: None
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
+        self._telling: asyncio.Task[None] | None = None
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
         self._transfers.start(post)
         if self._offload is not None:
             self._offload.start(post)
+        self._telling = asyncio.create_task(self._tell())
 
     def execute(self, effect: Effect) -> None:
         match effect:
@@ -83,6 +88,8 @@ class WorkerExecutor:
 
     async def close(self) -> None:
         """Ends READs under way; waits for the step under way."""
+        if self._telling is not None:
+            self._telling.cancel()
         await self._transfers.close()
         await asyncio.to_thread(self._compute.shutdown, cancel_futures=True)
         if self._offload is not None:
@@ -96,6 +103,12 @@ class WorkerExecutor:
         tiers = {} if self._offload is None else self._offload.store.statistics()
         with self._lock:
             return self._transfers.statistics() | tiers | self._counters
+
+    async def _tell(self) -> None:
+        """So that the frontends' /metrics have it too."""
+        while True:
+            await asyncio.sleep(COUNTED_PERIOD_S)
+            self._post(Counted(self.statistics()))
 
     def _run(self, plan: BatchPlan) -> None:
         began_s = time.monotonic()

@@ -20,12 +20,12 @@ import zmq
 
 from slipstream.config import StartError
 from slipstream.core.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
+from slipstream.errors import ExitCode
 
 KEPT_BATCHES = 10_000
 KEPT_BYTES = 64 << 20
 HIGH_WATER = 100_000
 END = (-1).to_bytes(8, "big", signed=True)
-PORT_IN_USE = 5
 KvEventsFormat: TypeAlias = Literal["map", "array"]
 
 _LOG = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class KvEventPublisher:
         try:
             (socket.bind if bind else socket.connect)(endpoint)
         except zmq.ZMQError as error:
-            code = PORT_IN_USE if error.errno == errno.EADDRINUSE else 3
+            code = ExitCode.PORT if error.errno == errno.EADDRINUSE else ExitCode.SETUP
             raise StartError(
                 f"KV events: {endpoint}: {error.strerror}; each worker needs an address of its own",
                 code,

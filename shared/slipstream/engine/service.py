@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from slipstream.config import ConfigError, StartError, WorkerConfig, format_bytes
+from slipstream.config import SetupError, StartError, WorkerConfig, format_bytes
 from slipstream.core.job import blocks_for
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
@@ -17,12 +17,12 @@ from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.model_config import ModelConfig, ModelError
 from slipstream.engine.offload import Offload
 from slipstream.engine.runner import Runner
+from slipstream.errors import ExitCode
 from slipstream.kv.bus import bus_address
 from slipstream.kv.choice import Transports
 from slipstream.kv.layout import KvDtype, KvLayout
 from slipstream.kv.offers import Pool, offer
 from slipstream.kv.segment import (
-    NO_MEMORY,
     Segment,
     SegmentHeader,
     create_segment,
@@ -35,7 +35,6 @@ from slipstream.runtime.log import set_up
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
 from slipstream.types import Epoch
 
-MODEL_ERROR = 4
 MEMORY_SHARE = 0.125
 SHM_SHARE = 0.5
 USUAL_TOKENS = 1024
@@ -89,7 +88,7 @@ def run_worker(config: WorkerConfig) -> int:
             )
             return run_service(config, node, machine, executor)
     except ModelError as error:
-        raise StartError(f"slipstream {config.role}: {error}", MODEL_ERROR) from None
+        raise StartError(f"slipstream {config.role}: {error}", ExitCode.MODEL) from None
 
 
 def _leave_in_order(number: int, _frame: object) -> None:
@@ -108,9 +107,9 @@ def choose_dtype(wanted: str, checkpoint: str, cpu_flags: frozenset[str]) -> KvD
 def choose_model_len(config: WorkerConfig, model: ModelConfig) -> int:
     longest = model.max_position_embeddings
     if config.max_model_len > longest:
-        raise ConfigError(
+        raise SetupError(
             f"slipstream {config.role}: --max-model-len {config.max_model_len}: "
-            f"the model has {longest}"
+            f"the model has {longest}; give that or less"
         )
     return config.max_model_len or longest
 
@@ -140,7 +139,7 @@ def choose_num_blocks(
             f"slipstream {config.role}: {why} is too little: one request of {max_model_len} tokens "
             f"needs {format_bytes(needed * block_bytes)}; lower --max-model-len or raise "
             "--kv-cache-bytes",
-            NO_MEMORY,
+            ExitCode.MEMORY,
         )
     return num_blocks
 
@@ -176,7 +175,7 @@ def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
         shm_free = free_bytes(config.shm_dir)
     except OSError as error:
         line = f"slipstream {config.role}: --shm-dir {config.shm_dir}: {error.strerror}"
-        raise ConfigError(line) from None
+        raise SetupError(line) from None
     num_blocks = choose_num_blocks(
         config, layout.block_bytes, max_model_len, available_memory(), shm_free
     )
@@ -206,7 +205,7 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
         ("--offload-disk-bytes", config.offload_disk_bytes),
     ):
         if 0 < wanted < block_bytes:
-            raise ConfigError(
+            raise SetupError(
                 f"slipstream {config.role}: {flag} {format_bytes(wanted)} is less than one block "
                 f"({format_bytes(block_bytes)}); give more, or 0"
             )
@@ -214,7 +213,7 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
         raise StartError(
             f"slipstream {config.role}: --offload-host-bytes "
             f"{format_bytes(config.offload_host_bytes)}: {format_bytes(free)} of memory are free",
-            NO_MEMORY,
+            ExitCode.MEMORY,
         )
     offload = Offload(
         segment.blocks,

@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from slipstream.config import StartError
+from slipstream.config import SetupError, StartError
 from slipstream.config.service import IPC_PATH_BYTES
+from slipstream.errors import ExitCode
 from slipstream.kv.bus_reader import BusReader
 from slipstream.kv.bus_wire import REQUEST_BYTES_MAX, ReadReply, ReadRequest, blocks_per_reply
 from slipstream.kv.segment import Blocks
@@ -21,8 +22,6 @@ from slipstream.types import NodeId
 _LOG = logging.getLogger(__name__)
 
 QUEUE_REPLIES = 64
-IN_USE = 5
-"""Exit code where an address is taken."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -45,7 +44,7 @@ class BusServer:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
             self._socket.close()
-            raise StartError(f"slipstream: KV socket {bind}: {error}", IN_USE) from None
+            raise StartError(f"slipstream: KV socket {bind}: {error}", ExitCode.PORT) from None
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.path = Path(bind.removeprefix("ipc://")) if bind.startswith("ipc://") else None
         if self.path is not None:
@@ -170,7 +169,7 @@ def bus_address(listen: str, run_dir: str, node_id: str) -> str:
     if listen.startswith("ipc://"):
         path = f"{run_dir}/{node_id}.kv.sock"
         if len(os.fsencode(path)) > IPC_PATH_BYTES:
-            raise StartError(f"slipstream: {path}: too long for a socket; shorten --run-dir", 3)
+            raise SetupError(f"slipstream: {path}: too long for a socket; shorten --run-dir")
         return f"ipc://{path}"
     return f"tcp://{_host(listen)}:*"
 
@@ -193,4 +192,4 @@ def _check_free(path: str) -> None:
         except OSError:
             Path(path).unlink(missing_ok=True)
             return
-    raise StartError(f"slipstream: KV socket {path}: in use by another process", IN_USE)
+    raise StartError(f"slipstream: KV socket {path}: in use by another process", ExitCode.PORT)

@@ -6,6 +6,7 @@ with no pause between two looks: it takes a core for itself, and READs over TCP 
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,9 @@ UCX_CONFIG = "TLS=^mm"
 """Unless `UCX_TLS` says otherwise. Without the transports over mapped memory, for there UCX ends
 the source's process when a reader is killed in mid-READ; `cma` and `tcp` survive it."""
 _PACKAGES = ("nixl_cu12", "nixl_cu13")
+
+
+NOT_INSTALLED = "not installed: pip install 'slipstream[nixl]'"
 
 
 class NixlError(Exception):
@@ -118,6 +122,11 @@ class NixlAgent:
             raise NixlError(f"{type(error).__name__}: {error}") from None
 
 
+def nixl_installed() -> bool:
+    """Whether the package is there. It is not loaded, and may still find no way to talk."""
+    return any(importlib.util.find_spec(package) for package in _PACKAGES)
+
+
 def _bindings() -> ModuleType:
     for package in _PACKAGES:
         try:
@@ -126,4 +135,4 @@ def _bindings() -> ModuleType:
             continue
         except ImportError as error:
             raise NixlError(f"{package}: {error}") from None
-    raise NixlError("not installed: pip install 'slipstream[nixl]'")
+    raise NixlError(NOT_INSTALLED)

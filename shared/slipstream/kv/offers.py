@@ -3,19 +3,19 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from slipstream.config import ConfigError
+from slipstream.config import AUTO_TRANSPORTS, SetupError
 from slipstream.kv.bus import BusTransport
 from slipstream.kv.cuda_driver import CudaDriver, CudaError
 from slipstream.kv.cuda_ipc import CudaIpcTransport, DevicePool
 from slipstream.kv.nixl import NixlTransport
-from slipstream.kv.nixl_agent import NixlAgent, NixlError
+from slipstream.kv.nixl_agent import NOT_INSTALLED, NixlAgent, NixlError, nixl_installed
 from slipstream.kv.segment import Segment
 from slipstream.kv.shm import ShmTransport
 from slipstream.kv.transport import Transport
+from slipstream.types import TRANSPORTS
 
-AUTO = "auto"
-KINDS = ("cuda_ipc", "shm", "nixl", "bus")
-"""In order of preference, for peers that have not been measured."""
+_HOST_POOL = "the pool is in host memory"
+"""True of every worker's so far: `engine.service` makes no other ones."""
 
 
 class Pool(NamedTuple):
@@ -46,22 +46,18 @@ class _Absent(Exception):
 def offer(names: str, pool: Pool) -> Offers:
     """`names`: `auto`, or kinds parted by commas, best first.
 
-    ConfigError: one of them is not known, or was asked for by name and cannot work here.
-    StartError: an address is taken.
+    SetupError: one of them was asked for by name and cannot work here. StartError: an address is
+    taken.
     """
-    wanted = list(KINDS) if names == AUTO else names.split(",")
-    for name in wanted:
-        if name not in KINDS:
-            known = ", ".join((AUTO, *KINDS))
-            raise ConfigError(f"slipstream: --transports: {name} is not known (only {known})")
+    wanted = TRANSPORTS if names == AUTO_TRANSPORTS else names.split(",")
     offers = Offers([], {})
     try:
         for name in wanted:
             try:
                 offers.transports.append(_MAKERS[name](pool))
             except _Absent as reason:
-                if names != AUTO:
-                    raise ConfigError(f"slipstream: --transports: no {name}: {reason}") from None
+                if names != AUTO_TRANSPORTS:
+                    raise _refusal(name, str(reason)) from None
                 offers.absent[name] = str(reason)
     except BaseException:
         for transport in offers.transports:
@@ -70,9 +66,25 @@ def offer(names: str, pool: Pool) -> Offers:
     return offers
 
 
+def require_possible(names: str) -> None:
+    """What is known before there is a pool. SetupError: a transport was asked for by name, and
+    cannot work on this machine."""
+    wanted = [] if names == AUTO_TRANSPORTS else names.split(",")
+    if "nixl" in wanted and not nixl_installed():
+        raise _refusal("nixl", NOT_INSTALLED)
+    if "cuda_ipc" in wanted:
+        raise _refusal("cuda_ipc", _HOST_POOL)
+
+
+def _refusal(name: str, reason: str) -> SetupError:
+    return SetupError(
+        f"slipstream: --transports: no {name}: {reason}; leave it out, or take {AUTO_TRANSPORTS}"
+    )
+
+
 def _cuda_ipc(pool: Pool) -> Transport:
     if pool.device is None:
-        raise _Absent("the pool is in host memory")
+        raise _Absent(_HOST_POOL)
     try:
         return CudaIpcTransport(CudaDriver(), pool.device, pool.host)
     except CudaError as error:

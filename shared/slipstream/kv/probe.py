@@ -18,8 +18,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from slipstream.config import AUTO_TRANSPORTS
 from slipstream.kv.bus import bus_address
-from slipstream.kv.offers import AUTO, Pool, offer
+from slipstream.kv.offers import Pool, offer
 from slipstream.kv.segment import Blocks, SegmentHeader, create_segment
 from slipstream.kv.transport import TransferError, Transport, read_now
 from slipstream.messages import NodeInfo, WorkerInfo
@@ -159,10 +160,10 @@ def measure_all(
         memcpy = memcpy_rate(source, ours.blocks, repeats)
         del source
         bind = f"ipc://{folder}/reader.kv.sock"
-        offers = offer(AUTO, Pool(ours, "reader", bind, bind))
+        offers = offer(AUTO_TRANSPORTS, Pool(ours, "reader", bind, bind))
         for made in offers.transports:
             stack.callback(made.close)
-        probe = Probe(ProbePool(folder, "source", num_blocks, block_bytes), AUTO)
+        probe = Probe(ProbePool(folder, "source", num_blocks, block_bytes), AUTO_TRANSPORTS)
         stack.callback(probe.stop)
         rows = []
         for transport in offers.transports:

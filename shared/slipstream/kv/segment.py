@@ -16,13 +16,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.config import StartError, format_bytes
+from slipstream.config import SetupError, StartError, format_bytes
+from slipstream.errors import ExitCode
 from slipstream.kv.huge_pages import HUGE_BYTES, Mapping, seed
 
 MAGIC = b"SLIPKV01"
 HEADER_BYTES = 4096
-NO_MEMORY = 6
-"""Exit code of a worker whose pool does not fit."""
 _LENGTH = struct.Struct("<I")
 
 Blocks: TypeAlias = NDArray[np.uint8]
@@ -76,7 +75,7 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StartError(f"slipstream: --shm-dir: {path}: {error.strerror}", NO_MEMORY) from None
+        raise SetupError(f"slipstream: --shm-dir: {path}: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         memory, pages = _take(file, header.file_bytes, path.parent)
@@ -89,7 +88,7 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
             f"slipstream: no room for the KV pool in {path.parent}: needs "
             f"{format_bytes(header.file_bytes)}, {format_bytes(free_bytes(path.parent))} available "
             f"({error.strerror}); lower --kv-cache-bytes or give another --shm-dir",
-            NO_MEMORY,
+            ExitCode.MEMORY,
         ) from None
     return Segment(path, file, header, _blocks(memory, header), pages)
 

@@ -22,6 +22,8 @@ from slipstream.kv.tier_files import TierFiles
 from slipstream.types import BlockHash
 
 HOST, DISK = 1, 2
+_COUNTED = ("saved", "refused", "loaded_host", "loaded_disk", "missed", "dropped", "bad")
+"""What is shown before it has happened once."""
 STAGING_ROWS = 4
 """Least host memory if there is a disk: what is on its way there lies in it."""
 
@@ -79,7 +81,7 @@ class TierStore:
         self._moved: deque[Moved] = deque()
         self._litter: deque[_Held] = deque()
         """Files to be removed."""
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
         self._closed = False
         self._wake = threading.Condition()
         if self._files is not None:
@@ -158,12 +160,15 @@ class TierStore:
             return DISK if block_hash in self._on_disk else None
 
     def statistics(self) -> dict[str, float]:
-        """Blocks in each tier, and since the start: saved, refused, loaded, missed, dropped for
-        room, bad (not what they were), failed writes."""
+        """Blocks and bytes in each tier, and since the start: blocks saved, refused, loaded from
+        each tier, missed, dropped for room, bad (not what they were), failed writes."""
         with self._wake:
             counts = {f"tier_{name}_total": float(n) for name, n in self._counts.items()}
-            sizes = (len(self._in_host), len(self._on_disk))
-        return {**counts, "tier_host_blocks": float(sizes[0]), "tier_disk_blocks": float(sizes[1])}
+            blocks = {"host": len(self._in_host), "disk": len(self._on_disk)}
+        for tier, count in blocks.items():
+            counts[f"tier_{tier}_blocks"] = float(count)
+            counts[f"tier_{tier}_bytes"] = float(count * self.block_bytes)
+        return counts
 
     def close(self) -> None:
         """What is in files stays for the next process; what is in memory goes with this one."""

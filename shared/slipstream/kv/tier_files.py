@@ -13,7 +13,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from slipstream.config import StartError
+from slipstream.config import SetupError, make_folder
 from slipstream.core.blocks import Named
 from slipstream.kv.digest import DIGEST_BYTES
 from slipstream.kv.segment import Blocks
@@ -21,33 +21,31 @@ from slipstream.kv.segment import Blocks
 _LAYOUT = re.compile(r"kv-[0-9a-f]{16}")
 _BLOCK = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})-([0-9]{1,9})")
 _UNFINISHED = ".part"
-CONFIGURATION = 3
-"""Exit code of a worker that may not use the folder."""
 
 
 class TierFiles:
     """The files of one layout. Calls may come from any thread, about one block from one."""
 
     def __init__(self, folder: Path, kv_layout_id: str, block_bytes: int):
-        """StartError: the folder cannot be made or written, or another process has it."""
+        """SetupError: the folder cannot be made or written, or another process has it."""
         layout = hashlib.sha256(kv_layout_id.encode()).hexdigest()[:16]
         self.root, self.folder = folder, folder / f"kv-{layout}"
         self.block_bytes = block_bytes
+        make_folder("slipstream", "--offload-dir", self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StartError(
-                f"KV tier: {folder}: {error.strerror}; give a folder that can be written",
-                CONFIGURATION,
+            raise SetupError(
+                f"slipstream: --offload-dir {folder}: {error.strerror}; give a folder that can be "
+                "written"
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise StartError(
-                f"KV tier: {folder} is in use by another process; give each worker its own",
-                CONFIGURATION,
+            raise SetupError(
+                f"slipstream: --offload-dir {folder}: in use by another process; give each "
+                "worker its own"
             ) from None
 
     def close(self) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import zmq
 
-from slipstream.config import StartError
+from slipstream.config import SetupError, StartError
 from slipstream.core.link import UNACKED_BYTES_MAX, Transmit
 from slipstream.core.node import encode_header
-from slipstream.runtime.ports import PORT_ERROR, holder
+from slipstream.errors import ExitCode
+from slipstream.runtime.ports import holder
 from slipstream.types import NodeId
 
 QUEUED_FRAMES_MAX = 10_000
@@ -151,10 +152,10 @@ def _bind(inbox: Socket, prog: str, listen: str) -> None:
         port = place.rpartition(":")[2]
         if error.errno == errno.EADDRINUSE and port.isdigit():
             line = f"{prog}: --listen {listen}: in use by {holder(int(port))}"
-            raise StartError(line, PORT_ERROR) from None
-        raise StartError(f"{prog}: --listen {listen}: {error.strerror}", 3) from None
+            raise StartError(line, ExitCode.PORT) from None
+        raise SetupError(f"{prog}: --listen {listen}: {error.strerror}") from None
     except OSError as error:
-        raise StartError(f"{prog}: --listen {listen}: {error.strerror}", 3) from None
+        raise SetupError(f"{prog}: --listen {listen}: {error.strerror}") from None
 
 
 @contextmanager
@@ -167,9 +168,9 @@ def _own_path(prog: str, listen: str, path: Path) -> Iterator[None]:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # two that start at once would both find it free
         if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-            raise StartError(f"{prog}: --listen {listen}: exists and is not a socket", 3)
+            raise SetupError(f"{prog}: --listen {listen}: exists and is not a socket")
         if _listens(path):
-            raise StartError(f"{prog}: --listen {listen}: in use by another process", PORT_ERROR)
+            raise StartError(f"{prog}: --listen {listen}: in use by another process", ExitCode.PORT)
         umask = os.umask(0o177)
         try:
             yield

@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from slipstream.config import StartError
+from slipstream.config import SetupError, StartError
+from slipstream.errors import ExitCode
 from slipstream.runtime.metrics import CONTENT_TYPE
-from slipstream.runtime.ports import PORT_ERROR, holder
+from slipstream.runtime.ports import holder
 
 
 async def serve(
@@ -39,7 +40,7 @@ async def serve(
         await runner.cleanup()
         if error.errno == errno.EADDRINUSE:
             line = f"{prog}: --metrics-port: port {port} is taken by {holder(port)}"
-            raise StartError(line, PORT_ERROR) from None
+            raise StartError(line, ExitCode.PORT) from None
         line = f"{prog}: cannot listen on {host}:{port}: {error.strerror or error}"
-        raise StartError(line, 3) from None
+        raise SetupError(line) from None
     return runner.cleanup

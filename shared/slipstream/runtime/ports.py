@@ -5,9 +5,9 @@ import os
 import socket
 from pathlib import Path
 
-from slipstream.config import StartError
+from slipstream.config import SetupError, StartError
+from slipstream.errors import ExitCode
 
-PORT_ERROR = 5
 _LISTEN = "0A"
 
 
@@ -21,7 +21,7 @@ def require_free(prog: str, host: str, port: int) -> None:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise StartError(f"{prog}: --host {host}: {error.strerror}", 3) from None
+        raise SetupError(f"{prog}: --host {host}: {error.strerror}") from None
     with socket.socket(family, kind, proto) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -29,11 +29,9 @@ def require_free(prog: str, host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise StartError(
-                    f"{prog}: port {port} is taken by {holder(port)}", PORT_ERROR
+                    f"{prog}: port {port} is taken by {holder(port)}", ExitCode.PORT
                 ) from None
-            raise StartError(
-                f"{prog}: cannot listen on {host}:{port}: {error.strerror}", 3
-            ) from None
+            raise SetupError(f"{prog}: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
 def holder(port: int) -> str:

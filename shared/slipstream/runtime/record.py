@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from slipstream.config import StartError
+from slipstream.config import SetupError, make_folder
 from slipstream.core.machine import Effect, Event
 
 RECORDING_BYTES_MAX = 64 << 20
@@ -31,11 +31,11 @@ class Recorder:
         self.path = folder / f"{name}.rec"
         self._room = bytes_max
         self._encode = msgspec.msgpack.Encoder().encode
+        make_folder("slipstream", "--record", folder, 0o700)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         except OSError as error:
-            raise StartError(f"slipstream: --record {folder}: {error.strerror}", 3) from None
+            raise SetupError(f"slipstream: --record {folder}: {error.strerror}") from None
 
     def write(self, now_s: float, event: Event, effects: Sequence[Effect]) -> None:
         """Not buffered: what a process saw before it was killed can be read."""

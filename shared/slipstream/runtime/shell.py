@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import uvloop
 
-from slipstream.config import ServiceConfig, StartError
+from slipstream.config import ServiceConfig, SetupError
 from slipstream.core.link import Transmit
 from slipstream.core.machine import (
     CancelTimer,
@@ -31,11 +31,13 @@ from slipstream.core.machine import (
     Event,
     Exit,
     Machine,
+    Note,
     SetTimer,
     Started,
     TimerFired,
 )
 from slipstream.core.node import Action, Node
+from slipstream.errors import ExitCode
 from slipstream.messages import SCHEDULER, NodeInfo
 from slipstream.runtime.bus import Bus
 from slipstream.runtime.log import set_up
@@ -44,12 +46,6 @@ from slipstream.runtime.record import Recorder
 from slipstream.runtime.timers import Timers
 from slipstream.runtime.witness import Witness
 from slipstream.types import Epoch, Role
-
-DRAIN_TIMED_OUT = 1
-FAULT = 75
-BUG = 70
-"""Exit code after an exception in a machine. Half an event may have happened, so it must not go on;
-the supervisor starts it anew."""
 
 FRAMES_PER_TURN = 256
 EVENTS_PER_TURN = 256
@@ -128,7 +124,7 @@ def new_epoch(config: ServiceConfig) -> Epoch:
         written.replace(path)
     except OSError as error:
         line = f"slipstream {config.role}: --run-dir {config.run_dir}: {error.strerror}"
-        raise StartError(line, 3) from None
+        raise SetupError(line) from None
     return epoch
 
 
@@ -234,7 +230,7 @@ class _Shell:
     def _on_drain_timeout(self) -> None:
         if self._running:
             log.warning("ends at once: not drained after %g s", self._drain_timeout_s)
-            self._end(DRAIN_TIMED_OUT)
+            self._end(ExitCode.FAILED)
 
     def _end(self, code: int) -> None:
         self._running = False
@@ -278,8 +274,8 @@ class _Shell:
         try:
             more = self._take_events() | self._take_frames() | self._take_timers()
         except Exception:  # a bug: the machine may be half changed and must not go on
-            log.exception("ends with exit code %d", BUG)
-            self._end(BUG)
+            log.exception("ends with exit code %d", ExitCode.BUG)
+            self._end(ExitCode.BUG)
             return
         if more:
             self._turn_soon()
@@ -323,12 +319,14 @@ class _Shell:
                     self._timers.set(key, at_s)
                 case CancelTimer(key):
                     self._timers.cancel(key)
+                case Note(text):
+                    log.info("%s", text)
                 case Exit(fault):
                     if fault:
                         log.error("ends: %s", fault)
                     else:
                         log.info("drained" if self._draining else "ends: the machine is done")
-                    self._end(FAULT if fault else 0)
+                    self._end(ExitCode.FAULT if fault else ExitCode.OK)
                 case _:
                     assert self._executor is not None, f"no executor for {type(action).__name__}"
                     self._executor.execute(action)
