@@ -156,18 +156,28 @@ def test_a_peer_that_hangs_in_mid_read_writes_nothing_later_and_may_come_back(
 def test_another_process_of_that_name_is_not_taken_for_the_first(
     start: Start, transport: Transport, ours: Segment
 ) -> None:
+    """Neither the old one's memory for the new one's, nor what the new one has for the old one's.
+    The bus alone connects by itself."""
     first = start()
     transport.connect(first.info)
     read_now(transport, first.info, ROWS, ours.blocks, ROWS, WAIT_S)
     first.process.kill()
     first.process.wait()
     second = start(epoch=2)
+    second.flip(1)
     ours.blocks[:] = 0
-    with pytest.raises(TransferError) as raised:
-        read_now(transport, second.info, [1], ours.blocks, [1], SHORT_S)
-        assert transport.name == "bus"  # connects by itself
-        raise TransferError("epoch")
-    assert raised.value.cause == "epoch"
+    if transport.name == "bus":
+        read_now(transport, second.info, [1], ours.blocks, [1], WAIT_S)
+        assert [b.sum() for b in ours.blocks[1] ^ expected()[1] if b] == [1], "the new one's"
+        with pytest.raises(TransferError, match="epoch"):
+            read_now(transport, first.info, [0], ours.blocks, [0], WAIT_S)
+    else:
+        with pytest.raises(TransferError, match="epoch"):
+            read_now(transport, second.info, [1], ours.blocks, [1], SHORT_S)
+    assert not ours.blocks[0].any(), "nothing was stored of what was refused"
     transport.connect(second.info)
     read_now(transport, second.info, ROWS, ours.blocks, ROWS, WAIT_S)
-    assert (ours.blocks == expected()).all()
+    second.flip(1)
+    assert [i for i in ROWS if (ours.blocks[i] != expected()[i]).any()] == [1]
+    with pytest.raises(TransferError, match="epoch"):
+        read_now(transport, first.info, [0], ours.blocks, [0], WAIT_S)

@@ -1,12 +1,10 @@
 """What a worker's machine decides, done: steps on a compute thread, the rest in `transfers`."""
 
 import asyncio
-import logging
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from slipstream.core.machine import (
@@ -23,16 +21,15 @@ from slipstream.core.machine import (
     RunBatch,
     SaveBlocks,
 )
+from slipstream.engine.effect_threads import EffectThreads, one_line
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.offload import Offload
-from slipstream.engine.transfers import Transfers, one_line
+from slipstream.engine.transfers import Transfers
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
-
-_LOG = logging.getLogger(__name__)
 
 
 class StepRunner(Protocol):
@@ -56,7 +53,7 @@ class WorkerExecutor:
         self._offload, self._kv_events = offload, kv_events
         self._runner, self._blocks = runner, blocks
         self._transfers = Transfers(blocks, transports, directory)
-        self._compute = ThreadPoolExecutor(1, "compute")
+        self._compute = EffectThreads(1, "compute")
         self._post: Callable[[Event], None] = lambda event: None
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
@@ -70,7 +67,11 @@ class WorkerExecutor:
     def execute(self, effect: Effect) -> None:
         match effect:
             case RunBatch(plan):
-                self._compute.submit(self._run, plan)
+                self._compute.submit(
+                    *(self._post, f"step {plan.step}"),
+                    work=lambda: self._run(plan),
+                    failed=lambda error: self._failed(plan, error),
+                )
             case PullBlocks() | DigestBlocks():
                 self._transfers.execute(effect)
             case SaveBlocks() | LoadBlocks() if self._offload is not None:
@@ -84,7 +85,7 @@ class WorkerExecutor:
     async def close(self) -> None:
         """Ends READs under way; waits for the step under way."""
         await self._transfers.close()
-        await asyncio.to_thread(self._compute.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._compute.close)
         if self._offload is not None:
             await asyncio.to_thread(self._offload.close)
 
@@ -97,21 +98,19 @@ class WorkerExecutor:
         with self._lock:
             return self._transfers.statistics() | tiers | self._counters
 
-    def _run(self, plan: BatchPlan) -> None:
+    def _run(self, plan: BatchPlan) -> BatchDone:
         began_s = time.monotonic()
-        try:
-            outputs = self._runner.run(plan)
-            digests = block_digests(self._blocks, plan.digest_blocks)
-        except Exception as error:  # noqa: BLE001 a step that says nothing would hang the machine
-            _LOG.exception("step %d failed", plan.step)
-            self._count("steps_failed_total")
-            self._post(BatchFailed(plan.step, one_line(error)))
-            return
+        outputs = self._runner.run(plan)
+        digests = block_digests(self._blocks, plan.digest_blocks)
         elapsed_s = time.monotonic() - began_s
         self._count("steps_total")
         self._count("step_seconds_total", elapsed_s)
         by_block = dict(zip(plan.digest_blocks, digests, strict=True))
-        self._post(BatchDone(plan.step, outputs, by_block, elapsed_s))
+        return BatchDone(plan.step, outputs, by_block, elapsed_s)
+
+    def _failed(self, plan: BatchPlan, error: Exception) -> BatchFailed:
+        self._count("steps_failed_total")
+        return BatchFailed(plan.step, one_line(error))
 
     def _count(self, name: str, amount: float = 1) -> None:
         with self._lock:
