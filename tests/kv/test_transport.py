@@ -1,12 +1,10 @@
 """READs over all transports, with peers that are gone, hang, lie or have begun anew."""
 
-import errno
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,36 +13,16 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv.conftest import MakeSegment, MakeTransport, node_of
+from kv.conftest import MakeSegment, MakeTransport, Pair, node_of
 from slipstream.config import StartError
-from slipstream.kv import bus_wire, nixl_reads
-from slipstream.kv.bus import BusServer, BusTransport, bus_address
-from slipstream.kv.bus_reader import READS_PER_PEER, BusReads
+from slipstream.kv import bus_wire
+from slipstream.kv.bus import BusTransport, bus_address
+from slipstream.kv.bus_reader import READS_PER_PEER
 from slipstream.kv.bus_wire import REQUEST_BYTES_MAX, ReadReply, ReadRequest
 from slipstream.kv.digest import block_digests
-from slipstream.kv.nixl_reads import NixlReads
-from slipstream.kv.segment import Segment
-from slipstream.kv.transport import Digests, Read, TransferError, Transport, read_now
-from slipstream.messages import NodeInfo
+from slipstream.kv.transport import Digests, Read, TransferError, read_now
 
 WAIT_S = 20.0
-
-
-@pytest.fixture(params=["shm", "ipc", "tcp", "nixl"])
-def pair(
-    request: pytest.FixtureRequest,
-    make_transport: MakeTransport,
-    make_segment: MakeSegment,
-    monkeypatch: pytest.MonkeyPatch,
-) -> tuple[Segment, Transport, NodeInfo, Segment]:
-    """Source, our transport, the peer as we know it, our own segment."""
-    monkeypatch.setattr(nixl_reads, "SLAB_BYTES", 3 * 4096)
-    source, ours = make_segment("prefill-0", num_blocks=40), make_segment("decode-0", fill=2)
-    theirs = make_transport(request.param, source, "p")
-    transport = make_transport(request.param, ours, "d")
-    peer = node_of(source, {theirs.name: theirs.advertise()})
-    transport.connect(peer)
-    return source, transport, peer, ours
 
 
 @settings(
@@ -52,7 +30,7 @@ def pair(
 )
 @given(data=st.data())
 def test_exactly_the_asked_blocks_arrive(
-    pair: tuple[Segment, Transport, NodeInfo, Segment],
+    pair: Pair,
     monkeypatch: pytest.MonkeyPatch,
     data: st.DataObject,
 ) -> None:
@@ -72,9 +50,7 @@ def test_exactly_the_asked_blocks_arrive(
 
 
 @pytest.mark.parametrize("asked", [[40], [-1], [0, 1 << 40]])
-def test_blocks_that_the_peer_does_not_have(
-    pair: tuple[Segment, Transport, NodeInfo, Segment], asked: list[int]
-) -> None:
+def test_blocks_that_the_peer_does_not_have(pair: Pair, asked: list[int]) -> None:
     _, transport, peer, ours = pair
     before = ours.blocks.copy()
     with pytest.raises(TransferError) as raised:
@@ -84,7 +60,7 @@ def test_blocks_that_the_peer_does_not_have(
     read_now(transport, peer, [5], ours.blocks, [0], WAIT_S)
 
 
-def test_another_epoch_is_refused(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
+def test_another_epoch_is_refused(pair: Pair) -> None:
     _, transport, peer, ours = pair
     with pytest.raises(TransferError) as raised:
         other = msgspec.structs.replace(peer, epoch=8)
@@ -92,7 +68,7 @@ def test_another_epoch_is_refused(pair: tuple[Segment, Transport, NodeInfo, Segm
     assert raised.value.cause == "epoch"
 
 
-def test_two_readers_at_a_time(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
+def test_two_readers_at_a_time(pair: Pair) -> None:
     source, transport, peer, ours = pair
 
     def read(local: list[int]) -> None:
@@ -107,185 +83,13 @@ def test_two_readers_at_a_time(pair: tuple[Segment, Transport, NodeInfo, Segment
     assert (ours.blocks == source.blocks[:12]).all()
 
 
-def test_a_reader_outlives_forget(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
+def test_a_reader_outlives_forget(pair: Pair) -> None:
     source, transport, peer, ours = pair
     read_now(transport, peer, [7], ours.blocks, [0], WAIT_S)
     transport.forget(peer.node_id)
     transport.connect(peer)
     read_now(transport, peer, [8], ours.blocks, [0], WAIT_S)
     assert (ours.blocks[0] == source.blocks[8]).all()
-
-
-@pytest.mark.parametrize(
-    ("cause", "lies"),
-    [
-        ("attach", {"transports": {}}),
-        ("layout", {"block_bytes": 2048}),
-        ("layout", {"block_bytes": 0}),
-        ("malformed", {"num_blocks": 1 << 40}),
-        ("malformed", {"num_blocks": -1}),
-    ],
-)
-def test_what_a_peer_says_of_its_pool_has_to_be_possible(
-    pair: tuple[Segment, Transport, NodeInfo, Segment], cause: str, lies: dict[str, Any]
-) -> None:
-    source, transport, peer, ours = pair
-    assert peer.worker is not None
-    before = ours.blocks.copy()
-    lying = msgspec.structs.replace(
-        peer, node_id="liar", worker=msgspec.structs.replace(peer.worker, **lies)
-    )
-    with pytest.raises(TransferError) as raised:
-        transport.connect(lying)
-    assert raised.value.cause == cause
-    with pytest.raises(TransferError):
-        read_now(transport, lying, [0], ours.blocks, [0], WAIT_S)
-    with pytest.raises(TransferError) as raised:
-        read_now(transport, peer, [0], np.zeros((1, 2048), np.uint8), [0], WAIT_S)
-    assert raised.value.cause == "layout"
-    assert (ours.blocks == before).all()
-    read_now(transport, peer, [5], ours.blocks, [0], WAIT_S)
-    assert (ours.blocks[0] == source.blocks[5]).all()
-
-
-def test_more_blocks_than_there_are(
-    pair: tuple[Segment, Transport, NodeInfo, Segment],
-) -> None:
-    """Said of a peer that is connected, and then of one that is to be."""
-    _, transport, peer, ours = pair
-    assert peer.worker is not None
-    more = msgspec.structs.replace(peer.worker, num_blocks=41)
-    before = ours.blocks.copy()
-    with pytest.raises(TransferError) as raised:
-        lying = msgspec.structs.replace(peer, worker=more)
-        read_now(transport, lying, [40], ours.blocks, [0], WAIT_S)
-    assert raised.value.cause == "range"
-    lying = msgspec.structs.replace(peer, node_id="liar", worker=more)
-    with pytest.raises(TransferError) as raised:
-        transport.connect(lying)
-        read_now(transport, lying, [40], ours.blocks, [0], WAIT_S)
-    assert raised.value.cause == ("range" if transport.name == "bus" else "attach")
-    assert (ours.blocks == before).all()
-
-
-@pytest.mark.parametrize("told", ["", "\0", "tcp://\0", "§", "x" * 5000])
-def test_an_address_that_is_none(
-    pair: tuple[Segment, Transport, NodeInfo, Segment], told: str
-) -> None:
-    _, transport, peer, ours = pair
-    assert peer.worker is not None
-    worker = msgspec.structs.replace(peer.worker, transports={transport.name: told})
-    with pytest.raises(TransferError) as raised:
-        transport.connect(msgspec.structs.replace(peer, node_id="liar", worker=worker))
-    assert raised.value.cause == "attach"
-    read_now(transport, peer, [5], ours.blocks, [0], WAIT_S)
-
-
-@pytest.fixture(params=["bus", "nixl"])
-def threaded(
-    request: pytest.FixtureRequest, make_transport: MakeTransport, make_segment: MakeSegment
-) -> tuple[Segment, Transport, NodeInfo, Segment]:
-    """Source, a transport with a thread of its own, a connected peer, our segment."""
-    kind = "ipc" if request.param == "bus" else "nixl"
-    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    theirs, transport = make_transport(kind, source, "p"), make_transport(kind, ours, "d")
-    peer = node_of(source, {theirs.name: theirs.advertise()})
-    transport.connect(peer)
-    return source, transport, peer, ours
-
-
-INSIDE = {
-    "bus": [
-        (BusReads, "_patience_ms"),
-        (BusReads, "_begin"),
-        (BusReads, "_advance"),
-        (BusReads, "_expire"),
-        (zmq.Poller, "poll"),
-        (zmq.Context, "socket"),
-    ],
-    "nixl": [(NixlReads, "_poll"), (NixlReads, "_post_all"), (NixlReads, "_landed")],
-}
-
-
-def test_an_error_that_nobody_foresaw_is_one_of_reads_and_not_of_the_transport(
-    threaded: tuple[Segment, Transport, NodeInfo, Segment],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    source, transport, peer, ours = threaded
-    begun = []
-    for number, (kind, method) in enumerate(INSIDE[transport.name]):
-        caplog.clear()
-        transport.forget(peer.node_id)  # or an idle socket would be used
-        transport.connect(peer)
-        with monkeypatch.context() as patch:
-            patch.setattr(kind, method, broken_once(getattr(kind, method)))
-            results: queue.SimpleQueue[Digests | TransferError] = queue.SimpleQueue()
-            deadline_s = time.monotonic() + WAIT_S
-            for block in range(3):
-                read = Read(peer, [block], ours.blocks, [block], deadline_s, results.put)
-                transport.read(read)
-            found = [results.get(timeout=WAIT_S) for _ in range(3)]
-        failed = [str(one) for one in found if isinstance(one, TransferError)]
-        assert set(failed) <= {"internal: RuntimeError: nobody foresaw this"}, method
-        begun.append(bool(failed))
-        assert len([record for record in caplog.records if record.exc_info]) == 1, method
-        ours.blocks[:] = 0
-        transport.connect(peer)
-        read_now(transport, peer, [number], ours.blocks, [1], WAIT_S)
-        assert (ours.blocks[1] == source.blocks[number]).all()
-        assert results.empty(), "each ends once"
-    assert sum(begun) >= 3, "not all of them happen between two READs"
-
-
-def broken_once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """On the thread of a transport."""
-    left = ["once"]
-
-    def call(*arguments: Any, **words: Any) -> Any:
-        if left and threading.current_thread().name in ("kv-bus", "kv-nixl"):
-            left.pop()
-            raise RuntimeError("nobody foresaw this")
-        return method(*arguments, **words)
-
-    return call
-
-
-def test_no_more_sockets(
-    make_transport: MakeTransport, make_segment: MakeSegment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    theirs, transport = make_transport("tcp", source, "p"), make_transport("tcp", ours, "d")
-    peer = node_of(source, {"bus": theirs.advertise()})
-
-    def refuse(*_: object) -> None:
-        raise zmq.ZMQError(errno.EMFILE)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(zmq.Context, "socket", refuse)
-        with pytest.raises(TransferError) as raised:
-            read_now(transport, peer, [0], ours.blocks, [1], WAIT_S)
-        assert raised.value.cause == "socket"
-        with pytest.raises(TransferError, match="socket"):
-            transport.connect(peer)
-    read_now(transport, peer, [0], ours.blocks, [1], WAIT_S)
-
-
-def test_a_question_that_breaks_the_server_is_not_its_last(
-    make_transport: MakeTransport, make_segment: MakeSegment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    theirs, transport = make_transport("tcp", source, "p"), make_transport("tcp", ours, "d")
-    peer = node_of(source, {"bus": theirs.advertise()})
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("nobody foresaw this")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BusServer, "_refusal", refuse)
-        with pytest.raises(TransferError, match="timeout"):
-            read_now(transport, peer, [0], ours.blocks, [1], 0.2)
-    read_now(transport, peer, [0], ours.blocks, [1], WAIT_S)
 
 
 class Impostor:
