@@ -145,6 +145,18 @@ def choose_num_blocks(
     return num_blocks
 
 
+def check_host_tier(config: WorkerConfig, pool_bytes: int, memory_free: int) -> None:
+    """StartError: memory for the tier below the pool is not there beside the pool."""
+    wanted, left = config.offload_host_bytes, max(0, memory_free - pool_bytes)
+    if wanted > left:
+        raise StartError(
+            f"slipstream {config.role}: --offload-host-bytes {format_bytes(wanted)} is too much: "
+            f"of {format_bytes(memory_free)} free memory {format_bytes(left)} are left beside a KV "
+            f"pool of {format_bytes(pool_bytes)}; lower it or --kv-cache-bytes",
+            NO_MEMORY,
+        )
+
+
 def available_memory() -> int:
     """Bytes that new allocations can have: the host's, or what the control group leaves of them."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -177,9 +189,9 @@ def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
     except OSError as error:
         line = f"slipstream {config.role}: --shm-dir {config.shm_dir}: {error.strerror}"
         raise ConfigError(line) from None
-    num_blocks = choose_num_blocks(
-        config, layout.block_bytes, max_model_len, available_memory(), shm_free
-    )
+    memory_free = available_memory()
+    num_blocks = choose_num_blocks(config, layout.block_bytes, max_model_len, memory_free, shm_free)
+    check_host_tier(config, num_blocks * layout.block_bytes, memory_free)
     threads = config.threads or len(os.sched_getaffinity(0))
     return _Plan(model, dtype, layout, max_model_len, num_blocks, threads)
 
@@ -200,7 +212,7 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
     if not config.offloads:
         return None
     folder = Path(config.offload_dir) / config.node_id if config.offload_dir else None
-    block_bytes, free = segment.header.block_bytes, available_memory()
+    block_bytes = segment.header.block_bytes
     for flag, wanted in (
         ("--offload-host-bytes", config.offload_host_bytes),
         ("--offload-disk-bytes", config.offload_disk_bytes),
@@ -210,12 +222,6 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
                 f"slipstream {config.role}: {flag} {format_bytes(wanted)} is less than one block "
                 f"({format_bytes(block_bytes)}); give more, or 0"
             )
-    if config.offload_host_bytes > free:
-        raise StartError(
-            f"slipstream {config.role}: --offload-host-bytes "
-            f"{format_bytes(config.offload_host_bytes)}: {format_bytes(free)} of memory are free",
-            NO_MEMORY,
-        )
     offload = Offload(
         segment.blocks,
         segment.header.kv_layout_id,
