@@ -1,7 +1,6 @@
 """Effects of a worker end as exactly one event each, also when everything goes wrong."""
 
 import asyncio
-import os
 import queue
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +32,6 @@ from slipstream.engine.executor import StepRunner, WorkerExecutor
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
 from slipstream.engine.service import (
-    available_memory,
-    check_host_tier,
     choose_dtype,
     choose_model_len,
     choose_num_blocks,
@@ -464,22 +461,6 @@ def test_a_pool_for_less_than_one_request_is_refused(settings: dict[str, int], w
         choose_num_blocks(config(**settings), MIB, 1600, 400 * MIB, GIB)
     assert raised.value.exit_code == 6
     assert "\n" not in str(raised.value)
-
-
-def test_memory_for_the_tier_below_is_there_beside_the_pool_or_refused() -> None:
-    check_host_tier(config(offload_host_bytes=3 * GIB), GIB, 4 * GIB)
-    check_host_tier(config(), 8 * GIB, GIB)  # none is asked for
-    for free, left in ((3 * GIB, "2GiB"), (MIB, "0B")):
-        with pytest.raises(StartError) as raised:
-            check_host_tier(config(offload_host_bytes=3 * GIB), GIB, free)
-        line = str(raised.value)
-        assert raised.value.exit_code == 6 and "\n" not in line
-        for words in ("--offload-host-bytes 3GiB", f"{left} are left", "of 1GiB; lower it or"):
-            assert words in line
-
-
-def test_available_memory_is_that_of_this_host() -> None:
-    assert 0 <= available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_both_roles_run_the_same_program() -> None:

@@ -17,6 +17,7 @@ from slipstream.cli.run_dir import private_run_dir
 from slipstream.cli.screen import Screen
 from slipstream.cli.supervisor import Failure, Supervisor
 from slipstream.config import Loaded, StartError
+from slipstream.runtime.memory import available_memory, require_host_tier
 from slipstream.runtime.ports import require_free
 
 _SERVICES = ("scheduler", "kvindex", "tokenizer", "prefill", "decode")
@@ -36,6 +37,10 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
     for port in [*_http_ports(config), *metrics_ports(config)]:
         host = config.host if port in _http_ports(config) else "127.0.0.1"
         require_free("slipstream serve", host, port)
+    require_host_tier(
+        *("slipstream serve", config.offload_host_bytes, config.kv_cache_bytes),
+        *(available_memory(), config.prefill + config.decode),
+    )
     try:
         model = prepare(config.model, models_dir(environ), screen.console)
     except StartError as error:

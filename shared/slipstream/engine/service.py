@@ -22,7 +22,6 @@ from slipstream.kv.choice import Transports
 from slipstream.kv.layout import KvDtype, KvLayout
 from slipstream.kv.offers import Pool, offer
 from slipstream.kv.segment import (
-    NO_MEMORY,
     Segment,
     SegmentHeader,
     create_segment,
@@ -32,6 +31,7 @@ from slipstream.kv.segment import (
 )
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.runtime.log import set_up
+from slipstream.runtime.memory import NO_MEMORY, available_memory, require_host_tier
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
 from slipstream.types import Epoch
 
@@ -145,34 +145,6 @@ def choose_num_blocks(
     return num_blocks
 
 
-def check_host_tier(config: WorkerConfig, pool_bytes: int, memory_free: int) -> None:
-    """StartError: memory for the tier below the pool is not there beside the pool."""
-    wanted, left = config.offload_host_bytes, max(0, memory_free - pool_bytes)
-    if wanted > left:
-        raise StartError(
-            f"slipstream {config.role}: --offload-host-bytes {format_bytes(wanted)} is too much: "
-            f"of {format_bytes(memory_free)} free memory {format_bytes(left)} are left beside a KV "
-            f"pool of {format_bytes(pool_bytes)}; lower it or --kv-cache-bytes",
-            NO_MEMORY,
-        )
-
-
-def available_memory() -> int:
-    """Bytes that new allocations can have: the host's, or what the control group leaves of them."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    sizes = {
-        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
-    }
-    available = sizes["MemAvailable"]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such file, or "max"
-        return available
-    return max(0, min(available, limit - used))
-
-
 def _cpu_flags() -> frozenset[str]:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(("flags", "Features")):
@@ -191,7 +163,8 @@ def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
         raise ConfigError(line) from None
     memory_free = available_memory()
     num_blocks = choose_num_blocks(config, layout.block_bytes, max_model_len, memory_free, shm_free)
-    check_host_tier(config, num_blocks * layout.block_bytes, memory_free)
+    pool_bytes, who = num_blocks * layout.block_bytes, f"slipstream {config.role}"
+    require_host_tier(who, config.offload_host_bytes, pool_bytes, memory_free)
     threads = config.threads or len(os.sched_getaffinity(0))
     return _Plan(model, dtype, layout, max_model_len, num_blocks, threads)
 
