@@ -124,6 +124,15 @@ def test_the_digests_of_a_lent_block_are_computed_once(two: Two) -> None:
     assert isinstance(two.reader.to("decode-1")[0], Lent)
 
 
+def test_a_holder_that_cannot_digest_lends_nothing(two: Two) -> None:
+    two.ask()
+    two.holder.handle(m.BlocksDigested(two.holder.digesting.pop().op_id, None))
+    assert two.holder.load["blocks_leased"] == 0
+    assert carry(two.holder, two.reader) == 1
+    assert two.failures("absent") == 1
+    two.finish(computed=len(PROMPT))
+
+
 @pytest.mark.parametrize(
     "cause", ["digest", "read", "expired", "peer", "silent", "absent", "no_room"]
 )

@@ -1,7 +1,6 @@
 """Effects of a worker end as exactly one event each, also when everything goes wrong."""
 
 import asyncio
-import os
 import queue
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +34,6 @@ from slipstream.engine.executor import StepRunner, WorkerExecutor
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
 from slipstream.engine.service import (
-    available_memory,
     choose_dtype,
     choose_model_len,
     choose_num_blocks,
@@ -168,6 +166,16 @@ async def test_local_blocks_are_digested(tmp_path: Path) -> None:
     await side.start()
     side.executor.execute(DigestBlocks("o", (7, 0)))
     assert await side.next() == BlocksDigested("o", block_digests(side.blocks, (7, 0)))
+    await side.close()
+
+
+async def test_digests_that_cannot_be_made_end_as_an_event(tmp_path: Path) -> None:
+    side = Side(tmp_path, "d", Scripted)
+    await side.start()
+    side.executor.execute(DigestBlocks("o", (7, BLOCKS)))
+    assert await side.next() == BlocksDigested("o", None)
+    side.executor.execute(DigestBlocks("p", (7,)))
+    assert await side.next() == BlocksDigested("p", block_digests(side.blocks, (7,)))
     await side.close()
 
 
@@ -321,6 +329,25 @@ async def test_a_peer_is_measured_before_anybody_asks(
     await source.close()
 
 
+async def test_an_error_while_looking_at_peers_is_not_the_last_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers_module, "SWEEP_PERIOD_S", 0.01)
+    side, looked = Side(tmp_path, "d", Scripted), asyncio.Event()
+    errors = [RuntimeError("nobody foresaw this")]
+
+    def directory() -> dict[str, NodeInfo]:
+        if errors:
+            raise errors.pop()
+        looked.set()
+        return {}
+
+    side.executor._transfers._directory = directory
+    await side.start()
+    await asyncio.wait_for(looked.wait(), WAIT_S)
+    await side.close()
+
+
 async def test_a_dead_peer_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers_module, "SWEEP_PERIOD_S", 0.01)
     source, side = Side(tmp_path, "source", Scripted), Side(tmp_path, "d", Scripted)
@@ -450,10 +477,6 @@ def test_a_pool_for_less_than_one_request_is_refused(settings: dict[str, int], w
         choose_num_blocks(config(**settings), MIB, 1600, 400 * MIB, GIB)
     assert raised.value.exit_code == 6
     assert "\n" not in str(raised.value)
-
-
-def test_available_memory_is_that_of_this_host() -> None:
-    assert 0 <= available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_both_roles_run_the_same_program() -> None:

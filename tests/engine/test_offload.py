@@ -1,6 +1,7 @@
 """Between a pool and the tiers below it, with real memory, files and threads."""
 
 import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from slipstream.core import machine as m
+from slipstream.engine import offload
 from slipstream.engine.offload import Offload
 from slipstream.kv.digest import block_digests
+from slipstream.kv.tier_files import TierFiles
 
 ROWS, BLOCK_BYTES = 24, 4096
 WAIT_S = 30.0
@@ -109,6 +112,85 @@ def test_a_flipped_byte_on_disk_is_not_loaded(rigs: list[Rig], tmp_path: Path) -
     assert rig.load(range(row, row + 1), range(1)).digests == ()
     rig.until_moved(1, tier=None)
     assert rig.where[name(row)] is None
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """It writes nothing until the event is set."""
+    go_on, write = threading.Event(), TierFiles.write
+
+    def wait(self: TierFiles, *arguments: object) -> None:
+        assert go_on.wait(WAIT_S)
+        write(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TierFiles, "write", wait)
+    yield go_on
+    go_on.set()
+
+
+def test_a_load_waits_for_no_save(
+    rigs: list[Rig], tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "SAVE_TIMEOUT_S", WAIT_S)
+    rig = Rig(tmp_path, host_blocks=4, disk_blocks=100)
+    rigs.append(rig)
+    rig.save(range(4))
+    saved = tuple(m.SavedBlock(row, name(row), row, None) for row in range(4, 8))
+    rig.offload.execute(m.SaveBlocks("late", saved))
+    assert rig.load(range(4), into=range(10, 14)).digests == block_digests(rig.before, range(4))
+    slow_disk.set()
+    assert rig.until(m.BlocksSaved) == m.BlocksSaved("late")
+    assert rig.load(range(4, 8), range(4)).digests == block_digests(rig.before, range(4, 8))
+    assert "tier_refused_total" not in rig.offload.store.statistics(), "it has waited, not asked"
+
+
+def test_a_refusal_is_counted_once(
+    rigs: list[Rig], tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "SAVE_TIMEOUT_S", 0.1)
+    rig = Rig(tmp_path, host_blocks=4, disk_blocks=100)
+    rigs.append(rig)
+    rig.save(range(7))
+    assert rig.offload.store.statistics()["tier_refused_total"] == 1
+    slow_disk.set()
+
+
+def test_closing_waits_for_no_room(
+    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "SAVE_TIMEOUT_S", 10 * WAIT_S)
+    rig = Rig(tmp_path, host_blocks=4, disk_blocks=100)
+    saved = tuple(m.SavedBlock(row, name(row), row, None) for row in range(8))
+    rig.offload.execute(m.SaveBlocks("op", saved))
+    closing = threading.Thread(target=rig.offload.close)
+    closing.start()
+    assert rig.until(m.BlocksSaved) == m.BlocksSaved("op")
+    slow_disk.set()
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
+
+
+def test_a_listener_or_a_disk_that_breaks_does_not_end_the_store(
+    rigs: list[Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, host_blocks=4, disk_blocks=100)
+    rigs.append(rig)
+    errors, write = [RuntimeError("nobody foresaw this")] * 2, TierFiles.write
+
+    def break_down(*arguments: object) -> None:
+        if errors:
+            raise errors.pop()
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TierFiles, "write", break_down)
+    rig.offload.start(lambda event: [][0])  # nobody can be told
+    rig.offload.execute(m.SaveBlocks("op", (m.SavedBlock(0, name(0), 0, None),)))
+    while not rig.offload.store.tier_of(name(0)):
+        threading.Event().wait(0.001)
+    rig.offload.start(rig.events.put)
+    rig.save(range(1, 12))
+    rig.until_moved(5, tier=2)
+    assert rig.offload.store.statistics()["tier_write_failures_total"] == 2
 
 
 def test_a_failure_ends_as_an_event(rigs: list[Rig]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slipstream.kv import nixl_reads
 from slipstream.kv.bus import BusTransport, bus_address
 from slipstream.kv.nixl import NixlTransport
 from slipstream.kv.nixl_agent import NixlAgent
@@ -19,6 +20,7 @@ LAYOUT = "f00d/float32/l1.h1.t16.d2"
 
 MakeSegment = Callable[..., Segment]
 MakeTransport = Callable[..., Transport]
+Pair = tuple[Segment, Transport, NodeInfo, Segment]
 
 
 def child_environment() -> dict[str, str]:
@@ -97,3 +99,20 @@ def make_transport(tmp_path: Path) -> Iterator[MakeTransport]:
     yield build
     for transport in made:
         transport.close()
+
+
+@pytest.fixture(params=["shm", "ipc", "tcp", "nixl"])
+def pair(
+    request: pytest.FixtureRequest,
+    make_transport: MakeTransport,
+    make_segment: MakeSegment,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Pair:
+    """Source, our transport, the peer as we know it, our own segment."""
+    monkeypatch.setattr(nixl_reads, "SLAB_BYTES", 3 * 4096)
+    source, ours = make_segment("prefill-0", num_blocks=40), make_segment("decode-0", fill=2)
+    theirs = make_transport(request.param, source, "p")
+    transport = make_transport(request.param, ours, "d")
+    peer = node_of(source, {theirs.name: theirs.advertise()})
+    transport.connect(peer)
+    return source, transport, peer, ours

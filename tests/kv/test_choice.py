@@ -116,6 +116,31 @@ class Paced:
         pass
 
 
+class Broken(Paced):
+    """Raises what no transport should: at once, or in its READs."""
+
+    def connect(self, peer: NodeInfo) -> None:
+        if self.seconds is None:
+            raise ValueError("nobody foresaw this")
+
+    def read(self, read: Read) -> None:
+        raise ValueError("nobody foresaw this")
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0])
+def test_a_transport_that_breaks_is_passed_over(
+    make_segment: MakeSegment, caplog: pytest.LogCaptureFixture, seconds: float | None
+) -> None:
+    made: list[Transport] = [Broken("shm", seconds), Paced("bus", 0.001)]
+    peer = node_of(make_segment("prefill-0"), {"shm": "there", "bus": "there"})
+    chosen = Transports(made, LAYOUT, 4096, "here")
+    if seconds is None:
+        assert chosen.choose(peer).name == "bus"
+    chosen.measure(peer)
+    assert not chosen.due(peer, float("inf")) and chosen.choose(peer).name == "bus"
+    assert any(record.exc_info for record in caplog.records)
+
+
 def paced(make_segment: MakeSegment, **seconds: float | None) -> tuple[Transports, NodeInfo]:
     made: list[Transport] = [Paced(name, value) for name, value in seconds.items()]
     peer = node_of(make_segment("prefill-0"), dict.fromkeys(seconds, "there"))

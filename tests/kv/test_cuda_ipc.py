@@ -23,13 +23,15 @@ DEVICE_STEP = 1 << 50
 
 
 class FakeDriver:
-    """All its copies happen at `wait`."""
+    """Its copies happen at `wait`, or later."""
 
     def __init__(self) -> None:
         self.cards: list[np.ndarray] = []
         self.opened: list[int] = []
         self.queued: list[tuple[int, int, int]] = []
         self.fails = ""
+        self.copies_left = 1 << 30
+        """How many more it takes."""
 
     def allocate(self, content: bytes) -> int:
         self.cards.append(np.frombuffer(bytearray(content), np.uint8))
@@ -48,6 +50,9 @@ class FakeDriver:
         self.opened.remove(pointer)
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
+        if not self.copies_left:
+            raise CudaError("an invalid argument")
+        self.copies_left -= 1
         self.queued.append((target, source, num_bytes))
 
     def wait(self) -> None:
@@ -171,6 +176,45 @@ def test_what_the_device_refuses_is_said(make_segment: MakeSegment) -> None:
     results: queue.SimpleQueue[Digests | TransferError] = queue.SimpleQueue()
     transport.read(Read(peer, [1], name, [1], time.monotonic() + WAIT_S, results.put))
     assert str(results.get_nowait()) == "device: an illegal address"
+
+
+@pytest.mark.parametrize("copies", range(9))
+def test_nothing_is_copied_after_a_read_that_failed(make_segment: MakeSegment, copies: int) -> None:
+    """Wherever the device refuses a copy: to the pool, or from there to be digested."""
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    _, theirs, _ = on_device(source.blocks)
+    driver, transport, name = on_device(ours.blocks)
+    peer = node_of(source, {"cuda_ipc": theirs.advertise()})
+    transport.connect(peer)
+    driver.copies_left = copies
+    rows = [1, 2, 3, 4]
+    if copies < 8:
+        with pytest.raises(TransferError, match="device: an invalid argument"):
+            read_now(transport, peer, rows, name, rows, WAIT_S)
+    else:
+        read_now(transport, peer, rows, name, rows, WAIT_S)
+    assert not driver.queued
+    driver.copies_left = 1 << 30
+    assert read_now(transport, peer, rows, name, rows, WAIT_S) == block_digests(source.blocks, rows)
+
+
+def test_a_device_that_cannot_say_when_it_is_at_rest_is_not_asked_again(
+    make_segment: MakeSegment,
+) -> None:
+    source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
+    _, theirs, _ = on_device(source.blocks)
+    driver, transport, name = on_device(ours.blocks)
+    peer = node_of(source, {"cuda_ipc": theirs.advertise()})
+    transport.connect(peer)
+    driver.fails = "an illegal address"
+    with pytest.raises(TransferError, match="device: an illegal address"):
+        read_now(transport, peer, [1], name, [1], WAIT_S)
+    driver.fails, driver.queued = "", []
+    with pytest.raises(TransferError, match="device: is lost: an illegal address"):
+        read_now(transport, peer, [1], name, [1], WAIT_S)
+    with pytest.raises(TransferError, match="device: is lost: an illegal address"):
+        transport.connect(msgspec.structs.replace(peer, epoch=8))
+    assert not driver.queued
 
 
 def test_without_a_gpu_the_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

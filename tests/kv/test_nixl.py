@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from kv.conftest import MakeSegment, node_of
-from slipstream.kv import nixl as nixl_module
-from slipstream.kv.nixl import SLABS_MAX, SLABS_PER_PEER, NixlTransport
+from slipstream.kv import nixl_reads
+from slipstream.kv.nixl import NixlTransport
 from slipstream.kv.nixl_agent import NixlAgent, NixlError
+from slipstream.kv.nixl_reads import SLABS_MAX, SLABS_PER_PEER
 from slipstream.kv.segment import Segment
 from slipstream.kv.transport import Digests, Read, TransferError
 from slipstream.messages import NodeInfo
@@ -37,6 +38,12 @@ class FakeAgent:
         self.released: list[int] = []
         self.source: np.ndarray | None = None
         self.refuses = ""
+        self.breaks: list[Exception] = []
+        self.readers = self.readers_closed = 0
+
+    def reader(self) -> "FakeAgent":
+        self.readers += 1
+        return self
 
     def register(self, memory: np.ndarray) -> None:
         self.memory[memory.ctypes.data] = memory
@@ -72,6 +79,8 @@ class FakeAgent:
         return handle
 
     def running(self, handle: int) -> bool:
+        if self.breaks:
+            raise self.breaks.pop()
         if self.ended.get(handle):
             raise NixlError(self.ended[handle])
         return handle not in self.ended
@@ -81,7 +90,7 @@ class FakeAgent:
         self.released.append(handle)
 
     def close(self) -> None:
-        pass
+        self.readers_closed += 1
 
     def finish(self, handle: int, error: str = "") -> None:
         memory, to, rows = self.reads[handle]
@@ -96,7 +105,7 @@ Results = queue.SimpleQueue[Digests | TransferError]
 
 @pytest.fixture
 def bench(make_segment: MakeSegment, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(nixl_module, "SLAB_BYTES", STEP * 4096)
+    monkeypatch.setattr(nixl_reads, "SLAB_BYTES", STEP * 4096)
     source, ours = make_segment("prefill-0", num_blocks=40), make_segment("decode-0", fill=2)
     agent = FakeAgent()
     agent.source = source.blocks
@@ -107,8 +116,8 @@ def bench(make_segment: MakeSegment, monkeypatch: pytest.MonkeyPatch) -> Iterato
     transport.close()
 
 
-def address(metadata: bytes) -> str:
-    return base64.b64encode(msgspec.msgpack.encode((metadata, 0))).decode()
+def address(metadata: bytes, base: int = 0) -> str:
+    return base64.b64encode(msgspec.msgpack.encode((metadata, base))).decode()
 
 
 def begin(bench: Bench, blocks: list[int], timeout_s: float = WAIT_S) -> Results:
@@ -195,7 +204,7 @@ def test_a_lost_connection_ends_its_reads_and_is_made_anew(bench: Bench, when: s
             agent.finish(handle, "disconnected")
     assert str(results.get(timeout=WAIT_S)) == "peer: disconnected"
     agent.refuses = ""
-    assert str(begin(bench, [1]).get(timeout=WAIT_S)).startswith("epoch")
+    assert str(begin(bench, [1]).get(timeout=WAIT_S)).startswith("peer")
     transport.connect(peer)
     results = begin(bench, [1])
     agent.finish(*posted(agent, 1))
@@ -250,6 +259,58 @@ def test_an_address_that_is_none(bench: Bench, told: str) -> None:
     with pytest.raises(TransferError) as raised:
         transport.connect(msgspec.structs.replace(peer, node_id="x", worker=worker))
     assert raised.value.cause == "attach"
+
+
+@pytest.mark.parametrize("base", [-1, -(1 << 63), (1 << 64) - 40 * 4096 + 1, (1 << 64) - 1])
+def test_a_pool_that_no_process_has(bench: Bench, base: int) -> None:
+    agent, transport, peer, _, _ = bench
+    assert peer.worker is not None
+    worker = msgspec.structs.replace(peer.worker, transports={"nixl": address(b"x", base)})
+    with pytest.raises(TransferError) as raised:
+        transport.connect(msgspec.structs.replace(peer, node_id="x", worker=worker))
+    assert raised.value.cause == "malformed" and agent.added == [b"p"]
+    results = begin(bench, [1])
+    agent.finish(*posted(agent, 1))
+    assert isinstance(results.get(timeout=WAIT_S), tuple)
+
+
+def test_who_is_told_nonsense_by_nixl_begins_anew(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All READs end, once; what they were to fill is left alone; peers are connected again."""
+    agent, transport, peer, _, ours = bench
+    before = ours.blocks.copy()
+    begun = [begin(bench, [1, 2]), begin(bench, [3, 4])]
+    late = posted(agent, 2)
+    agent.breaks.append(RuntimeError("nonsense"))
+    for results in begun:
+        assert str(results.get(timeout=WAIT_S)) == "internal: RuntimeError: nonsense"
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    for handle in late:
+        agent.finish(handle)
+    assert agent.readers_closed == 1
+    assert str(begin(bench, [1]).get(timeout=WAIT_S)).startswith("peer"), "and is tried anew"
+    transport.connect(peer)
+    results = begin(bench, [7])
+    agent.finish(*posted(agent, 1))
+    assert isinstance(results.get(timeout=WAIT_S), tuple)
+    assert (ours.blocks[1:] == before[1:]).all()
+    assert agent.readers == 2 and all(results.empty() for results in begun)
+
+
+def test_no_memory_for_a_slab_is_said_to_whoever_asked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, _, _, _, _ = bench
+
+    def refuse(memory: np.ndarray) -> None:
+        raise NixlError("locked memory is used up")
+
+    monkeypatch.setattr(agent, "register", refuse)
+    found = str(begin(bench, [1]).get(timeout=WAIT_S))
+    assert found == "internal: no memory for READs: locked memory is used up"
+    monkeypatch.undo()
+    assert agent.readers == 1
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,35 +13,16 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv.conftest import MakeSegment, MakeTransport, node_of
+from kv.conftest import MakeSegment, MakeTransport, Pair, node_of
 from slipstream.config import StartError
-from slipstream.kv import bus_wire, nixl
+from slipstream.kv import bus_wire
 from slipstream.kv.bus import BusTransport, bus_address
 from slipstream.kv.bus_reader import READS_PER_PEER
 from slipstream.kv.bus_wire import REQUEST_BYTES_MAX, ReadReply, ReadRequest
 from slipstream.kv.digest import block_digests
-from slipstream.kv.segment import Segment
-from slipstream.kv.transport import Digests, Read, TransferError, Transport, read_now
-from slipstream.messages import NodeInfo
+from slipstream.kv.transport import Digests, Read, TransferError, read_now
 
 WAIT_S = 20.0
-
-
-@pytest.fixture(params=["shm", "ipc", "tcp", "nixl"])
-def pair(
-    request: pytest.FixtureRequest,
-    make_transport: MakeTransport,
-    make_segment: MakeSegment,
-    monkeypatch: pytest.MonkeyPatch,
-) -> tuple[Segment, Transport, NodeInfo, Segment]:
-    """Source, our transport, the peer as we know it, our own segment."""
-    monkeypatch.setattr(nixl, "SLAB_BYTES", 3 * 4096)
-    source, ours = make_segment("prefill-0", num_blocks=40), make_segment("decode-0", fill=2)
-    theirs = make_transport(request.param, source, "p")
-    transport = make_transport(request.param, ours, "d")
-    peer = node_of(source, {theirs.name: theirs.advertise()})
-    transport.connect(peer)
-    return source, transport, peer, ours
 
 
 @settings(
@@ -49,7 +30,7 @@ def pair(
 )
 @given(data=st.data())
 def test_exactly_the_asked_blocks_arrive(
-    pair: tuple[Segment, Transport, NodeInfo, Segment],
+    pair: Pair,
     monkeypatch: pytest.MonkeyPatch,
     data: st.DataObject,
 ) -> None:
@@ -69,9 +50,7 @@ def test_exactly_the_asked_blocks_arrive(
 
 
 @pytest.mark.parametrize("asked", [[40], [-1], [0, 1 << 40]])
-def test_blocks_that_the_peer_does_not_have(
-    pair: tuple[Segment, Transport, NodeInfo, Segment], asked: list[int]
-) -> None:
+def test_blocks_that_the_peer_does_not_have(pair: Pair, asked: list[int]) -> None:
     _, transport, peer, ours = pair
     before = ours.blocks.copy()
     with pytest.raises(TransferError) as raised:
@@ -81,7 +60,7 @@ def test_blocks_that_the_peer_does_not_have(
     read_now(transport, peer, [5], ours.blocks, [0], WAIT_S)
 
 
-def test_another_epoch_is_refused(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
+def test_another_epoch_is_refused(pair: Pair) -> None:
     _, transport, peer, ours = pair
     with pytest.raises(TransferError) as raised:
         other = msgspec.structs.replace(peer, epoch=8)
@@ -89,7 +68,7 @@ def test_another_epoch_is_refused(pair: tuple[Segment, Transport, NodeInfo, Segm
     assert raised.value.cause == "epoch"
 
 
-def test_two_readers_at_a_time(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
+def test_two_readers_at_a_time(pair: Pair) -> None:
     source, transport, peer, ours = pair
 
     def read(local: list[int]) -> None:
@@ -104,7 +83,7 @@ def test_two_readers_at_a_time(pair: tuple[Segment, Transport, NodeInfo, Segment
     assert (ours.blocks == source.blocks[:12]).all()
 
 
-def test_a_reader_outlives_forget(pair: tuple[Segment, Transport, NodeInfo, Segment]) -> None:
+def test_a_reader_outlives_forget(pair: Pair) -> None:
     source, transport, peer, ours = pair
     read_now(transport, peer, [7], ours.blocks, [0], WAIT_S)
     transport.forget(peer.node_id)
@@ -184,6 +163,9 @@ def test_a_silent_peer_ends_at_the_deadline_and_comes_too_late(
         ("malformed", lambda r: [msgspec.msgpack.encode(ReadReply(r.read_id, r.part, 7))]),
         ("malformed", lambda r: [msgspec.msgpack.encode(ReadReply(r.read_id, r.part, 7)), b"x"]),
         ("range", lambda r: [msgspec.msgpack.encode(ReadReply(r.read_id, r.part, 7, "range"))]),
+        ("malformed", lambda r: [msgspec.msgpack.encode([r.read_id, r.part, 7, "no such cause"])]),
+        ("malformed", lambda r: [b"\x94\x01\x00\x07\xa1\xff"]),
+        ("malformed", lambda r: [b"\x91" * 100_000]),
     ],
 )
 def test_a_wrong_answer_changes_nothing(

@@ -363,9 +363,8 @@ def test_a_finished_stream_that_its_tokenizer_has_forgotten_runs_again(rig: Rig)
     assert rig.state() == "prefilling"
 
 
-@pytest.mark.parametrize("elapsed_s", [float("inf"), float("nan"), 1e300, -1.0, 0.0])
-def test_an_absurd_measurement_is_not_believed(rig: Rig, elapsed_s: float) -> None:
-    load = WorkerLoad(
+def load_with(**samples: object) -> WorkerLoad:
+    return WorkerLoad(
         steps=1,
         running=0,
         waiting=0,
@@ -374,6 +373,13 @@ def test_an_absurd_measurement_is_not_believed(rig: Rig, elapsed_s: float) -> No
         blocks_used=0,
         blocks_cached=0,
         blocks_leased=0,
+        **samples,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("elapsed_s", [float("inf"), float("nan"), 1e300, -1.0, 0.0])
+def test_an_absurd_measurement_is_not_believed(rig: Rig, elapsed_s: float) -> None:
+    load = load_with(
         step_samples=[StepSample(100, 10_000, 1, 10, elapsed_s)] * 9,
         transfer_samples=[TransferSample(PREFILL, "shm", 4, elapsed_s)] * 9,
     )
@@ -382,6 +388,24 @@ def test_an_absurd_measurement_is_not_believed(rig: Rig, elapsed_s: float) -> No
         rig.hear(PREFILL, load)
     rig.submit()
     assert rig.state() == "prefilling"
+
+
+def test_how_two_workers_reach_each_other_is_known_while_both_are_there(rig: Rig) -> None:
+    ways = [TransferSample(PREFILL, "bus", 4, 1.0), TransferSample(PREFILL, "shm", 4, 1e-3)]
+    transfers = rig.machine.dispatcher.transfers
+
+    def price_s() -> float:
+        return transfers.read_s(DECODE, PREFILL, 4)
+
+    best_s = price_s()
+    for _ in range(9):
+        rig.hear(DECODE, load_with(transfer_samples=ways[1:]))
+        rig.hear(DECODE, load_with(transfer_samples=ways[:1]))
+    assert price_s() > 10 * best_s, "by bus"
+    rig.lose(PREFILL)
+    assert price_s() < best_s
+    rig.hear(DECODE, load_with(transfer_samples=ways[:1]))
+    assert price_s() < best_s, "told after it had gone"
 
 
 def test_who_is_no_worker_reports_nothing_that_runs(rig: Rig) -> None:

@@ -168,6 +168,7 @@ def test_a_prefix_is_fetched_where_that_is_cheaper_than_to_compute_it() -> None:
     assert found is not None and found.prefill == P0, "its holder is busy"
     assert (found.holder, found.holder_blocks) == (P1, 100)
     transfers = TransferPrices()
+    transfers.sync([P0, P1, D0])
     slow = [TransferSample(P1, "bus", count, 0.2 * count) for count in (1, 5, 9, 20)]
     for _ in range(5):
         transfers.learn(P0, slow)
@@ -185,6 +186,7 @@ def test_what_lies_below_a_pool_is_loaded_there_and_lent_to_nobody() -> None:
     found = placed(partly, views, "always")
     assert found is not None and (found.holder, found.holder_blocks) == (P1, 60)
     transfers = TransferPrices()
+    transfers.sync([P0, P1, D0])
     transfers.learn(P1, [TransferSample(P1, "tier", 100, 5.0)] * 9)
     market = Market(below, views, transfers, 0.0)
     assert (

@@ -132,6 +132,7 @@ def test_transfers_are_priced_by_the_transport_that_serves_the_pair() -> None:
     assert transfers.read_s("a", "b", 10) == pytest.approx(
         TYPICAL_TRANSFER[0] + 10 * TYPICAL_TRANSFER[1]
     )
+    transfers.sync("abc")
     for _ in range(20):
         for count in (1, 8, 64):
             quick, slow = 1e-3 + 2e-5 * count, 4e-3 + 2e-3 * count
@@ -142,5 +143,9 @@ def test_transfers_are_priced_by_the_transport_that_serves_the_pair() -> None:
             transfers.learn("a", both)
     assert transfers.read_s("a", "b", 30) == pytest.approx(1.6e-3, rel=0.2)
     assert transfers.read_s("a", "c", 30) == pytest.approx(64e-3, rel=0.2)
-    transfers.forget("c")
+    transfers.sync("ab")
     assert transfers.read_s("a", "c", 30) < 64e-3 / 2, "a new life may have another transport"
+    assert transfers.read_s("a", "b", 30) == pytest.approx(1.6e-3, rel=0.2)
+    transfers.learn("a", [TransferSample("c", "bus", 30, 64e-3)] * 9)
+    transfers.sync("abc")
+    assert transfers.read_s("a", "c", 30) < 64e-3 / 2, "told after it had gone"

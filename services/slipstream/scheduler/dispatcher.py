@@ -43,6 +43,7 @@ class Dispatcher:
         """The fleet has changed."""
         taking = {node.node_id for node in self.fleet.workers()}
         self.ledger.sync(self.fleet.nodes.values(), taking)
+        self.transfers.sync(self.ledger.views)
 
     def dispatch(self, now_s: float) -> list[Effect]:
         """Place what waits until somebody finds no room: nobody overtakes."""

@@ -205,7 +205,6 @@ class SchedulerMachine:
             if peer in request.workers:
                 effects += self._retry(request, "worker_lost", now_s)
         self.dispatcher.sync()
-        self.dispatcher.transfers.forget(peer)
         return effects
 
     def _recovered(self) -> list[Effect]:

@@ -6,7 +6,7 @@ So it is without units, terms that nobody measures keep their proportion to thos
 worker that becomes three times slower is believed three times slower in everything at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from slipstream.core.step_model import StepModel, prefill_pairs
@@ -146,16 +146,27 @@ class StepPrices:
 
 
 class TransferPrices:
-    """Of READs, by transport. Which one serves a pair is known when it has been used."""
+    """Of READs, by transport. Which one serves a pair is known when it has been used, for as long
+    as both are there."""
 
     def __init__(self) -> None:
+        self._there: frozenset[NodeId] = frozenset()
         self._fits: dict[str, Fit] = {}
         self._of_pair: dict[tuple[NodeId, NodeId], str] = {}
         self._best: tuple[float, ...] = TYPICAL_TRANSFER
 
+    def sync(self, node_ids: Iterable[NodeId]) -> None:
+        """Who is there now."""
+        there = frozenset(node_ids)
+        if not self._there <= there:
+            known = self._of_pair.items()
+            self._of_pair = {pair: name for pair, name in known if there.issuperset(pair)}
+        self._there = there
+
     def learn(self, reader: NodeId, samples: Sequence[TransferSample]) -> None:
-        for sample in samples:
-            self._of_pair[reader, sample.source] = sample.transport
+        for sample in samples:  # of a source that has just gone, too: it has been read from
+            if self._there.issuperset((reader, sample.source)):
+                self._of_pair[reader, sample.source] = sample.transport
         for transport in sorted({sample.transport for sample in samples}):
             reads = [sample for sample in samples if sample.transport == transport]
             fit = self._fits.setdefault(transport, Fit(TYPICAL_TRANSFER))
@@ -172,9 +183,6 @@ class TransferPrices:
         # Else the best that is known: whoever is never tried is never known.
         first_s, block_s = self._best if fit is None else fit.believed
         return first_s + block_s * num_blocks
-
-    def forget(self, node_id: NodeId) -> None:
-        self._of_pair = {pair: name for pair, name in self._of_pair.items() if node_id not in pair}
 
 
 def _terms(model: StepModel) -> tuple[float, ...]:

@@ -66,7 +66,7 @@ class Lender:
         lease_id = message.lease_id
         strange = not lease_id.endswith(f"@{reader}") or lease_id in self._digesting
         if not blocks or strange or lease_id in self.table.live:
-            return [Send(reader, _lent(message, self.epoch))]
+            return [Send(reader, _nothing(message, self.epoch))]
         self.pool.take(blocks)
         self.pool.hit(blocks)
         lease = Lease(lease_id, message.request_id, message.attempt, reader, loan=True)
@@ -79,11 +79,15 @@ class Lender:
         return [DigestBlocks(lease_id, unknown)]
 
     def digested(self, done: BlocksDigested) -> list[Effect]:
-        """The digests that a loan has waited for; its lease keeps the blocks as they were."""
+        """The digests that a loan has waited for; its lease keeps the blocks as they were. Without
+        them there is nothing to lend."""
         blocks = self._digesting.pop(done.op_id, ())
         lease = self.table.live.get(done.op_id)
         if lease is None:
             return []
+        if done.digests is None:
+            self._end(lease)
+            return [Send(lease.reader, _nothing(lease, self.epoch))]
         for block, digest in zip(blocks, done.digests, strict=True):
             self.pool.digests[block] = digest
         return [self._lend(lease)]
@@ -146,11 +150,11 @@ class Lender:
         return digest
 
 
-def _lent(message: Borrow, epoch: Epoch) -> Lent:
-    """Nothing of what was asked for."""
+def _nothing(asked: Borrow | Lease, epoch: Epoch) -> Lent:
+    """Of what was asked for."""
     return Lent(
-        request_id=message.request_id,
-        attempt=message.attempt,
-        lease_id=message.lease_id,
+        request_id=asked.request_id,
+        attempt=asked.attempt,
+        lease_id=asked.lease_id,
         epoch=epoch,
     )

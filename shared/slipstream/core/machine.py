@@ -99,7 +99,8 @@ class PullDone(_Record, frozen=True):
 
 class BlocksDigested(_Record, frozen=True):
     op_id: str
-    digests: tuple[bytes, ...]
+    digests: tuple[bytes, ...] | None
+    """None: they could not be made."""
 
 
 class BlocksSaved(_Record, frozen=True):

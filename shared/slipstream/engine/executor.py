@@ -1,12 +1,10 @@
 """What a worker's machine decides, done: steps on a compute thread, the rest in `transfers`."""
 
 import asyncio
-import logging
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from slipstream.core.machine import (
@@ -24,9 +22,10 @@ from slipstream.core.machine import (
     RunBatch,
     SaveBlocks,
 )
+from slipstream.engine.effect_threads import EffectThreads, one_line
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.offload import Offload
-from slipstream.engine.transfers import Transfers, one_line
+from slipstream.engine.transfers import Transfers
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
@@ -34,8 +33,6 @@ from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
 
 COUNTED_PERIOD_S = 0.5
-
-_LOG = logging.getLogger(__name__)
 
 
 class StepRunner(Protocol):
@@ -59,7 +56,7 @@ class WorkerExecutor:
         self._offload, self._kv_events = offload, kv_events
         self._runner, self._blocks = runner, blocks
         self._transfers = Transfers(blocks, transports, directory)
-        self._compute = ThreadPoolExecutor(1, "compute")
+        self._compute = EffectThreads(1, "compute")
         self._post: Callable[[Event], None] = lambda event: None
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
@@ -75,7 +72,11 @@ class WorkerExecutor:
     def execute(self, effect: Effect) -> None:
         match effect:
             case RunBatch(plan):
-                self._compute.submit(self._run, plan)
+                self._compute.submit(
+                    *(self._post, f"step {plan.step}"),
+                    work=lambda: self._run(plan),
+                    failed=lambda error: self._failed(plan, error),
+                )
             case PullBlocks() | DigestBlocks():
                 self._transfers.execute(effect)
             case SaveBlocks() | LoadBlocks() if self._offload is not None:
@@ -91,7 +92,7 @@ class WorkerExecutor:
         if self._telling is not None:
             self._telling.cancel()
         await self._transfers.close()
-        await asyncio.to_thread(self._compute.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._compute.close)
         if self._offload is not None:
             await asyncio.to_thread(self._offload.close)
 
@@ -110,21 +111,19 @@ class WorkerExecutor:
             await asyncio.sleep(COUNTED_PERIOD_S)
             self._post(Counted(self.statistics()))
 
-    def _run(self, plan: BatchPlan) -> None:
+    def _run(self, plan: BatchPlan) -> BatchDone:
         began_s = time.monotonic()
-        try:
-            outputs = self._runner.run(plan)
-            digests = block_digests(self._blocks, plan.digest_blocks)
-        except Exception as error:  # noqa: BLE001 a step that says nothing would hang the machine
-            _LOG.exception("step %d failed", plan.step)
-            self._count("steps_failed_total")
-            self._post(BatchFailed(plan.step, one_line(error)))
-            return
+        outputs = self._runner.run(plan)
+        digests = block_digests(self._blocks, plan.digest_blocks)
         elapsed_s = time.monotonic() - began_s
         self._count("steps_total")
         self._count("step_seconds_total", elapsed_s)
         by_block = dict(zip(plan.digest_blocks, digests, strict=True))
-        self._post(BatchDone(plan.step, outputs, by_block, elapsed_s))
+        return BatchDone(plan.step, outputs, by_block, elapsed_s)
+
+    def _failed(self, plan: BatchPlan, error: Exception) -> BatchFailed:
+        self._count("steps_failed_total")
+        return BatchFailed(plan.step, one_line(error))
 
     def _count(self, name: str, amount: float = 1) -> None:
         with self._lock:

@@ -1,10 +1,9 @@
-"""`SaveBlocks` and `LoadBlocks`, done: between the pool and the tiers below it, on one thread."""
+"""`SaveBlocks` and `LoadBlocks`, done: between the pool and the tiers below it. Nobody who loads
+waits for a disk that is written to: saves have a thread of their own."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slipstream.core.blocks import Named
@@ -17,15 +16,14 @@ from slipstream.core.machine import (
     PullDone,
     SaveBlocks,
 )
+from slipstream.engine.effect_threads import EffectThreads
 from slipstream.kv.segment import Blocks
 from slipstream.kv.tier import Moved, TierStore
 
-_LOG = logging.getLogger(__name__)
 NAME = "tier"
 """As a transport, in samples and counters."""
 SAVE_TIMEOUT_S = 2.0
 """Longest wait for a disk that is behind: meanwhile the pool's blocks are held."""
-ROOM_PERIOD_S = 0.002
 
 
 class Offload:
@@ -43,11 +41,11 @@ class Offload:
         """`blocks`: the pool as bytes. StartError: the folder cannot be used."""
         self._blocks = blocks
         self._post: Callable[[Event], None] = lambda event: None
-        self._started, self._closing = threading.Event(), threading.Event()
+        self._started = threading.Event()
         self.store = TierStore(
             folder, host_bytes, disk_bytes, blocks.shape[1], kv_layout_id, self._tell
         )
-        self._thread = ThreadPoolExecutor(1, "offload")
+        self._saves, self._loads = EffectThreads(1, "save"), EffectThreads(1, "load")
 
     def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
@@ -55,45 +53,50 @@ class Offload:
 
     def execute(self, effect: SaveBlocks | LoadBlocks) -> None:
         if isinstance(effect, SaveBlocks):
-            self._thread.submit(self._save, effect)
+            saved = BlocksSaved(effect.op_id)
+            self._saves.submit(
+                *(self._post, "saving KV blocks"),
+                work=lambda: self._save(effect, saved),
+                failed=lambda _: saved,
+            )
         else:
-            self._thread.submit(self._load, effect)
+            began_s, digests = time.monotonic(), list[bytes]()
+            self._loads.submit(
+                *(self._post, "loading KV blocks"),
+                work=lambda: self._load(effect, digests, began_s),
+                failed=lambda _: _loaded(effect, digests, began_s),
+            )
 
     def close(self) -> None:
         """Waits for what is under way."""
         self._started.set()
-        self._closing.set()
-        self._thread.shutdown(cancel_futures=True)
-        self.store.close()
+        self._saves.cancel()
+        self._loads.close()
+        self.store.close()  # nobody waits for room in it any more
+        self._saves.close()
 
-    def _save(self, effect: SaveBlocks) -> None:
+    def _save(self, effect: SaveBlocks, saved: BlocksSaved) -> BlocksSaved:
         deadline_s = time.monotonic() + SAVE_TIMEOUT_S
-        try:
-            for saved in effect.blocks:
-                named = Named(saved.block_hash, saved.position)
-                while not self.store.save(named, self._blocks[saved.block], saved.digest):
-                    if self._closing.wait(ROOM_PERIOD_S) or time.monotonic() > deadline_s:
-                        return  # the rest may come again, if it is hit again
-        except Exception:  # noqa: BLE001 its blocks would be held for ever
-            _LOG.exception("saving KV blocks failed")
-        finally:
-            self._post(BlocksSaved(effect.op_id))
+        for block in effect.blocks:
+            named, data = Named(block.block_hash, block.position), self._blocks[block.block]
+            if not self.store.save(named, data, block.digest, deadline_s - time.monotonic()):
+                break  # the rest may come again, if it is hit again
+        return saved
 
-    def _load(self, effect: LoadBlocks) -> None:
-        began_s = time.monotonic()
-        digests: list[bytes] = []
-        try:
-            for block_hash, local in zip(effect.block_hashes, effect.local_blocks, strict=True):
-                digest = self.store.load(block_hash, self._blocks[local])
-                if digest is None:
-                    break
-                digests.append(digest)
-        except Exception:  # noqa: BLE001 its request would wait for ever
-            _LOG.exception("loading KV blocks failed")
-        elapsed_s = time.monotonic() - began_s
-        self._post(PullDone(effect.pull_id, tuple(digests), None, NAME, elapsed_s))
+    def _load(self, effect: LoadBlocks, digests: list[bytes], began_s: float) -> PullDone:
+        for block_hash, local in zip(effect.block_hashes, effect.local_blocks, strict=True):
+            digest = self.store.load(block_hash, self._blocks[local])
+            if digest is None:
+                break
+            digests.append(digest)
+        return _loaded(effect, digests, began_s)
 
     def _tell(self, moved: Sequence[Moved]) -> None:
         """The store's thread; what an earlier process left is there before anybody listens."""
         self._started.wait()
         self._post(BlocksMoved(tuple(BlockMove(*move.block, move.tier) for move in moved)))
+
+
+def _loaded(effect: LoadBlocks, digests: Sequence[bytes], began_s: float) -> PullDone:
+    """`digests`: of those that were there, from the first on."""
+    return PullDone(effect.pull_id, tuple(digests), None, NAME, time.monotonic() - began_s)

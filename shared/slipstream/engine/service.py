@@ -32,6 +32,7 @@ from slipstream.kv.segment import (
 )
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.runtime.log import set_up
+from slipstream.runtime.memory import available_memory, require_host_tier
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
 from slipstream.types import Epoch
 
@@ -144,22 +145,6 @@ def choose_num_blocks(
     return num_blocks
 
 
-def available_memory() -> int:
-    """Bytes that new allocations can have: the host's, or what the control group leaves of them."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    sizes = {
-        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
-    }
-    available = sizes["MemAvailable"]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such file, or "max"
-        return available
-    return max(0, min(available, limit - used))
-
-
 def _cpu_flags() -> frozenset[str]:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(("flags", "Features")):
@@ -176,9 +161,10 @@ def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
     except OSError as error:
         line = f"slipstream {config.role}: --shm-dir {config.shm_dir}: {error.strerror}"
         raise SetupError(line) from None
-    num_blocks = choose_num_blocks(
-        config, layout.block_bytes, max_model_len, available_memory(), shm_free
-    )
+    memory_free = available_memory()
+    num_blocks = choose_num_blocks(config, layout.block_bytes, max_model_len, memory_free, shm_free)
+    pool_bytes, who = num_blocks * layout.block_bytes, f"slipstream {config.role}"
+    require_host_tier(who, config.offload_host_bytes, pool_bytes, memory_free)
     threads = config.threads or len(os.sched_getaffinity(0))
     return _Plan(model, dtype, layout, max_model_len, num_blocks, threads)
 
@@ -199,7 +185,7 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
     if not config.offloads:
         return None
     folder = Path(config.offload_dir) / config.node_id if config.offload_dir else None
-    block_bytes, free = segment.header.block_bytes, available_memory()
+    block_bytes = segment.header.block_bytes
     for flag, wanted in (
         ("--offload-host-bytes", config.offload_host_bytes),
         ("--offload-disk-bytes", config.offload_disk_bytes),
@@ -209,12 +195,6 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
                 f"slipstream {config.role}: {flag} {format_bytes(wanted)} is less than one block "
                 f"({format_bytes(block_bytes)}); give more, or 0"
             )
-    if config.offload_host_bytes > free:
-        raise StartError(
-            f"slipstream {config.role}: --offload-host-bytes "
-            f"{format_bytes(config.offload_host_bytes)}: {format_bytes(free)} of memory are free",
-            ExitCode.MEMORY,
-        )
     offload = Offload(
         segment.blocks,
         segment.header.kv_layout_id,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from slipstream.core.machine import BlocksDigested, DigestBlocks, Event, PullBlocks, PullDone
+from slipstream.engine.effect_threads import EffectThreads, one_line
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
@@ -20,7 +21,6 @@ TRANSFER_THREADS = 2
 """They begin READs and copy; nothing that waits for a peer holds one of them."""
 WARM_UP_THREADS = 2
 SWEEP_PERIOD_S = 0.25
-CAUSE_CHARACTERS = 300
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Transfers:
         """`blocks`: the pool as bytes. `directory`: who is there now."""
         self._blocks, self._transports, self._directory = blocks, transports, directory
         self._threads = ThreadPoolExecutor(TRANSFER_THREADS, "transfer")
+        self._digesting = EffectThreads(1, "digest")
         self._warming = ThreadPoolExecutor(WARM_UP_THREADS, "warm-up")
         self._measuring: set[NodeId] = set()
         self._post: Callable[[Event], None] = lambda event: None
@@ -51,7 +52,11 @@ class Transfers:
 
     def execute(self, effect: PullBlocks | DigestBlocks) -> None:
         if isinstance(effect, DigestBlocks):
-            self._threads.submit(self._digest, effect)
+            self._digesting.submit(
+                *(self._post, f"digest of {effect.op_id}"),
+                work=lambda: self._digest(effect),
+                failed=lambda _: BlocksDigested(effect.op_id, None),
+            )
             return
         pull = _Pull(effect, self._directory().get(effect.peer), time.monotonic())
         self._threads.submit(self._begin, pull)
@@ -68,8 +73,8 @@ class Transfers:
         with self._lock:
             return self._transports.statistics() | self._counters
 
-    def _digest(self, effect: DigestBlocks) -> None:
-        self._post(BlocksDigested(effect.op_id, block_digests(self._blocks, effect.blocks)))
+    def _digest(self, effect: DigestBlocks) -> BlocksDigested:
+        return BlocksDigested(effect.op_id, block_digests(self._blocks, effect.blocks))
 
     def _begin(self, pull: "_Pull") -> None:
         effect, peer = pull.effect, pull.peer
@@ -115,19 +120,25 @@ class Transfers:
         self._post(PullDone(effect.pull_id, result, None, name, elapsed_s))
 
     async def _sweep(self) -> None:
-        """Lets go of dead peers, whose memory a mapping would keep; measures new ones."""
         while True:
-            directory = self._directory()
-            for node_id, epoch in self._transports.peers.items():
-                peer = directory.get(node_id)
-                if peer is None or peer.epoch != epoch:
-                    self._threads.submit(self._transports.forget, node_id)
-            for peer in list(directory.values()):
-                due = self._transports.due(peer, time.monotonic())
-                if due and peer.node_id not in self._measuring:
-                    self._measuring.add(peer.node_id)
-                    self._warming.submit(self._measure, peer)
+            try:
+                self._look()
+            except Exception:  # noqa: BLE001 nobody would be measured, or let go, any more
+                _LOG.exception("looking at peers")
             await asyncio.sleep(SWEEP_PERIOD_S)
+
+    def _look(self) -> None:
+        """Lets go of dead peers, whose memory a mapping would keep; measures new ones."""
+        directory = self._directory()
+        for node_id, epoch in self._transports.peers.items():
+            peer = directory.get(node_id)
+            if peer is None or peer.epoch != epoch:
+                self._threads.submit(self._transports.forget, node_id)
+        for peer in list(directory.values()):
+            due = self._transports.due(peer, time.monotonic())
+            if due and peer.node_id not in self._measuring:
+                self._measuring.add(peer.node_id)
+                self._warming.submit(self._measure, peer)
 
     def _measure(self, peer: NodeInfo) -> None:
         try:
@@ -141,6 +152,7 @@ class Transfers:
         self._transports.close()
         self._warming.shutdown(cancel_futures=True)
         self._threads.shutdown(cancel_futures=True)
+        self._digesting.close()
 
     def _count(self, name: str, amount: float = 1) -> None:
         with self._lock:
@@ -153,7 +165,3 @@ class _Pull:
     def __init__(self, effect: PullBlocks, peer: NodeInfo | None, began_s: float):
         self.effect, self.peer, self.began_s = effect, peer, began_s
         self.transport: Transport | None = None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:CAUSE_CHARACTERS]

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import zmq
@@ -12,10 +13,18 @@ import zmq
 from slipstream.config import SetupError, StartError
 from slipstream.config.service import IPC_PATH_BYTES
 from slipstream.errors import ExitCode
-from slipstream.kv.bus_reader import BusReader
-from slipstream.kv.bus_wire import REQUEST_BYTES_MAX, ReadReply, ReadRequest, blocks_per_reply
+from slipstream.kv.bus_reader import BusReads, connection_to
+from slipstream.kv.bus_wire import (
+    NAME,
+    REQUEST_BYTES_MAX,
+    ReadReply,
+    ReadRequest,
+    Refusal,
+    blocks_per_reply,
+)
+from slipstream.kv.read_thread import ReadThread
 from slipstream.kv.segment import Blocks
-from slipstream.kv.transport import Read, TransferError, check_range
+from slipstream.kv.transport import Read, TransferError, pool_of
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
 
@@ -49,22 +58,29 @@ class BusServer:
         self.path = Path(bind.removeprefix("ipc://")) if bind.startswith("ipc://") else None
         if self.path is not None:
             self.path.chmod(0o600)
-        self._thread = threading.Thread(target=self._serve, name="kv-bus", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="kv-bus-server", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         """Ends with the context."""
         try:
             while True:
-                frames = self._socket.recv_multipart()
-                reply = self._answer(frames)
-                if reply is not None:
-                    # A reader that does not take its answers loses them, and nobody waits for it.
-                    self._send([frames[0], *reply])
+                self._obey(self._socket.recv_multipart())
         except zmq.ContextTerminated:
             pass
         finally:
             self._socket.close()
+
+    def _obey(self, frames: list[bytes]) -> None:
+        try:
+            reply = self._answer(frames)
+            if reply is not None:
+                # A reader that does not take its answers loses them, and nobody waits for it.
+                self._send([frames[0], *reply])
+        except zmq.ContextTerminated:
+            raise
+        except Exception:  # noqa: BLE001 one question would be the last one for everybody
+            _LOG.exception("a READ of our blocks")
 
     def _send(self, frames: list[bytes | memoryview]) -> None:
         try:
@@ -76,7 +92,7 @@ class BusServer:
         try:
             _, payload = frames
             request = _decode_request(payload)
-        except (ValueError, msgspec.DecodeError):
+        except (ValueError, RecursionError):  # DecodeError is one
             self.malformed += 1
             return None
         error = self._refusal(request)
@@ -87,7 +103,7 @@ class BusServer:
             else [head, *(memoryview(self._blocks[block]) for block in request.blocks)]
         )
 
-    def _refusal(self, request: ReadRequest) -> str:
+    def _refusal(self, request: ReadRequest) -> Refusal | Literal[""]:
         count, block_bytes = self._blocks.shape
         if request.epoch != self._epoch:
             return "epoch"
@@ -101,18 +117,21 @@ class BusServer:
 class BusTransport:
     """Serves our pool, reads those of others."""
 
-    name = "bus"
+    name = NAME
 
     def __init__(self, blocks: Blocks, epoch: int, bind: str, advertise: str = ""):
         """`bind`: where to listen; a tcp port of `*` is chosen by the system. `advertise`: host
         that peers use where it is not the one of `bind`. StartError: the address is taken."""
         if bind.startswith("ipc://"):
             _check_free(bind.removeprefix("ipc://"))
-        self._block_bytes = blocks.shape[1]
+        block_bytes = self._block_bytes = int(blocks.shape[1])
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._server = BusServer(self._context, bind, blocks, epoch)
         self._lock, self._closed = threading.Lock(), False
-        self._reader = BusReader(self._socket)
+        self._wake = wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._reader = ReadThread(
+            NAME, lambda: BusReads(block_bytes, wake), lambda: os.eventfd_write(wake, 1)
+        )
         self._address = _advertised(self._server.endpoint, advertise)
 
     @property
@@ -125,42 +144,27 @@ class BusTransport:
 
     def connect(self, peer: NodeInfo) -> None:
         """Whether the address can be one. That somebody answers is for the first READ to show."""
+        pool = pool_of(peer, NAME, self._block_bytes)
         with self._lock:
             if self._closed:
                 raise TransferError("closed")
-            self._socket(peer).close()
+            connection_to(pool, self._context).close()
 
     def read(self, read: Read) -> None:
-        try:
-            check_range(read)
-        except TransferError as error:
-            read.done(error)
-        else:
-            self._reader.read(read)
+        self._reader.read(read)
 
     def forget(self, node_id: NodeId) -> None:
-        self._reader.forget(node_id)
+        self._reader.ask(lambda reads: reads.forget(node_id))
 
     def close(self) -> None:
         with self._lock:
-            self._closed = True
+            closed, self._closed = self._closed, True
         self._reader.close()
         self._context.term()  # wakes the server, and waits until it is gone
+        if not closed:
+            os.close(self._wake)
         if self._server.path is not None:
             self._server.path.unlink(missing_ok=True)  # ZeroMQ leaves it behind
-
-    def _socket(self, peer: NodeInfo) -> "zmq.Socket[bytes]":
-        address = peer.worker.transports[self.name] if peer.worker else ""
-        reply_bytes = blocks_per_reply(self._block_bytes) * self._block_bytes
-        connection = self._context.socket(zmq.DEALER)
-        connection.setsockopt(zmq.LINGER, 0)
-        connection.setsockopt(zmq.MAXMSGSIZE, max(reply_bytes, REQUEST_BYTES_MAX))
-        try:
-            connection.connect(address)
-        except zmq.ZMQError as error:
-            connection.close()
-            raise TransferError("attach", f"{address}: {error}") from None
-        return connection
 
 
 def bus_address(listen: str, run_dir: str, node_id: str) -> str:

@@ -8,18 +8,30 @@ import itertools
 import logging
 import os
 import queue
-import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
 
 import msgspec
 import numpy as np
 import zmq
 
 from slipstream.kernels.verified_copy import verified_copy
-from slipstream.kv.bus_wire import ReadReply, ReadRequest, blocks_per_reply
-from slipstream.kv.transport import Digests, Read, TransferError
+from slipstream.kv.bus_wire import (
+    NAME,
+    REQUEST_BYTES_MAX,
+    ReadReply,
+    ReadRequest,
+    blocks_per_reply,
+)
+from slipstream.kv.read_thread import Command, Commands
+from slipstream.kv.transport import (
+    Digests,
+    PeerPool,
+    Read,
+    TransferError,
+    check_read,
+    pool_of,
+)
 from slipstream.messages import NodeInfo
 from slipstream.types import Epoch, NodeId
 
@@ -36,64 +48,50 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ReadReply).decode
 
 
-class BusReader:
-    """Carries out READs. `connect(peer)` makes a socket, on the reader's thread."""
+class BusReads:
+    """One session of the transport's thread. All its sockets are of one context, its own, and end
+    with it: also one that nobody remembers."""
 
-    def __init__(self, connect: Callable[[NodeInfo], _Socket]):
-        self._connect = connect
-        self._commands: queue.SimpleQueue[Read | NodeId | None] = queue.SimpleQueue()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    def __init__(self, block_bytes: int, wake: int):
+        """`wake`: an eventfd that says that there is a command."""
+        self._block_bytes, self._wake = block_bytes, wake
+        self._context: zmq.Context[_Socket] = zmq.Context()
         self._poller = zmq.Poller()
+        self._poller.register(wake, zmq.POLLIN)
         self._running: dict[_Socket, _Flight] = {}
         self._waiting: defaultdict[_Peer, deque[Read]] = defaultdict(deque)
         self._busy: defaultdict[_Peer, int] = defaultdict(int)
         self._idle: defaultdict[_Peer, list[_Socket]] = defaultdict(list)
         self._ids = itertools.count(1)
-        self._lock = threading.Lock()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="kv-bus-reader", daemon=True)
-        self._thread.start()
 
-    def read(self, read: Read) -> None:
-        with self._lock:
-            if not self._closed:
-                self._say(read)
-                return
-        read.done(TransferError("closed"))
+    def begin(self, read: Read) -> None:
+        try:
+            check_read(read, pool_of(read.peer, NAME, self._block_bytes))
+        except TransferError as error:
+            read.done(error)
+        else:
+            self._waiting[_peer(read)].append(read)
+            self._begin(_peer(read))
 
     def forget(self, node_id: NodeId) -> None:
-        with self._lock:
-            if not self._closed:
-                self._say(node_id)
+        for peer in [peer for peer in self._idle if peer[0] == node_id]:
+            for connection in self._idle.pop(peer):
+                connection.close()
 
-    def close(self) -> None:
-        """Ends all READs and waits for the thread. Idempotent."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._say(None)
-        self._thread.join()
+    def wait(self, commands: Commands) -> Command | None:
+        for connection, _ in self._poller.poll(self._patience_ms() if commands.empty() else 0):
+            if isinstance(connection, int):
+                os.eventfd_read(self._wake)
+            else:
+                self._advance(connection)
+        self._expire(time.monotonic())
+        try:
+            return commands.get_nowait()
+        except queue.Empty:
+            return None
 
-    def _say(self, command: Read | NodeId | None) -> None:
-        self._commands.put(command)
-        os.eventfd_write(self._wake, 1)
-
-    def _run(self) -> None:
-        self._poller.register(self._wake, zmq.POLLIN)
-        while True:
-            ready = self._poller.poll(self._patience_ms())
-            for connection, _ in ready:
-                if isinstance(connection, int):
-                    os.eventfd_read(self._wake)
-                else:
-                    self._advance(connection)
-            while not self._commands.empty():
-                command = self._commands.get()
-                if command is None:
-                    self._end_all()
-                    return
-                self._obey(command)
-            self._expire(time.monotonic())
+    def end(self) -> None:
+        self._context.destroy(linger=0)
 
     def _patience_ms(self) -> int | None:
         deadlines = [flight.read.deadline_s for flight in self._running.values()]
@@ -102,21 +100,12 @@ class BusReader:
             return None
         return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
 
-    def _obey(self, command: Read | NodeId) -> None:
-        if isinstance(command, Read):
-            self._waiting[_peer(command)].append(command)
-            self._begin(_peer(command))
-        else:
-            for peer in [peer for peer in self._idle if peer[0] == command]:
-                for connection in self._idle.pop(peer):
-                    connection.close()
-
     def _begin(self, peer: _Peer) -> None:
         while self._waiting[peer] and self._busy[peer] < READS_PER_PEER:
             read = self._waiting[peer].popleft()
             try:
                 idle = self._idle[peer]
-                connection = idle.pop() if idle else self._connect(read.peer)
+                connection = idle.pop() if idle else self._connection(read.peer)
             except TransferError as error:
                 read.done(error)
                 continue
@@ -167,14 +156,8 @@ class BusReader:
             if not line:
                 del self._waiting[peer]
 
-    def _end_all(self) -> None:
-        reads = [flight.read for flight in self._running.values()]
-        reads += [read for line in self._waiting.values() for read in line]
-        for connection in [*self._running, *itertools.chain(*self._idle.values())]:
-            connection.close()
-        for read in reads:
-            read.done(TransferError("closed"))
-        os.close(self._wake)
+    def _connection(self, peer: NodeInfo) -> _Socket:
+        return connection_to(pool_of(peer, NAME, self._block_bytes), self._context)
 
 
 class _Flight:
@@ -210,7 +193,7 @@ class _Flight:
         read, part = self.read, self._answered
         try:
             reply = _decode(frames[0].buffer)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # DecodeError is one
             raise TransferError("malformed", str(error)) from None
         if reply.epoch != read.peer.epoch:
             raise TransferError("epoch")
@@ -229,3 +212,23 @@ class _Flight:
 
 def _peer(read: Read) -> _Peer:
     return read.peer.node_id, read.peer.epoch
+
+
+def connection_to(pool: PeerPool, context: "zmq.Context[_Socket]") -> _Socket:
+    """A socket that asks for its blocks. That somebody is there is for the answer to show.
+
+    TransferError `attach`: this is no address. `socket`: there can be no more.
+    """
+    reply_bytes = blocks_per_reply(pool.block_bytes) * pool.block_bytes
+    try:
+        connection = context.socket(zmq.DEALER)
+    except zmq.ZMQError as error:
+        raise TransferError("socket", str(error)) from None
+    try:
+        connection.setsockopt(zmq.LINGER, 0)
+        connection.setsockopt(zmq.MAXMSGSIZE, max(reply_bytes, REQUEST_BYTES_MAX))
+        connection.connect(pool.address)
+    except (zmq.ZMQError, TypeError, UnicodeError) as error:
+        connection.close()
+        raise TransferError("attach", f"{pool.address!r}: {error}") from None
+    return connection

@@ -4,11 +4,15 @@ A reader asks for a few MiB at a time and has a few questions under way, so the 
 state and queues no more than that for one READ.
 """
 
+from typing import Literal, TypeAlias
+
 import msgspec
 
+NAME = "bus"
 REPLY_BYTES = 4 << 20
 """Block bytes in one reply, unless a single block is larger."""
 REQUEST_BYTES_MAX = 64 << 10
+Refusal: TypeAlias = Literal["epoch", "range", "size"]
 
 
 class ReadRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -26,7 +30,7 @@ class ReadReply(msgspec.Struct, frozen=True, array_like=True):
     read_id: int
     part: int
     epoch: int
-    error: str = ""
+    error: Refusal | Literal[""] = ""
 
 
 def blocks_per_reply(block_bytes: int) -> int:

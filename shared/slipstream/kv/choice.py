@@ -6,7 +6,8 @@ Until a peer has been measured, and after a READ from it has failed, the first t
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,7 +96,8 @@ class Transports:
         common = self._common(peer)
         for transport in sorted(common, key=lambda one: one.name in known.failed):
             try:
-                transport.connect(peer)
+                with _counted():
+                    transport.connect(peer)
             except TransferError as error:
                 self._tell(peer, transport, error, known)
                 continue
@@ -124,8 +126,9 @@ class Transports:
         rates: dict[str, float] = {}
         for transport in common:
             try:
-                transport.connect(peer)
-                rates[transport.name] = self._rate(transport, peer)
+                with _counted():
+                    transport.connect(peer)
+                    rates[transport.name] = self._rate(transport, peer)
             except TransferError as error:
                 self._tell(peer, transport, error, known)
         if not rates:
@@ -210,3 +213,15 @@ class Transports:
             known.failed.add(transport.name)
             level = logging.WARNING if peer.host == self._host else logging.INFO
             _LOG.log(level, "SLOW: no %s from %s: %s", transport.name, peer.node_id, error)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """What goes wrong here is that transport's failure; another one may lead there."""
+    try:
+        yield
+    except TransferError:
+        raise
+    except Exception as error:
+        _LOG.exception("a transport failed for no reason that is known")
+        raise TransferError("internal", f"{type(error).__name__}: {error}") from error

@@ -9,6 +9,7 @@ import base64
 import logging
 import secrets
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -17,7 +18,7 @@ import numpy as np
 from slipstream.kernels.verified_copy import digests
 from slipstream.kv.cuda_driver import CudaError
 from slipstream.kv.segment import Blocks
-from slipstream.kv.transport import Digests, Read, TransferError, check_range
+from slipstream.kv.transport import Digests, PeerPool, Read, TransferError, check_read, pool_of
 from slipstream.messages import NodeInfo
 from slipstream.types import Epoch, NodeId
 
@@ -57,6 +58,7 @@ class _Address(msgspec.Struct, frozen=True, array_like=True):
 
 class _Peer(NamedTuple):
     epoch: Epoch
+    told: PeerPool
     pool: int
 
 
@@ -76,6 +78,8 @@ class CudaIpcTransport:
         self._lock = threading.Lock()
         """Held while the stream is used: a peer's memory is not let go under a copy."""
         self._closed = False
+        self._lost: CudaError | None = None
+        """The device's last word: nobody can say what becomes of copies."""
 
     def advertise(self) -> str:
         return self._address
@@ -83,13 +87,12 @@ class CudaIpcTransport:
     def connect(self, peer: NodeInfo) -> None:
         with self._lock:
             known = self._peers.get(peer.node_id)
-            if self._closed:
-                raise TransferError("closed")
+            self._check_open()
             if known is not None and known.epoch == peer.epoch:
                 return
             self._shut(peer.node_id)
             try:
-                self._peers[peer.node_id] = _Peer(peer.epoch, self._open(peer))
+                self._peers[peer.node_id] = self._open(peer)
             except CudaError as error:
                 raise TransferError("attach", f"{peer.node_id}: {error}") from None
 
@@ -113,24 +116,24 @@ class CudaIpcTransport:
             for node_id in list(self._peers):
                 self._shut(node_id)
 
-    def _open(self, peer: NodeInfo) -> int:
-        told = peer.worker.transports.get(self.name, "") if peer.worker else ""
+    def _open(self, peer: NodeInfo) -> _Peer:
+        told = pool_of(peer, self.name, int(self._pool.name.shape[1]))
         try:
-            address = msgspec.msgpack.decode(base64.b64decode(told, validate=True), type=_Address)
-        except (ValueError, msgspec.DecodeError) as error:
+            packed = base64.b64decode(told.address, validate=True)
+            address = msgspec.msgpack.decode(packed, type=_Address)
+        except ValueError as error:  # DecodeError is one
             raise TransferError("attach", f"{peer.node_id}: {error}") from None
         if address.host != self._host:
             raise TransferError("attach", f"{peer.node_id} is on another host")
         card = self._driver.open(address.card)
         try:
             found = np.zeros(CARD_BYTES, np.uint8)
-            self._driver.copy(found.ctypes.data, card, CARD_BYTES)
-            self._driver.wait()
+            self._carry_out([(int(found.ctypes.data), card, CARD_BYTES)])
         finally:
             self._driver.shut(card)
         if found.tobytes() != address.nonce:
             raise TransferError("attach", f"{peer.node_id}: the handle leads to other memory")
-        return self._driver.open(address.pool)
+        return _Peer(peer.epoch, told, self._driver.open(address.pool))
 
     def _shut(self, node_id: NodeId) -> None:
         peer = self._peers.pop(node_id, None)
@@ -140,19 +143,23 @@ class CudaIpcTransport:
             except CudaError as error:
                 _LOG.info("memory of %s: %s", node_id, error)
 
-    def _copy(self, read: Read) -> Digests:
+    def _check_open(self) -> None:
         if self._closed:
             raise TransferError("closed")
+        if self._lost is not None:
+            raise TransferError("device", f"is lost: {self._lost}")
+
+    def _copy(self, read: Read) -> Digests:
+        self._check_open()
         peer = self._peers.get(read.peer.node_id)
         if peer is None or peer.epoch != read.peer.epoch:
             raise TransferError("epoch", f"{read.peer.node_id} is not attached")
-        check_range(read)
+        check_read(read, peer.told)
         here = read.into is self._pool.name
         base = self._pool.pointer if here else int(read.into.ctypes.data)
         size = int(read.into.shape[1])
-        for source, local in zip(read.source_blocks, read.local_blocks, strict=True):
-            self._driver.copy(base + local * size, peer.pool + source * size, size)
-        self._driver.wait()
+        pairs = zip(read.source_blocks, read.local_blocks, strict=True)
+        self._carry_out((base + b * size, peer.pool + a * size, size) for a, b in pairs)
         if not read.verify:
             return ()
         return self._digests(read) if here else digests(read.into, read.local_blocks)
@@ -162,12 +169,27 @@ class CudaIpcTransport:
         size = int(read.into.shape[1])
         step = max(1, STAGING_BYTES // size)
         staging = np.empty((step, size), np.uint8)
+        here, there = int(staging.ctypes.data), self._pool.pointer
         made: list[bytes] = []
         for start in range(0, len(read.local_blocks), step):
             part = read.local_blocks[start : start + step]
-            for row, local in enumerate(part):
-                source = self._pool.pointer + local * size
-                self._driver.copy(int(staging[row].ctypes.data), source, size)
-            self._driver.wait()
+            self._carry_out((here + i * size, there + b * size, size) for i, b in enumerate(part))
             made += digests(staging, range(len(part)))
         return tuple(made)
+
+    def _carry_out(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copies (target, source, bytes) to their end. Whatever goes wrong meanwhile, nothing is
+        being copied any more when this returns: targets are given to others then.
+
+        CudaError: some of it was not copied. A device that cannot even say when it is at rest
+        computes nothing further for this process, by CUDA's rules, and is not asked again.
+        """
+        try:
+            for target, source, num_bytes in copies:
+                self._driver.copy(target, source, num_bytes)
+        finally:
+            try:
+                self._driver.wait()
+            except CudaError as error:
+                self._lost = error
+                raise

@@ -31,7 +31,7 @@ class NixlError(Exception):
 
 
 class NixlAgent:
-    """What is read here, and what reads there; backend UCX. Not for several threads at a time.
+    """What is read here; backend UCX. Not for several threads at a time.
 
     Two agents of NIXL. Peers need one with a progress thread. That thread wakes with every READ
     that is posted and spins until the post is over, which with `cma` is the READ itself: on a busy
@@ -40,48 +40,68 @@ class NixlAgent:
 
     def __init__(self, name: str):
         """NixlError: NIXL is not installed, or has no way to talk to anybody here."""
-        self._nixl = _bindings()
-        self._server, self._server_backend = self._create(name, progress=True)
-        self._agent, self._backend = self._create(f"{name}/reader", progress=False)
+        self._nixl, self._name = _bindings(), name
+        self._agent, self._backend = _create(self._nixl, name, progress=True)
 
     def serve(self, memory: Blocks) -> None:
         """Peers may read it."""
-        self._call(self._server.registerMem, self._region(memory), [self._server_backend])
-
-    def register(self, memory: Blocks) -> None:
-        """READs may write to it."""
-        self._call(self._agent.registerMem, self._region(memory), [self._backend])
+        region = _region(self._nixl, memory)
+        _call(self._agent.registerMem, region, [self._backend])
 
     def metadata(self) -> bytes:
         """What a peer needs to read what is served so far."""
-        return bytes(self._call(self._server.getLocalMD))
+        return bytes(_call(self._agent.getLocalMD))
+
+    def reader(self) -> "NixlReader":
+        """A new one, that knows nobody. NixlError."""
+        return NixlReader(self._nixl, f"{self._name}/reader")
+
+    def close(self) -> None:
+        """Ends the READs of peers."""
+        del self._agent
+
+
+class NixlReader:
+    """What we read, and from whom. Not for several threads at a time."""
+
+    def __init__(self, nixl: ModuleType, name: str):
+        self._nixl = nixl
+        self._agent, self._backend = _create(nixl, name, progress=False)
+
+    def register(self, memory: Blocks) -> None:
+        """READs may write to it."""
+        region = _region(self._nixl, memory)
+        _call(self._agent.registerMem, region, [self._backend])
 
     def add(self, metadata: bytes) -> str:
         """The name of the peer's agent."""
-        name = self._call(self._agent.loadRemoteMD, metadata)
+        name = _call(self._agent.loadRemoteMD, metadata)
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def remove(self, name: str) -> None:
-        self._call(self._agent.invalidateRemoteMD, name)
+        _call(self._agent.invalidateRemoteMD, name)
 
     def prepare(self, name: str, base: int, count: int, row_bytes: int) -> int:
-        """A list of `count` adjacent blocks at an address of the agent `name`; empty: of ours."""
+        """A list of `count` adjacent blocks at an address of the agent `name`; empty: of ours.
+
+        NixlError: some of them are in no memory that the agent has registered.
+        """
         rows = np.zeros((count, 3), np.uint64)
         rows[:, 0] = np.uint64(base) + np.arange(count, dtype=np.uint64) * np.uint64(row_bytes)
         rows[:, 1] = row_bytes
         descriptors = self._nixl.nixlXferDList(self._nixl.DRAM_SEG, rows)
-        return int(self._call(self._agent.prepXferDlist, name, descriptors, []))
+        return int(_call(self._agent.prepXferDlist, name, descriptors, []))
 
     def release_list(self, handle: int) -> None:
-        self._call(self._agent.releasedDlistH, handle)
+        _call(self._agent.releasedDlistH, handle)
 
     def post(self, ours: int, our_rows: Sequence[int], theirs: int, rows: Sequence[int]) -> int:
         """Begins a READ; its handle."""
         lists: tuple[object, ...] = (ours, list(our_rows), theirs, list(rows))
         operation = self._nixl.NIXL_READ
-        handle = int(self._call(self._agent.makeXferReq, operation, *lists, "", [], False))
+        handle = int(_call(self._agent.makeXferReq, operation, *lists, "", [], False))
         try:
-            self._call(self._agent.postXferReq, handle, "")
+            _call(self._agent.postXferReq, handle, "")
         except NixlError:
             self.release(handle)
             raise
@@ -89,7 +109,7 @@ class NixlAgent:
 
     def running(self, handle: int) -> bool:
         """False: all is there. NixlError: it failed."""
-        state = self._call(self._agent.getXferStatus, handle)
+        state = _call(self._agent.getXferStatus, handle)
         if state == self._nixl.NIXL_IN_PROG:
             return True
         if state != self._nixl.NIXL_SUCCESS:
@@ -99,27 +119,30 @@ class NixlAgent:
     def release(self, handle: int) -> None:
         """Only of a READ that has ended: NIXL also lets go of one that still writes."""
         with contextlib.suppress(NixlError):  # of a peer that is gone; it goes with the agent
-            self._call(self._agent.releaseXferReq, handle)
+            _call(self._agent.releaseXferReq, handle)
 
     def close(self) -> None:
-        """Ends all READs, ours and those of peers."""
-        del self._agent, self._server
+        """Ends all READs: from here on they write nowhere."""
+        del self._agent
 
-    def _create(self, name: str, progress: bool) -> tuple[Any, Any]:
-        config = self._nixl.nixlAgentConfig()
-        config.useProgThread, config.pthrDelay = progress, PAUSE_US
-        agent = self._call(self._nixl.nixlAgent, name, config)
-        return agent, self._call(agent.createBackend, "UCX", {"engine_config": UCX_CONFIG})
 
-    def _region(self, memory: Blocks) -> Any:
-        rows = [(memory.ctypes.data, memory.nbytes, 0, "")]
-        return self._nixl.nixlRegDList(self._nixl.DRAM_SEG, rows)
+def _create(nixl: ModuleType, name: str, progress: bool) -> tuple[Any, Any]:
+    config = nixl.nixlAgentConfig()
+    config.useProgThread, config.pthrDelay = progress, PAUSE_US
+    agent = _call(nixl.nixlAgent, name, config)
+    return agent, _call(agent.createBackend, "UCX", {"engine_config": UCX_CONFIG})
 
-    def _call(self, function: Any, *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except Exception as error:  # noqa: BLE001 the bindings raise a class for each status
-            raise NixlError(f"{type(error).__name__}: {error}") from None
+
+def _region(nixl: ModuleType, memory: Blocks) -> Any:
+    rows = [(memory.ctypes.data, memory.nbytes, 0, "")]
+    return nixl.nixlRegDList(nixl.DRAM_SEG, rows)
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001 the bindings raise a class for each status
+        raise NixlError(f"{type(error).__name__}: {error}") from None
 
 
 def nixl_installed() -> bool:

@@ -95,10 +95,12 @@ def create_segment(path: Path, header: SegmentHeader) -> Segment:
 
 def attach_segment(path: Path, expected: SegmentHeader) -> Blocks:
     """A peer's blocks, read-only. SegmentError: no such file, or not the one that was expected."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:  # without waiting for who would write into a pipe of that name
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise SegmentError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SegmentError(f"{str(path)!r}: {error}") from None
     try:
         found = _read_header(path, file)
         if found != expected:

@@ -2,12 +2,19 @@
 
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from slipstream.kernels.verified_copy import verified_copy
 from slipstream.kv.segment import Blocks, Segment, SegmentError, SegmentHeader, attach_segment
-from slipstream.kv.transport import Digests, Read, TransferError, check_range
+from slipstream.kv.transport import Digests, PeerPool, Read, TransferError, check_read, pool_of
 from slipstream.messages import NodeInfo
-from slipstream.types import NodeId
+from slipstream.types import Epoch, NodeId
+
+
+class _Attached(NamedTuple):
+    epoch: Epoch
+    told: PeerPool
+    blocks: Blocks
 
 
 class ShmTransport:
@@ -16,8 +23,9 @@ class ShmTransport:
     name = "shm"
 
     def __init__(self, segment: Segment):
-        self._path = segment.path
-        self._attached: dict[NodeId, tuple[int, Blocks]] = {}
+        self._path, words = segment.path, segment.header
+        self._kv_layout_id, self._block_bytes = words.kv_layout_id, words.block_bytes
+        self._attached: dict[NodeId, _Attached] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -26,26 +34,25 @@ class ShmTransport:
 
     def connect(self, peer: NodeInfo) -> None:
         """Maps the peer's segment. That its header is right proves that the host is the same."""
-        worker = peer.worker
-        if worker is None:
-            raise TransferError("attach", f"{peer.node_id} is no worker")
+        pool = pool_of(peer, self.name, self._block_bytes)
         with self._lock:
-            if self._attached.get(peer.node_id, (0,))[0] == peer.epoch:
+            known = self._attached.get(peer.node_id)
+            if known is not None and known.epoch == peer.epoch:
                 return
         expected = SegmentHeader(
-            kv_layout_id=worker.kv_layout_id,
+            kv_layout_id=self._kv_layout_id,
             epoch=peer.epoch,
-            num_blocks=worker.num_blocks,
-            block_bytes=worker.block_bytes,
+            num_blocks=pool.num_blocks,
+            block_bytes=pool.block_bytes,
         )
         try:
-            blocks = attach_segment(Path(worker.transports[self.name]), expected)
+            blocks = attach_segment(Path(pool.address), expected)
         except SegmentError as error:
             raise TransferError("attach", str(error)) from None
         with self._lock:
             if self._closed:
                 raise TransferError("closed")
-            self._attached[peer.node_id] = (peer.epoch, blocks)
+            self._attached[peer.node_id] = _Attached(peer.epoch, pool, blocks)
 
     def read(self, read: Read) -> None:
         try:
@@ -67,8 +74,10 @@ class ShmTransport:
         with self._lock:
             if self._closed:
                 raise TransferError("closed")
-            epoch, blocks = self._attached.get(read.peer.node_id, (0, read.into))
-        if epoch != read.peer.epoch:
+            peer = self._attached.get(read.peer.node_id)
+        if peer is None or peer.epoch != read.peer.epoch:
             raise TransferError("epoch", f"{read.peer.node_id} is not attached")
-        check_range(read)
-        return verified_copy(blocks, read.source_blocks, read.into, read.local_blocks, read.verify)
+        check_read(read, peer.told)
+        return verified_copy(
+            peer.blocks, read.source_blocks, read.into, read.local_blocks, read.verify
+        )

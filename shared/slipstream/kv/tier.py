@@ -90,15 +90,17 @@ class TierStore:
         self._thread = threading.Thread(target=self._run, name="kv-tier", daemon=True)
         self._thread.start()
 
-    def save(self, block: Named, data: Blocks, digest: bytes | None = None) -> bool:
+    def save(
+        self, block: Named, data: Blocks, digest: bytes | None = None, timeout_s: float = 0.0
+    ) -> bool:
         """Copy uint8 `[block_bytes]`, which may change when this returns. True: it is there.
 
-        False: no memory is free at this moment, for the disk is slower than what comes in.
-        `digest`: XXH3-128 of `data`, if known.
+        False: no memory came free in time, for the disk is slower than what comes in. `digest`:
+        XXH3-128 of `data`, if known.
         """
         with self._wake:
-            known = self._find(block.block_hash)
-            if known is not None:
+            self._wake.wait_for(lambda: self._has_room(block), max(0.0, timeout_s))
+            if self._find(block.block_hash) is not None:
                 return True
             row = self._take_row()
             if row is None:
@@ -113,7 +115,7 @@ class TierStore:
             self._in_host[block.block_hash] = held
             self._counts["saved"] += 1
             self._moved.append(Moved(block, HOST))
-            self._wake.notify()
+            self._wake.notify_all()
         return True
 
     def load(self, block_hash: BlockHash, into: Blocks) -> bytes | None:
@@ -174,7 +176,7 @@ class TierStore:
         """What is in files stays for the next process; what is in memory goes with this one."""
         with self._wake:
             self._closed = True
-            self._wake.notify()
+            self._wake.notify_all()
         self._thread.join()
         if self._files is not None:
             self._files.close()
@@ -189,13 +191,22 @@ class TierStore:
                 return tier[block_hash]
         return None
 
-    def _take_row(self) -> int | None:
+    def _has_room(self, block: Named) -> bool:
+        """Or needs none, or there will never be any."""
+        known = block.block_hash in self._in_host or block.block_hash in self._on_disk
+        return bool(known or self._free or self._closed or self._victim())
+
+    def _victim(self) -> _Held | None:
         """Without a disk the coldest block makes room at once."""
-        if not self._free and not self._disk_blocks:
-            victim = next((held for held in self._in_host.values() if not held.users), None)
-            if victim is not None:
-                self._counts["dropped"] += 1
-                self._drop(victim)
+        if self._disk_blocks:
+            return None
+        return next((held for held in self._in_host.values() if not held.users), None)
+
+    def _take_row(self) -> int | None:
+        victim = None if self._free else self._victim()
+        if victim is not None:
+            self._counts["dropped"] += 1
+            self._drop(victim)
         return self._free.pop() if self._free else None
 
     def _drop(self, held: _Held) -> None:
@@ -205,14 +216,14 @@ class TierStore:
             self._litter.append(held)
         self._free_row(held)
         self._moved.append(Moved(held.block, None))
-        self._wake.notify()
+        self._wake.notify_all()
 
     def _leave(self, held: _Held, row: int | None) -> None:
         """One user less of what lay in this row."""
         held.users -= 1
         if row is not None:
             self._free_row(held)
-        self._wake.notify()
+        self._wake.notify_all()
 
     def _free_row(self, held: _Held) -> None:
         """Once nobody reads from it, and it is gone or a file."""
@@ -220,6 +231,7 @@ class TierStore:
         if elsewhere and not held.users and held.row is not None:
             self._free.append(held.row)
             held.row = None
+            self._wake.notify_all()
 
     def _coldest(self) -> _Held | None:
         """What is to be written out next, if memory is short."""
@@ -257,8 +269,11 @@ class TierStore:
                 victim = None if self._closed else self._coldest()
                 if victim is not None:
                     victim.users += 1
-            if moved:
-                self._tell(moved)
+            try:
+                if moved:
+                    self._tell(moved)
+            except Exception:  # noqa: BLE001 who listens does not decide whether blocks are kept
+                _LOG.exception("KV tier: where %d blocks are could not be told", len(moved))
             for held in litter:
                 assert self._files is not None
                 self._files.remove(held.block, held.digest)
@@ -270,7 +285,7 @@ class TierStore:
         written = True
         try:
             self._files.write(held.block, held.digest, self._host[held.row])
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 without this thread no block leaves host memory
             written = False
             if not self._counts["write_failures"]:
                 _LOG.warning("KV tier: %s: %s; blocks are dropped instead", self._files.root, error)

@@ -4,19 +4,30 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from slipstream.kv.segment import Blocks
 from slipstream.messages import NodeInfo
 from slipstream.types import BlockId, NodeId
 
 Digests: TypeAlias = tuple[bytes, ...]
+# fmt: off
+Cause: TypeAlias = Literal[
+    "timeout", "peer", "epoch", "range", "attach", "layout", "transport",
+    "closed", "socket", "malformed", "size", "device", "internal",
+]
+# fmt: on
+
+BLOCKS_MAX = 1 << 24
+"""Of a pool: 268 million tokens."""
+POOL_BYTES_MAX = 1 << 47
+"""What a process can address."""
 
 
 class TransferError(Exception):
     """A READ that did not happen. `cause` is one word from a closed set, for counting."""
 
-    def __init__(self, cause: str, detail: str = ""):
+    def __init__(self, cause: Cause, detail: str = ""):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
 
@@ -99,10 +110,47 @@ def read_now(
     return result
 
 
-def check_range(read: Read) -> None:
-    """TransferError `range`: the peer, or the pool here, has no such block."""
-    count = read.peer.worker.num_blocks if read.peer.worker else 0
-    if not all(0 <= block < count for block in read.source_blocks):
-        raise TransferError("range", f"{read.peer.node_id} has {count} blocks")
-    if not all(0 <= block < len(read.into) for block in read.local_blocks):
-        raise TransferError("range", f"there are {len(read.into)} blocks here")
+class PeerPool(NamedTuple):
+    """What a peer says of its pool: words that can be true, no more."""
+
+    address: str
+    num_blocks: int
+    block_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def pool_of(peer: NodeInfo, transport: str, block_bytes: int) -> PeerPool:
+    """What there is to read at this peer, by this transport; `block_bytes`: of our blocks.
+
+    TransferError `attach`: nothing. `layout`: its blocks are of another size. `malformed`: no
+    process has such a pool.
+    """
+    worker = peer.worker
+    if worker is None or transport not in worker.transports:
+        raise TransferError("attach", f"{peer.node_id} has no {transport}")
+    pool = PeerPool(worker.transports[transport], worker.num_blocks, worker.block_bytes)
+    if pool.block_bytes != block_bytes:
+        detail = f"{peer.node_id} has blocks of {pool.block_bytes} bytes, we of {block_bytes}"
+        raise TransferError("layout", detail)
+    if not 0 <= pool.num_blocks <= BLOCKS_MAX or pool.num_bytes > POOL_BYTES_MAX:
+        detail = f"{peer.node_id} says that it has {pool.num_blocks} blocks of {block_bytes} bytes"
+        raise TransferError("malformed", detail)
+    return pool
+
+
+def check_read(read: Read, pool: PeerPool) -> None:
+    """`pool`: what the peer said when it was connected. TransferError `range`: it, or the pool
+    here, has no such block. `layout`: they are of different sizes."""
+    count, block_bytes = read.into.shape
+    if block_bytes != pool.block_bytes:
+        raise TransferError("layout", f"blocks of {pool.block_bytes} bytes into {block_bytes}")
+    if not all(0 <= block < pool.num_blocks for block in read.source_blocks):
+        raise TransferError("range", f"{read.peer.node_id} has {pool.num_blocks} blocks")
+    if not all(0 <= block < count for block in read.local_blocks):
+        raise TransferError("range", f"there are {count} blocks here")
+    if len(read.source_blocks) != len(read.local_blocks):
+        detail = f"{len(read.source_blocks)} blocks into {len(read.local_blocks)}"
+        raise TransferError("range", detail)
