@@ -9,12 +9,15 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from e2e.client import Answer
 from e2e.stack import Stack, until
 
 INJECTED = Path(__file__).parent / "injected"
+MIGRATED = "migrated"
 PULL_TIMEOUT_S, LEASE_S, RENEW_S = 8.0, 2.5, 0.5
 
 
@@ -51,6 +54,12 @@ class FaultyStack(Stack):
         """How often it has happened since it was armed."""
         return len(list((self.faults / node_id).glob(f"done.{fault}.*")))
 
+    def restrict(self, transport: str) -> None:
+        """READs come by this one from now on."""
+        partial = self.faults / "partial"
+        partial.write_text(transport)
+        partial.rename(self.faults / "transport")
+
     def until_held(self, node_id: str) -> None:
         until(lambda: self.committed(node_id, "hold") or self._over(), "a READ under way")
         assert self.process.poll() is None, self.log
@@ -74,19 +83,24 @@ class FaultyStack(Stack):
         os.kill(self.pids()[node_id], number)
 
     def failures(self, what: str) -> Counter[str]:
-        """`what`_<cause>_total of all workers, by cause; `handover` or `fetch`."""
+        """`what`_<cause>_total of all workers, by cause; `handover` or `fetch`. Among them the
+        attempts that the scheduler gave up, for whoever notices a silence first acts on it."""
         found: Counter[str] = Counter()
         for (_, name), value in self.gauges().items():
             if name.startswith(f"worker_{what}_") and name.endswith("_total"):
                 found[name.removeprefix(f"worker_{what}_").removesuffix("_total")] += int(value)
+            if name == "scheduler_requests_migrated_total":
+                found[MIGRATED] = int(value)
         return +found
 
-    def read_errors(self, node_id: str) -> Counter[str]:
-        """How the transport ended this worker's READs, by cause; `` are those that came."""
+    def reads(self, node_id: str, answers: Iterable[Answer]) -> Counter[str]:
+        """How the transport ended this worker's READs for these, by cause; those that came are
+        under the empty word."""
+        wanted = tuple(f"{answer.id}-0/" for answer in answers)
         return Counter(
             fields["error"] or ""
             for _, name, fields in self.story(node_id)
-            if name == "PullDone"
+            if name == "PullDone" and fields["pull_id"].startswith(wanted)
         )
 
     def total(self, name: str) -> float:

@@ -89,6 +89,28 @@ def spoil_reads() -> None:
         module.verified_copy = copy
 
 
+def restrict_transports() -> None:
+    """To the one that the test names, as `--transports` would without starting anew."""
+    from slipstream.kv.choice import Transports
+
+    real_common, real_choose = Transports._common, Transports.choose
+
+    def wanted() -> str:
+        named = FAULTS / "transport"
+        return named.read_text() if named.exists() else ""
+
+    def common(self: Any, peer: Any) -> Any:
+        return [one for one in real_common(self, peer) if one.name == (wanted() or one.name)]
+
+    def choose(self: Any, peer: Any) -> Any:
+        known = self._life(peer)
+        if known.transport is not None and known.transport.name != (wanted() or known.transport.name):
+            known.transport = None
+        return real_choose(self, peer)
+
+    Transports._common, Transports.choose = common, choose
+
+
 def spoil_leases() -> None:
     from slipstream.core.exchange import Exchange
     from slipstream.core.lender import Lender
@@ -114,5 +136,6 @@ def spoil_leases() -> None:
 
 
 if HERE.name.startswith(("prefill-", "decode-")):
+    restrict_transports()
     spoil_reads()
     spoil_leases()
