@@ -104,7 +104,9 @@ def restrict_transports() -> None:
 
     def choose(self: Any, peer: Any) -> Any:
         known = self._life(peer)
-        if known.transport is not None and known.transport.name != (wanted() or known.transport.name):
+        if known.transport is not None and known.transport.name != (
+            wanted() or known.transport.name
+        ):
             known.transport = None
         return real_choose(self, peer)
 
