@@ -56,7 +56,7 @@ LENT: Asked = [
     ([*PREFIX, 400, 401], {**GREEDY, "stream": True}),
     ([*PREFIX, 402], SEEDED),
 ]
-FILLER = ([*PREFIX, 500], {**SEEDED, "max_tokens": 32})
+FILLER = ([*PREFIX, 500, 501, 502], {**SEEDED, "max_tokens": 32})
 
 
 async def ask(client: Client, asked: Asked, salt: str) -> list[Answer]:
@@ -78,7 +78,6 @@ def check(answers: list[Answer], texts: list[str]) -> None:
         assert not answer.error, answer.error
         assert answer.text == text
         assert answer.finish_reason == "length"
-        assert answer.usage["completion_tokens"] in (GREEDY["max_tokens"], FILLER[1]["max_tokens"])
 
 
 @contextmanager
@@ -97,7 +96,7 @@ async def undisturbed(stack: FaultyStack, *rounds: Asked) -> list[list[str]]:
     return [[answer.text for answer in answers] for answers in told]
 
 
-# --- Hand-over, from prefill to decode -------------------------------------------------------------
+# --- Hand-over, from prefill to decode ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +205,7 @@ async def test_the_lender_dies_or_hangs_in_mid_read(
         assert causes <= ({"timeout"} if transport != "shm" else set())
 
 
-# --- Fetch, from decode to decode ------------------------------------------------------------------
+# --- Fetch, from decode to decode -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +242,10 @@ class Loan:
         self._filler: list[Any] = []
 
     async def __aenter__(self) -> "Loan":
-        workers = sorted(self.stack.worker("steps"))
-        known = {name: self.stack.indexed(name) for name in workers}
+        known = {name: self.stack.indexed(name) for name in ("decode-0", "decode-1")}
         first = await self.client.complete(PREFIX, max_tokens=1, cache_salt=self.salt)
         self.holder = holder = self.stack.path(first.id)
-        (self.borrower,) = set(workers) - {holder}
+        (self.borrower,) = known.keys() - {holder}
         wanted = known[holder] + len(PREFIX) // 16
         await asyncio.to_thread(
             until, lambda: self.stack.indexed(holder) >= wanted, "the prefix in the index"
