@@ -56,7 +56,7 @@ LENT: Asked = [
     ([*PREFIX, 400, 401], {**GREEDY, "stream": True}),
     ([*PREFIX, 402], SEEDED),
 ]
-FILLER = ([*PREFIX, 500, 501, 502], {**SEEDED, "max_tokens": 32})
+FILLER = (words(20, 8), {**SEEDED, "max_tokens": 64})
 
 
 async def ask(client: Client, asked: Asked, salt: str) -> list[Answer]:
@@ -251,10 +251,17 @@ class Loan:
             until, lambda: self.stack.indexed(holder) >= wanted, "the prefix in the index"
         )
         prompt, body = FILLER
-        answer, following = self.client.stream(prompt, cache_salt=self.salt, **body)
+        elsewhere = []
+        for _ in range(2):
+            answer, following = self.client.stream(prompt, cache_salt=self.salt, **body)
+            await eventually(lambda answer=answer: answer.chunks > 0)
+            if answer.headers["x-slipstream-path"] == holder:
+                break
+            elsewhere.append(following)
         self._filler = [answer, following]
-        await eventually(lambda: answer.chunks > 0)
-        assert answer.headers["x-slipstream-path"] == holder
+        for other in elsewhere:
+            other.cancel()
+        assert answer.headers["x-slipstream-path"] == holder, "the other one was full"
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -95,18 +95,16 @@ def restrict_transports() -> None:
 
     real_common, real_choose = Transports._common, Transports.choose
 
-    def wanted() -> str:
+    def allowed(transport: Any) -> bool:
         named = FAULTS / "transport"
-        return named.read_text() if named.exists() else ""
+        return not named.exists() or transport.name == named.read_text()
 
     def common(self: Any, peer: Any) -> Any:
-        return [one for one in real_common(self, peer) if one.name == (wanted() or one.name)]
+        return [one for one in real_common(self, peer) if allowed(one)]
 
     def choose(self: Any, peer: Any) -> Any:
         known = self._life(peer)
-        if known.transport is not None and known.transport.name != (
-            wanted() or known.transport.name
-        ):
+        if known.transport is not None and not allowed(known.transport):
             known.transport = None
         return real_choose(self, peer)
 
