@@ -103,9 +103,5 @@ class FaultyStack(Stack):
             if name == "PullDone" and fields["pull_id"].startswith(wanted)
         )
 
-    def total(self, name: str) -> float:
-        """Sum over the workers."""
-        return sum(self.worker(name).values())
-
     def _over(self) -> bool:
         return self.process.poll() is not None
