@@ -11,13 +11,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
 
+from slipstream.core.prefix import HASH_BYTES
 from slipstream.runtime.record import read
 from slipstream.types import unpack_tokens
 
@@ -49,8 +51,15 @@ class Stack:
     """Float32, a small pool and a transfer for every prompt, unless the settings say otherwise:
     `Stack(decode=2)`."""
 
-    def __init__(self, wait: bool = True, locate_timeout_s: float = 0.05, **settings: Any) -> None:
-        """`wait`: for READY; if not, `until_ready` is the test's to call."""
+    def __init__(
+        self,
+        wait: bool = True,
+        locate_timeout_s: float = 0.05,
+        environ: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        """`wait`: for READY; if not, `until_ready` is the test's to call. `environ`: what is added
+        to ours; settings that `serve` has no flag for."""
         self.base = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
         self.records = self.base / "records"
         self.port = free_port()
@@ -80,6 +89,7 @@ class Stack:
                 **{k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")},
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "SLIPSTREAM_LOCATE_TIMEOUT_S": str(locate_timeout_s),
+                **(environ or {}),
             },
         )
         if wait:
@@ -120,6 +130,12 @@ class Stack:
         """(s, class, fields) of all that the lives of a node were told and answered, in order."""
         files = sorted(self.records.glob(f"{node_id}-*.rec"))
         return [entry for file in files for entry in read(file)]
+
+    def indexed(self, node_id: str) -> int:
+        """Blocks of this worker that the index in the private Redis knows."""
+        with Redis(unix_socket_path=str(self.run_dir / "redis.sock")) as redis:
+            keys = list(redis.scan_iter(f"kvw:*:{node_id}"))
+            return sum(len(name) == HASH_BYTES for key in keys for name in redis.hkeys(key))
 
     def segments(self) -> list[Path]:
         """Shared memory of this run."""

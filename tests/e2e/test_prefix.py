@@ -2,8 +2,6 @@
 
 import asyncio
 
-from redis import Redis
-
 from e2e.client import Client
 from e2e.stack import Stack, until
 
@@ -71,12 +69,4 @@ def _fetched(stack: Stack) -> bool:
 
 
 def _until_indexed(stack: Stack, worker: str, count: int) -> None:
-    """The index in the private Redis knows so many blocks of this worker."""
-    with Redis(unix_socket_path=str(stack.run_dir / "redis.sock")) as redis:
-
-        def indexed() -> bool:
-            keys = list(redis.scan_iter(f"kvw:*:{worker}"))
-            fields = sum(len(field) == 16 for key in keys for field in redis.hkeys(key))
-            return fields >= count
-
-        until(indexed, f"{count} blocks of {worker} in the index")
+    until(lambda: stack.indexed(worker) >= count, f"{count} blocks of {worker} in the index")
