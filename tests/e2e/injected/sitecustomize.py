@@ -49,7 +49,7 @@ def spoil_reads() -> None:
     import numpy as np
 
     from slipstream.engine import transfers
-    from slipstream.kv import bus_reader, nixl, shm
+    from slipstream.kv import bus_reader, nixl_reads, shm
 
     class Doomed(np.ndarray):
         """The pool, as the target of a READ to which something is going to happen."""
@@ -86,7 +86,8 @@ def spoil_reads() -> None:
         return real_copy(source, rows, plain, targets, digest)
 
     transfers.Read = read
-    for module in (shm, bus_reader, nixl):
+    for module in (shm, bus_reader, nixl_reads):
+        assert module.verified_copy is real_copy
         module.verified_copy = copy
 
 
