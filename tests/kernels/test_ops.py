@@ -54,7 +54,7 @@ def batch_of(num_tokens: int, samples: list[int], **tensors: Tensor) -> ForwardB
 
 def brought_in(x: Tensor, then: Callable[[Any, Any], Any]) -> Callable[[Backend], Model]:
     def build(backend: Backend) -> Model:
-        packed = backend.pack(x)
+        packed = backend.table(x)
         return lambda ops: then(ops, ops.embed(packed))
 
     return build
@@ -106,7 +106,7 @@ class Draw:
         wants_sum = self.random.random() < 0.5
 
         def build(backend: Backend) -> Model:
-            packed = backend.pack(x), backend.pack(y)
+            packed = backend.table(x), backend.table(y)
 
             def model(ops: Any) -> Any:
                 delta, stream = map(ops.embed, packed)
@@ -125,7 +125,7 @@ class Draw:
         wide = self.random.random() < 0.3
 
         def build(backend: Backend) -> Model:
-            packed = backend.pack(x), backend.pack(weight, bias)
+            packed = backend.table(x), backend.pack(weight, bias)
             return lambda ops: ops.linear(ops.embed(packed[0]), packed[1], wide)
 
         return self.plain(build, count)
@@ -136,7 +136,7 @@ class Draw:
         bias = self.normal(2 * outputs) if self.random.random() < 0.5 else None
 
         def build(backend: Backend) -> Model:
-            packed = backend.pack(x), backend.pack_gated(weight, bias)
+            packed = backend.table(x), backend.pack_gated(weight, bias)
             return lambda ops: ops.gated(ops.embed(packed[0]), packed[1])
 
         return self.plain(build, count)
@@ -187,17 +187,18 @@ def outcome(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
     return result.clone(), pool
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_operations_agree_with_the_reference(
-    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, threads: int
+    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, threads: int, int8: bool
 ) -> None:
     relative, absolute = TOLERANCE[dtype]
-    backend = CpuBackend(compiled, threads, dtype)
+    backend = CpuBackend(compiled, threads, dtype, int8)
     for seed in SEEDS:
         case = getattr(Draw(seed, dtype), name)()
-        expected, actual = outcome(Reference(), case), outcome(backend, case)
+        expected, actual = outcome(Reference(int8), case), outcome(backend, case)
         for one, other in zip(expected, actual, strict=True):
             torch.testing.assert_close(
                 other,

@@ -89,8 +89,8 @@ class Typed {
         const vec magic = splat(12582912.0f);  // adding it rounds to an integer
         const vec value = (load(x + i) * (1.0f / scale) + magic) - magic;
         const ivec level = __builtin_convertvector(value, ivec) + 128;
-        for (int lane = 0; lane < kLanes; lane++)
-          bytes[row * op.inputs + i + lane] = uint8_t(level[lane]);
+        *reinterpret_cast<bvec_u*>(bytes + row * op.inputs + i) =
+            __builtin_convertvector(level, bvec_u);
       }
       scales[row] = scale;
     }

@@ -19,6 +19,8 @@ typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t hvec __attribute__((vector_size(32)));
 typedef uint16_t hvec_u __attribute__((vector_size(32), aligned(2), may_alias));
 
+typedef uint8_t bvec_u __attribute__((vector_size(16), aligned(1), may_alias));
+
 struct bf16 {
   uint16_t bits;
 };

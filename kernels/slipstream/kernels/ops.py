@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 Value: TypeAlias = Any
@@ -35,6 +36,13 @@ class ForwardBatch:
     """int32 [R]: tokens of the request after this step"""
     sample_indices: Tensor
     """int64 [S]: last token of each row that samples"""
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `[rows, dim]` as int8, and their scales, float32 `[rows, 1]`."""
+    wide = x.float()
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (wide * (1 / scale)).round().to(torch.int8), scale
 
 
 class Heads(NamedTuple):
@@ -102,7 +110,16 @@ The pool is `[blocks, layers, 2, kv_heads, block_tokens, head_dim]` in the weigh
 
 
 class Backend(Protocol):
-    """A maker of the operations, with its own form of weights."""
+    """A maker of the operations, with its own form of weights.
+
+    With `int8` matrices that are multiplied with are quantized symmetrically, one scale for each
+    output, and what they are multiplied with as well, one scale for each row, at each step.
+    """
+
+    int8: bool
+
+    def table(self, weight: Tensor) -> Weights:
+        """`[vocab, dim]` for `embed`; for `linear` too unless `int8`."""
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Weights:
         """`[out, in]` and `[out]`. The tensors are not needed any more."""

@@ -5,14 +5,14 @@ The call leaves the interpreter lock alone and goes through all operations with 
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model
+from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize
 
 PANEL = 16
 """Outputs of a matrix that lie side by side; all dimensions are multiples of it, or padded."""
@@ -71,9 +71,13 @@ class Packed:
     bias: Tensor | None
     outputs: int
     inputs: int
+    scale: Tensor | None = None
+    """Of int8 panels: float32, one for each output."""
+    sums: Tensor | None = None
+    """Of int8 panels: int32, of each output's weights; what 128 too much in each input adds."""
 
 
-def pack(weight: Tensor) -> Tensor:
+def in_panels(weight: Tensor) -> Tensor:
     """`[out, in]` -> panels, the last one filled up with zeros."""
     outputs, inputs = weight.shape
     group = 4 // weight.element_size()
@@ -101,7 +105,6 @@ class Recorder:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.ops: list[dict[str, Any]] = []
-        self.values: list[Buffer] = []
         self.kept: list[object] = []
         """Whose memory the operations point to."""
 
@@ -128,31 +131,12 @@ class Recorder:
         )
 
     def linear(self, x: Buffer, weights: Packed, wide: bool = False) -> Buffer:
-        out = self._add(
-            Kind.LINEAR,
-            x,
-            x.rows,
-            weights.outputs,
-            weight=weights.panels,
-            second=weights.bias,
-            inputs=weights.inputs,
-            outputs=weights.outputs,
-            wide=wide,
-        )
+        out = self._product(Kind.LINEAR, x, weights, wide=wide)
         out.dtype = torch.float32 if wide else self.dtype
         return out
 
     def gated(self, x: Buffer, weights: Packed) -> Buffer:
-        return self._add(
-            Kind.GATED,
-            x,
-            x.rows,
-            weights.outputs,
-            weight=weights.panels,
-            second=weights.bias,
-            inputs=weights.inputs,
-            outputs=weights.outputs,
-        )
+        return self._product(Kind.GATED, x, weights)
 
     def attention(
         self,
@@ -162,7 +146,12 @@ class Recorder:
         norms: tuple[Tensor, Tensor] | None,
         epsilon: float,
     ) -> Buffer:
-        shape = {"heads": heads.query, "kv_heads": heads.kv, "head_dim": heads.dim, "layer": layer}
+        shape: dict[str, Any] = {
+            "heads": heads.query,
+            "kv_heads": heads.kv,
+            "head_dim": heads.dim,
+            "layer": layer,
+        }
         query_norm, key_norm = norms or (None, None)
         self._write(
             Kind.ROTATE,
@@ -178,9 +167,31 @@ class Recorder:
         width = heads.query * heads.dim
         return self._add(Kind.ATTEND, qkv, Rows.TOKENS, width, number=heads.dim**-0.5, **shape)
 
+    def _product(self, kind: Kind, x: Buffer, weights: Packed, **fields: Any) -> Buffer:
+        scales = None
+        if weights.scale is not None:
+            levels = Buffer(x.rows, x.width, torch.uint8)
+            scales = Buffer(x.rows, 1, torch.float32)
+            self._write(Kind.QUANTIZE, x, x.rows, levels, scales, inputs=x.width)
+            x = levels
+        return self._add(
+            kind,
+            x,
+            x.rows,
+            weights.outputs,
+            residual=scales,
+            weight=weights.panels,
+            second=weights.bias,
+            quantized=weights.scale is not None,
+            scale=weights.scale,
+            sums=weights.sums,
+            inputs=weights.inputs,
+            outputs=weights.outputs,
+            **fields,
+        )
+
     def _add(self, kind: Kind, x: Buffer | None, rows: Rows, width: int, **fields: Any) -> Buffer:
         out = Buffer(rows, width, self.dtype)
-        self.values.append(out)
         self._write(kind, x, rows, out, **fields)
         return out
 
@@ -272,35 +283,47 @@ def _assign(recorder: Recorder) -> list[Buffer]:
     slots: list[Buffer] = []
     busy: dict[int, Buffer] = {}
     for index, fields in enumerate(recorder.ops):
-        out = fields["output"]
-        if out is None:
-            continue
-        alike = (
-            slot
-            for slot, first in enumerate(slots)
-            if (first.rows, first.width, first.dtype) == (out.rows, out.width, out.dtype)
-            and busy[slot].last_use < index
-        )
-        out.slot = next(alike, len(slots))
-        if out.slot == len(slots):
-            slots.append(out)
-        busy[out.slot] = out
+        for new in (fields["residual"], fields["output"]):
+            if new is None or new.slot >= 0:
+                continue
+            alike = (
+                slot
+                for slot, first in enumerate(slots)
+                if (first.rows, first.width, first.dtype) == (new.rows, new.width, new.dtype)
+                and busy[slot].last_use < index
+            )
+            new.slot = next(alike, len(slots))
+            if new.slot == len(slots):
+                slots.append(new)
+            busy[new.slot] = new
     return slots
 
 
 class CpuBackend:
     """Programs that share one team of threads."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int, dtype: torch.dtype) -> None:
-        self.library, self.dtype = library, dtype
+    def __init__(
+        self, library: ctypes.CDLL, threads: int, dtype: torch.dtype, int8: bool = False
+    ) -> None:
+        self.library, self.dtype, self.int8 = library, dtype, int8
         self.team = library.team_new(threads, MAX_OPS)
 
     def __del__(self) -> None:
         if hasattr(self, "team"):
             self.library.team_delete(self.team)
 
+    def table(self, weight: Tensor) -> Packed:
+        return Packed(in_panels(weight), None, *weight.shape)
+
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
-        return Packed(pack(weight), bias, *weight.shape)
+        outputs, inputs = weight.shape
+        if not self.int8:
+            return Packed(in_panels(weight), bias, outputs, inputs)
+        padded = torch.zeros(-(-outputs // PANEL) * PANEL, inputs)
+        padded[:outputs] = weight
+        levels, scale = quantize(padded)
+        sums = levels.sum(1, dtype=torch.int32)
+        return Packed(in_panels(levels), bias, outputs, inputs, scale.flatten(), sums)
 
     def pack_gated(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
         """Panels of gate and up by turns, so that a thread has both."""
@@ -309,8 +332,8 @@ class CpuBackend:
         def by_turns(x: Tensor) -> Tensor:
             return x.view(2, outputs // PANEL, PANEL, -1).transpose(0, 1).reshape(x.shape)
 
-        alternating = None if bias is None else by_turns(bias).contiguous()
-        return Packed(pack(by_turns(weight)), alternating, outputs, weight.shape[1])
+        packed = self.pack(by_turns(weight), None if bias is None else by_turns(bias))
+        return replace(packed, outputs=outputs)
 
     def compile(self, model: Model) -> Forward:
         recorder = Recorder(self.dtype)

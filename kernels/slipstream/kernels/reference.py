@@ -7,20 +7,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model
+from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    """Of quantized weights: `[out]`."""
+
+    def times(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        levels, scale = quantize(x)
+        out = F.linear(levels.float(), self.weight.float()) * scale * self.scale
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
 class Reference:
     """A backend that computes at once."""
 
+    def __init__(self, int8: bool = False) -> None:
+        self.int8 = int8
+
+    def table(self, weight: Tensor) -> Matrix:
+        return Matrix(weight)
+
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
-        return Matrix(weight, bias)
+        if not self.int8:
+            return Matrix(weight, bias)
+        levels, scale = quantize(weight)
+        return Matrix(levels, bias, scale.flatten())
 
     pack_gated = pack
 
@@ -53,11 +71,11 @@ class ReferenceOps:
         return weight * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
 
     def linear(self, x: Tensor, weights: Matrix, wide: bool = False) -> Tensor:
-        out = F.linear(x, weights.weight, weights.bias)
+        out = weights.times(x)
         return out.float() if wide else out
 
     def gated(self, x: Tensor, weights: Matrix) -> Tensor:
-        gate, up = F.linear(x, weights.weight, weights.bias).chunk(2, dim=-1)
+        gate, up = weights.times(x).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def attention(
@@ -68,8 +86,9 @@ class ReferenceOps:
         norms: tuple[Tensor, Tensor] | None,
         epsilon: float,
     ) -> Tensor:
-        sizes = (heads.query, heads.kv, heads.kv)
-        query, key, value = qkv.view(len(qkv), sum(sizes), heads.dim).split(sizes, dim=1)
+        sizes = [heads.query, heads.kv, heads.kv]
+        rows = qkv.view(len(qkv), sum(sizes), heads.dim)
+        query, key, value = torch.split(rows, sizes, dim=1)
         if norms is not None:
             query = self.rms_norm(query, norms[0], epsilon)
             key = self.rms_norm(key, norms[1], epsilon)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
 from slipstream.engine.model_config import ModelConfig, ModelError, weight_files
-from slipstream.kernels.ops import Backend, Weights
+from slipstream.kernels.ops import Backend
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -103,10 +103,12 @@ class _Loader:
     def load(self) -> DecoderWeights:
         config = self._config
         vocabulary = (config.vocab_size, config.hidden_size)
-        embedding = self._matrix("model.embed_tokens.weight", vocabulary)
-        head = embedding
+        table = self._packed(["model.embed_tokens.weight"], [vocabulary])
+        head = embedding = self._backend.table(table)
         if not config.tied_embeddings:
-            head = self._matrix("lm_head.weight", vocabulary)
+            head = self._backend.pack(self._packed(["lm_head.weight"], [vocabulary]))
+        elif self._backend.int8:
+            head = self._backend.pack(table)
         return DecoderWeights(
             embedding=embedding,
             layers=tuple(self._layer(f"model.layers.{i}") for i in range(config.num_layers)),
@@ -125,8 +127,10 @@ class _Loader:
         pack, pack_gated = self._backend.pack, self._backend.pack_gated
         head_norms = None
         if config.qk_norm:
-            names = (f"{attention}.q_norm.weight", f"{attention}.k_norm.weight")
-            head_norms = tuple(self._vector(name, config.head_dim) for name in names)
+            head_norms = (
+                self._vector(f"{attention}.q_norm.weight", config.head_dim),
+                self._vector(f"{attention}.k_norm.weight", config.head_dim),
+            )
         return LayerWeights(
             attention_norm=self._vector(f"{at}.input_layernorm.weight", hidden),
             qkv=pack(*self._linear(qkv, hidden, config.qkv_bias)),
@@ -161,6 +165,3 @@ class _Loader:
 
     def _vector(self, name: str, size: int) -> Tensor:
         return self._packed([name], [(size,)])
-
-    def _matrix(self, name: str, shape: tuple[int, int]) -> Weights:
-        return self._backend.pack(self._packed([name], [shape]))
