@@ -13,6 +13,7 @@ namespace {
 constexpr int kBlockTokens = 16;   // one vector of keys is one KV block
 constexpr int kSpanBlocks = 4;     // blocks between two corrections of the running maximum
 constexpr int kSpanTokens = kSpanBlocks * kBlockTokens;
+constexpr int kWidenRows = 8;      // from more on values are widened to float32 once for all
 constexpr int kTileQueries = 32;   // query rows (positions x heads of one group) that share a K block
 
 template <typename T>
@@ -31,7 +32,7 @@ struct Attention {
 };
 
 struct Tile {
-  int32_t row, first_query, num_queries;
+  int32_t row, first_query, num_queries, first_head, num_heads;
 };
 
 // Of one thread; grows to what its largest tile needs.
@@ -51,14 +52,14 @@ struct Scratch {
   }
 };
 
-// Calls f(constant R, first row) for groups of 8, then 4, 2, 1 rows: fixed sizes stay in registers.
+// Calls f(constant R, first row) for groups of kMost rows and the rest: fixed sizes stay in registers.
 template <int kMost, typename F>
 inline void for_row_groups(int64_t rows, int64_t first, F&& f) {
   while (rows - first >= kMost) {
     f(std::integral_constant<int, kMost>{}, first);
     first += kMost;
   }
-  if constexpr (kMost > 1) for_row_groups<kMost / 2>(rows, first, f);
+  if constexpr (kMost > 1) for_row_groups<kMost - 1>(rows, first, f);
 }
 
 inline vec load_some(const float* p, int64_t count) {
@@ -80,12 +81,6 @@ void load_keys(const T* block, int64_t dim, vec* keys) {
   }
 }
 
-inline const float* as_float(const float* block, int64_t, float*) { return block; }
-inline const float* as_float(const bf16* block, int64_t elements, float* scratch) {
-  for (int64_t i = 0; i < elements; i += kLanes) store(scratch + i, load(block + i));
-  return scratch;
-}
-
 // scores[m][0..16) = query[m] . key[0..16)
 template <typename T>
 void score_block(const T* query, const vec* keys, float* scores, int64_t rows, int64_t dim) {
@@ -102,8 +97,8 @@ void score_block(const T* query, const vec* keys, float* scores, int64_t rows, i
 }
 
 // accumulated[m] += weights[m][0..tokens) @ values[0..tokens)
-template <int V>
-void add_values(const float* weights, const float* values, float* accumulated, int64_t rows,
+template <int V, typename T>
+void add_values(const float* weights, const T* values, float* accumulated, int64_t rows,
                 int64_t dim, int64_t tokens) {
   for_row_groups<4>(rows, 0, [&](auto size, int64_t m) {
     constexpr int R = decltype(size)::value;
@@ -150,65 +145,102 @@ void soften(float* scores, float scale, float* accumulated, float& top, float& t
 }
 
 template <typename T>
+void add_block(const float* weights, const T* values, float* accumulated, int64_t rows, int64_t dim,
+               int64_t tokens) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes)
+    add_values<4>(weights, values + d, accumulated + d, rows, dim, tokens);
+  for (; d < dim; d += kLanes)
+    add_values<1>(weights, values + d, accumulated + d, rows, dim, tokens);
+}
+
+template <typename T>
+inline void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+}
+
+// One KV head's queries meet one span. `first`: their first row in the scratch. Blocks lie anywhere:
+// those of the next span, up to `context`, are asked for one by one while these are computed.
+template <typename T>
 void attend_span(const Attention<T>& a, const int32_t* table, int64_t kv_head, int64_t start,
-                 int64_t end, int64_t first_position, int64_t rows, Scratch& s) {
+                 int64_t context, int64_t first_position, int64_t first, int64_t rows,
+                 Scratch& s) {
+  const int64_t end = std::min(context, start + kSpanTokens);
+  const auto at = [&](const T* base, int64_t t) {
+    return base + table[t / kBlockTokens] * a.block_stride;
+  };
+  const auto ask_for = [&](const T* base, int64_t t) {
+    if (t < context) prefetch(at(base, t), kBlockTokens * a.dim);
+  };
   const int64_t head_stride = kBlockTokens * a.dim;
   const T* keys = a.pool + a.layer_offset + kv_head * head_stride;
   const T* values = keys + a.num_kv_heads * head_stride;
+  const T* queries = reinterpret_cast<const T*>(s.query.data()) + first * a.dim;
+  float* accumulated = &s.accumulated[first * a.dim];
   for (int64_t t = start; t < end; t += kBlockTokens) {
-    load_keys(keys + table[t / kBlockTokens] * a.block_stride, a.dim, s.keys.data());
-    score_block(reinterpret_cast<const T*>(s.query.data()), s.keys.data(), s.scores.data() + (t - start), rows, a.dim);
+    ask_for(keys, t + kSpanTokens);
+    load_keys(at(keys, t), a.dim, s.keys.data());
+    score_block(queries, s.keys.data(), s.scores.data() + (t - start), rows, a.dim);
   }
   for (int64_t m = 0; m < rows; m++)
-    soften(&s.scores[m * kSpanTokens], a.scale, &s.accumulated[m * a.dim], s.top[m], s.total[m],
-           first_position + m / a.group() + 1 - start, a.dim);
+    soften(&s.scores[m * kSpanTokens], a.scale, accumulated + m * a.dim, s.top[first + m],
+           s.total[first + m], first_position + m / a.group() + 1 - start, a.dim);
   for (int64_t t = start; t < end; t += kBlockTokens) {
     // Never touch values beyond the context: the slots may hold anything, and 0 * NaN is NaN.
     const int64_t tokens = std::min<int64_t>(kBlockTokens, end - t);
-    const float* block = as_float(values + table[t / kBlockTokens] * a.block_stride, tokens * a.dim,
-                                  s.values.data());
+    const T* block = at(values, t);
+    ask_for(values, t + kSpanTokens);
     const float* weights = s.scores.data() + (t - start);
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= a.dim; d += 4 * kLanes)
-      add_values<4>(weights, block + d, &s.accumulated[d], rows, a.dim, tokens);
-    for (; d < a.dim; d += kLanes)
-      add_values<1>(weights, block + d, &s.accumulated[d], rows, a.dim, tokens);
+    if (sizeof(T) == sizeof(float) || rows <= kWidenRows) {
+      add_block(weights, block, accumulated, rows, a.dim, tokens);
+      continue;
+    }
+    for (int64_t i = 0; i < tokens * a.dim; i += kLanes) store(&s.values[i], load(block + i));
+    add_block(weights, s.values.data(), accumulated, rows, a.dim, tokens);
   }
 }
 
 template <typename T>
-void attend_tile(const Attention<T>& a, Tile tile, int64_t kv_head, Scratch& s) {
+void attend_tile(const Attention<T>& a, const Tile& tile, Scratch& s) {
   const int64_t group = a.group(), rows = tile.num_queries * group;
   const int64_t num_queries = a.query_starts[tile.row + 1] - a.query_starts[tile.row];
   const int64_t first_position = a.context_lengths[tile.row] - num_queries + tile.first_query;
-  const int64_t end = first_position + tile.num_queries;
+  const int64_t context = first_position + tile.num_queries;
   const int64_t first_token = a.query_starts[tile.row] + tile.first_query;
-  s.prepare(rows, a.dim);
+  s.prepare(tile.num_heads * rows, a.dim);
   T* queries = reinterpret_cast<T*>(s.query.data());
-  for (int64_t m = 0; m < rows; m++) {
-    const T* query = a.query + (first_token + m / group) * a.query_stride +
-                     (kv_head * group + m % group) * a.dim;
-    std::memcpy(queries + m * a.dim, query, a.dim * sizeof(T));
-  }
+  // Of the m-th row of the scratch: rows of one KV head after those of another.
+  const auto token = [&](int64_t m) { return first_token + m % rows / group; };
+  const auto head = [&](int64_t m) { return (tile.first_head + m / rows) * group + m % group; };
+  for (int64_t m = 0; m < tile.num_heads * rows; m++)
+    std::memcpy(queries + m * a.dim, a.query + token(m) * a.query_stride + head(m) * a.dim,
+                a.dim * sizeof(T));
   const int32_t* table = a.block_tables + tile.row * a.max_blocks;
-  for (int64_t start = 0; start < end; start += kSpanTokens)
-    attend_span(a, table, kv_head, start, std::min(end, start + kSpanTokens), first_position, rows,
-                s);
-  for (int64_t m = 0; m < rows; m++) {
-    T* out = a.out + ((first_token + m / group) * a.num_heads + kv_head * group + m % group) * a.dim;
+  for (int64_t start = 0; start < context; start += kSpanTokens)
+    for (int64_t h = 0; h < tile.num_heads; h++)
+      attend_span(a, table, tile.first_head + h, start, context, first_position, h * rows, rows, s);
+  for (int64_t m = 0; m < tile.num_heads * rows; m++) {
+    T* out = a.out + (token(m) * a.num_heads + head(m)) * a.dim;
     for (int64_t d = 0; d < a.dim; d += kLanes)
       store(out + d, load(&s.accumulated[m * a.dim + d]) / s.total[m]);
   }
 }
 
-// In the order in which they are taken: a prompt's last tiles are its longest.
-std::vector<Tile> tiles_of(const int32_t* query_starts, int64_t num_rows, int64_t group) {
+// In the order in which they are taken: a prompt's last tiles are its longest. All KV heads of a row
+// go together, for their blocks are adjacent, unless that made too few tiles.
+std::vector<Tile> tiles_of(const int32_t* query_starts, int64_t num_rows, int64_t group,
+                           int64_t num_kv_heads, int64_t wanted) {
   const int32_t most = int32_t(std::max<int64_t>(1, kTileQueries / group));
+  int64_t count = 0;
+  for (int64_t row = 0; row < num_rows; row++)
+    count += (query_starts[row + 1] - query_starts[row] + most - 1) / most;
+  const int32_t heads = count < wanted ? 1 : int32_t(num_kv_heads);
   std::vector<Tile> tiles;
   for (int32_t row = 0; row < num_rows; row++) {
     const int32_t num_queries = query_starts[row + 1] - query_starts[row];
     for (int32_t first = 0; first < num_queries; first += most)
-      tiles.push_back({row, first, std::min(most, num_queries - first)});
+      for (int32_t head = 0; head < num_kv_heads; head += heads)
+        tiles.push_back({row, first, std::min(most, num_queries - first), head, heads});
   }
   std::reverse(tiles.begin(), tiles.end());
   return tiles;

@@ -40,6 +40,7 @@ struct Step {
 };
 
 constexpr int64_t kChunkRows = 64;  // of a product's rows in one chunk
+constexpr int64_t kTilesPerThread = 3;  // below that a tile is one KV head
 constexpr int64_t kRowsElements = 2048;  // elements in one chunk of what goes row by row
 
 template <typename T>
@@ -151,14 +152,14 @@ class Typed {
     }
   }
 
-  void attend(const Tile& tile, int64_t kv_head, Scratch& scratch) const {
+  void attend(const Tile& tile, Scratch& scratch) const {
     attend_tile(
         Attention<T>{at(op.in, 0, 0), at(op.out, 0, 0), static_cast<const T*>(step.pool),
                      step.block_tables, step.query_starts, step.context_lengths, step.rows,
                      step.max_blocks, op.heads, op.kv_heads, op.head_dim,
                      (op.heads + 2 * op.kv_heads) * op.head_dim, step.block_stride,
                      op.layer * step.layer_stride, op.number},
-        tile, kv_head, scratch);
+        tile, scratch);
   }
 
  private:
@@ -230,9 +231,10 @@ class Program final : public Work {
     step_ = step;
     tiles_.clear();
     for (const Op& op : ops_)
-      if (op.kind == kAttend && !tiles_.count(op.heads / op.kv_heads))
-        tiles_[op.heads / op.kv_heads] =
-            tiles_of(step.query_starts, step.rows, op.heads / op.kv_heads);
+      if (op.kind == kAttend && !tiles_.count({op.heads, op.kv_heads}))
+        tiles_[{op.heads, op.kv_heads}] = tiles_of(step.query_starts, step.rows,
+                                                   op.heads / op.kv_heads, op.kv_heads,
+                                                   kTilesPerThread * team_.threads());
     team_.run(*this, int64_t(ops_.size()));
   }
 
@@ -242,7 +244,7 @@ class Program final : public Work {
     switch (op.kind) {
       case kLinear: return blocks(rows, kChunkRows) * blocks(panels(op), kTilePanels);
       case kGated: return blocks(rows, kChunkRows) * blocks(op.outputs, kLanes);
-      case kAttend: return int64_t(tiles(op).size()) * op.kv_heads;
+      case kAttend: return int64_t(tiles(op).size());
       default: return blocks(rows, at_a_time(op));
     }
   }
@@ -259,7 +261,7 @@ class Program final : public Work {
   static int64_t at_a_time(const Op& op) {
     return std::max<int64_t>(1, kRowsElements / std::max<int64_t>({op.inputs, op.outputs, 1}));
   }
-  const std::vector<Tile>& tiles(const Op& op) const { return tiles_.at(op.heads / op.kv_heads); }
+  const std::vector<Tile>& tiles(const Op& op) const { return tiles_.at({op.heads, op.kv_heads}); }
 
   template <typename Ops>
   void run_typed(const Ops& typed, const Op& op, int64_t chunk, int thread) const {
@@ -276,15 +278,14 @@ class Program final : public Work {
       case kLinear: return typed.linear(begin, end, column * kTilePanels);
       case kGated: return typed.gated(begin, end, column * 2);
       case kRotate: return typed.rotate(begin, end);
-      case kAttend:
-        return typed.attend(tiles(op)[chunk / op.kv_heads], chunk % op.kv_heads, scratch_[thread]);
+      case kAttend: return typed.attend(tiles(op)[chunk], scratch_[thread]);
     }
   }
 
   Team& team_;
   std::vector<Op> ops_;
   Step step_{};
-  std::map<int64_t, std::vector<Tile>> tiles_;
+  std::map<std::pair<int64_t, int64_t>, std::vector<Tile>> tiles_;
   mutable std::vector<Scratch> scratch_;
 };
 
