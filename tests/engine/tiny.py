@@ -22,7 +22,7 @@ from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.engine.batch import build_batch
 from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
-from slipstream.engine.runner import Runner, allocate_pool
+from slipstream.engine.runner import Runner, allocate_pool, choose_backend
 from slipstream.engine.weights import load_weights
 from slipstream.types import BLOCK_TOKENS, SamplingParams
 
@@ -142,8 +142,10 @@ class Bench:
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, blocks: int = 64) -> None:
         self.config = ModelConfig.read(folder)
-        weights = load_weights(folder, self.config, dtype, torch.device("cpu"))
-        self.decoder = Decoder(self.config, weights)
+        device = torch.device("cpu")
+        self.backend = choose_backend(self.config, dtype, device)
+        weights = load_weights(folder, self.config, dtype, device, self.backend)
+        self.decoder = Decoder(self.config, weights, self.backend)
         name: Any = str(dtype).removeprefix("torch.")
         self.pool = allocate_pool(self.config.kv_layout(name), blocks).fill_(torch.nan)
         self.taken: set[int] = set()
@@ -159,7 +161,7 @@ class Bench:
         ]
         batch = build_batch(rows, [row.tokens for row in rows], torch.device("cpu"))
         with torch.inference_mode():
-            return self.decoder.forward(batch, self.pool)
+            return self.decoder.forward(batch, self.pool).clone()
 
 
 def greedy(max_tokens: int = 1000, **changes: Any) -> SamplingParams:

@@ -1,36 +1,79 @@
-"""The compiled kernels against the reference, over shapes that people do not think of."""
+"""The compiled operations against the reference, over shapes that people do not think of."""
 
+import ctypes
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import Tensor
 
-from slipstream.kernels import cpu, ops, reference
+from slipstream.kernels import cpu
+from slipstream.kernels.build import default_cache_dir
+from slipstream.kernels.ops import Backend, ForwardBatch, Heads, Model
+from slipstream.kernels.program import CpuBackend
+from slipstream.kernels.reference import Reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 1.6e-2)}
-SEEDS = range(25)
+SEEDS = range(15)
 BLOCK_TOKENS = 16
+EPSILON = 1e-5
 
-Case = tuple[tuple[object, ...], dict[str, object]]
+Case: TypeAlias = tuple[Callable[[Backend], Model], ForwardBatch, Tensor, Tensor, Tensor]
+"""A model on a backend, and one step's arguments: batch, cosine, sine, pool."""
 
 
-@pytest.fixture(scope="session")
-def compiled() -> cpu.CpuKernels:
-    kernels = cpu.kernels()
-    if kernels is None:
+@pytest.fixture(scope="session", params=["native", "portable"])
+def compiled(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """For this CPU, and for one that has nothing of what this one may have."""
+    if cpu.kernels() is None:
         pytest.skip("no C++ compiler here")
-    return kernels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIPSTREAM_CPU_KERNELS", request.param)
+        return cpu.load(default_cache_dir())
+
+
+def batch_of(num_tokens: int, samples: list[int], **tensors: Tensor) -> ForwardBatch:
+    """The i-th token is i, so that `embed` of any matrix brings it in."""
+    one_row = {
+        "positions": torch.arange(num_tokens),
+        "slots": torch.arange(num_tokens),
+        "block_tables": torch.zeros(1, 1, dtype=torch.int32),
+        "query_starts": torch.tensor([0, num_tokens], dtype=torch.int32),
+        "context_lengths": torch.tensor([num_tokens], dtype=torch.int32),
+    }
+    return ForwardBatch(
+        tokens=torch.arange(num_tokens),
+        sample_indices=torch.tensor(samples, dtype=torch.int64),
+        **{**one_row, **tensors},
+    )
+
+
+def brought_in(x: Tensor, then: Callable[[Any, Any], Any]) -> Callable[[Backend], Model]:
+    def build(backend: Backend) -> Model:
+        packed = backend.table(x)
+        return lambda ops: then(ops, ops.embed(packed))
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of torch, which would wait for its own at each of the reference's many small operations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Draw:
-    """Random arguments of one operation from one seed."""
+    """A small model around one operation, and random arguments, from one seed."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.random = random.Random(seed)
@@ -40,94 +83,134 @@ class Draw:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
-    def strided(self, tokens: int, heads: int, dim: int) -> Tensor:
-        """Heads from the middle of a wider row, as the packed projection leaves them."""
-        before, after = self.random.choice([(0, 0), (1, 2), (3, 0)])
-        return self.normal(tokens, before + heads + after, dim)[:, before : before + heads]
+    def tokens(self) -> int:
+        return self.random.choice([1, 2, 3, 7, 8, 9, 33, 65, 130])
 
-    def heads(self) -> tuple[int, int, int]:
-        """Heads, KV heads, head_dim."""
-        kv_heads = self.random.choice([1, 2, 3, 5, 8])
-        group = self.random.choice([1, 2, 3, 7, 40])
-        return kv_heads * group, kv_heads, self.random.choice([16, 24, 64, 80, 96, 128, 256])
+    def size(self) -> int:
+        return self.random.choice([16, 32, 48, 64, 80, 576, 1024])
+
+    def plain(self, build: Callable[[Backend], Model], num_tokens: int) -> Case:
+        order = self.random.sample(range(num_tokens), self.random.randint(0, num_tokens))
+        nothing = torch.zeros(num_tokens, 8)
+        pool = torch.zeros(1, 1, 2, 1, BLOCK_TOKENS, 16, dtype=self.dtype)
+        return build, batch_of(num_tokens, order), nothing, nothing, pool
+
+    def embed(self) -> Case:
+        count, width = self.tokens(), self.size()
+        table = self.normal(count + 5, width)
+        return self.plain(brought_in(table, lambda ops, x: x), count)
+
+    def take(self) -> Case:
+        count, width = self.tokens(), self.size()
+        table = self.normal(count, width)
+        return self.plain(brought_in(table, lambda ops, x: ops.take(x)), count)
 
     def rms_norm(self) -> Case:
-        tokens, dim = self.random.choice([1, 2, 33]), self.random.choice([16, 40, 64, 576, 1024])
-        if self.random.random() < 0.3:
-            return (self.strided(tokens, 3, dim), self.normal(dim), 1e-5), {}
-        x = self.normal(tokens, dim)
-        residual = self.normal(tokens, dim) if self.random.random() < 0.5 else None
-        return (x, self.normal(dim), 1e-6), {"residual": residual}
+        count, width = self.tokens(), self.size()
+        x, weight = self.normal(count, width), self.normal(width)
+        model = brought_in(x, lambda ops, x: ops.rms_norm(x, weight, EPSILON))
+        return self.plain(model, count)
 
-    def silu_and_mul(self) -> Case:
-        tokens, dim = self.random.choice([1, 2, 65]), self.random.choice([16, 24, 96, 1536])
-        return (10 * self.normal(tokens, 2 * dim),), {}
+    def rms_norm_of_a_sum(self) -> Case:
+        """And the sum stays in the residual."""
+        count, width = self.tokens(), self.size()
+        x, y, weight = self.normal(count, width), self.normal(count, width), self.normal(width)
+        wants_sum = self.random.random() < 0.5
 
-    def rotary(self) -> Case:
-        heads, _, dim = self.heads()
-        tokens = self.random.choice([1, 2, 65])
-        angles = 7 * torch.randn(tokens, dim // 2, generator=self.generator)
-        return (self.strided(tokens, heads, dim), angles.cos(), angles.sin()), {}
+        def build(backend: Backend) -> Model:
+            packed = backend.table(x), backend.table(y)
 
-    def write_kv(self) -> Case:
-        _, kv_heads, dim = self.heads()
-        tokens = self.random.choice([1, 2, 65])
-        pool = self.normal(9, 3, 2, kv_heads, BLOCK_TOKENS, dim)
-        slots = torch.randperm(9 * BLOCK_TOKENS, generator=self.generator)[:tokens]
-        key, value = (self.strided(tokens, kv_heads, dim) for _ in range(2))
-        return (key, value, pool, self.random.randrange(3), slots), {}
+            def model(ops: Any) -> Any:
+                delta, stream = map(ops.embed, packed)
+                normed = ops.rms_norm(delta, weight, EPSILON, stream)
+                return stream if wants_sum else normed
 
-    def paged_attention(self) -> Case:
-        heads, kv_heads, dim = self.heads()
+            return model
+
+        return self.plain(build, count)
+
+    def linear(self) -> Case:
+        count, inputs = self.tokens(), self.size()
+        outputs = self.random.choice([1, 15, 16, 17, 48, 49, 96, 199, 576])
+        x, weight = self.normal(count, inputs), self.normal(outputs, inputs) / inputs**0.5
+        bias = self.normal(outputs) if self.random.random() < 0.5 else None
+        wide = self.random.random() < 0.3
+
+        def build(backend: Backend) -> Model:
+            packed = backend.table(x), backend.pack(weight, bias)
+            return lambda ops: ops.linear(ops.embed(packed[0]), packed[1], wide)
+
+        return self.plain(build, count)
+
+    def gated(self) -> Case:
+        count, inputs, outputs = self.tokens(), self.size(), self.size()
+        x, weight = self.normal(count, inputs), self.normal(2 * outputs, inputs) / inputs**0.5
+        bias = self.normal(2 * outputs) if self.random.random() < 0.5 else None
+
+        def build(backend: Backend) -> Model:
+            packed = backend.table(x), backend.pack_gated(weight, bias)
+            return lambda ops: ops.gated(ops.embed(packed[0]), packed[1])
+
+        return self.plain(build, count)
+
+    def attention(self) -> Case:
+        kv_heads = self.random.choice([1, 2, 3, 5])
+        group = self.random.choice([1, 2, 3, 7, 40])
+        heads = Heads(kv_heads * group, kv_heads, self.random.choice([16, 32, 64, 80, 96, 128]))
         rows = self.random.choice([1, 2, 5])
         contexts = [self.random.choice([1, 2, 15, 16, 17, 63, 64, 65, 150]) for _ in range(rows)]
-        counts = [
-            self.random.choice([1, 1, 2, context, max(1, context // 2)]) for context in contexts
-        ]
-        counts = [min(count, context) for count, context in zip(counts, contexts, strict=True)]
-        width = max(-(-context // BLOCK_TOKENS) for context in contexts) + self.random.choice(
-            [0, 2]
-        )
+        counts = [min(self.random.choice([1, 1, 2, 99, c // 2 + 1]), c) for c in contexts]
+        width = -(-max(contexts) // BLOCK_TOKENS) + self.random.choice([0, 2])
         tables = torch.randperm(rows * width, generator=self.generator).int().view(rows, width)
-        pool = self.normal(rows * width, 2, 2, kv_heads, BLOCK_TOKENS, dim)
-        for row, context in enumerate(contexts):  # what is beyond a context may be anything
-            for index in range(context, width * BLOCK_TOKENS):
-                pool[tables[row, index // BLOCK_TOKENS], :, :, :, index % BLOCK_TOKENS] = torch.nan
-        starts = torch.tensor([0, *counts]).cumsum(0).int()
-        query = self.strided(sum(counts), heads, dim)
-        lengths = torch.tensor(contexts, dtype=torch.int32)
-        return (query, pool, self.random.randrange(2), tables, starts, lengths, dim**-0.5), {}
+        layer = self.random.randrange(2)
+        pool = self.normal(rows * width, 2, 2, kv_heads, BLOCK_TOKENS, heads.dim)
+        slots = []
+        for row, (count, context) in enumerate(zip(counts, contexts, strict=True)):
+            at = [int(tables[row, i // 16]) * 16 + i % 16 for i in range(width * BLOCK_TOKENS)]
+            slots += at[context - count : context]
+            for slot in at[context - count :]:  # what is not yet written may be anything
+                pool[slot // 16, :, :, :, slot % 16] = torch.nan
+        norms = (self.normal(heads.dim), self.normal(heads.dim))
+        chosen = norms if self.random.random() < 0.5 else None
+        x = self.normal(sum(counts), (heads.query + 2 * kv_heads) * heads.dim)
+        angles = 7 * torch.randn(sum(counts), heads.dim // 2, generator=self.generator)
+        batch = batch_of(
+            sum(counts),
+            [],
+            slots=torch.tensor(slots),
+            block_tables=tables,
+            query_starts=torch.tensor([0, *counts]).cumsum(0).int(),
+            context_lengths=torch.tensor(contexts, dtype=torch.int32),
+        )
+
+        build = brought_in(x, lambda ops, x: ops.attention(x, heads, layer, chosen, EPSILON))
+        return build, batch, angles.cos(), angles.sin(), pool
 
 
-def copy_of(case: Case) -> Case:
-    """A deep copy that keeps the strides."""
-
-    def twin(value: object) -> object:
-        if not isinstance(value, Tensor) or value._base is None:
-            return value.clone() if isinstance(value, Tensor) else value
-        base = value._base.clone()
-        return base.as_strided(value.shape, value.stride(), value.storage_offset())
-
-    return tuple(map(twin, case[0])), {key: twin(value) for key, value in case[1].items()}
+CASES = [name for name in vars(Draw) if name not in ("normal", "tokens", "size", "plain")]
+CASES = [name for name in CASES if not name.startswith("_")]
 
 
-def outcome(function: Callable[..., Tensor | None], case: Case) -> list[Tensor]:
-    """Everything that the call may have changed, and its result."""
-    result = function(*case[0], **case[1])
-    tensors = [value for value in (*case[0], *case[1].values()) if isinstance(value, Tensor)]
-    return tensors if result is None else [result, *tensors]
+def outcome(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
+    """The result, and the pool afterwards."""
+    build, batch, cosine, sine, pool = case
+    pool = pool.clone()
+    result = backend.compile(build(backend))(batch, cosine, sine, pool)
+    return result.clone(), pool
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ops.OPS)
-def test_compiled_kernels_agree_with_the_reference(
-    compiled: cpu.CpuKernels, name: str, dtype: torch.dtype
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_operations_agree_with_the_reference(
+    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, threads: int, int8: bool
 ) -> None:
     relative, absolute = TOLERANCE[dtype]
+    backend = CpuBackend(compiled, threads, dtype, int8)
     for seed in SEEDS:
         case = getattr(Draw(seed, dtype), name)()
-        expected = outcome(getattr(reference, name), copy_of(case))
-        actual = outcome(getattr(compiled, name), copy_of(case))
+        expected, actual = outcome(Reference(int8), case), outcome(backend, case)
         for one, other in zip(expected, actual, strict=True):
             torch.testing.assert_close(
                 other,
@@ -137,56 +220,73 @@ def test_compiled_kernels_agree_with_the_reference(
                 equal_nan=True,
                 msg=lambda text, seed=seed: f"{name}, seed {seed}: {text}",
             )
-        if name == "paged_attention":
+        if name == "attention":
             assert not actual[0].isnan().any(), f"seed {seed}: garbage beyond a context leaked in"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-def test_attention_does_not_depend_on_chunks_or_neighbours(
-    compiled: cpu.CpuKernels, dtype: torch.dtype
+@pytest.mark.parametrize("name", ["linear", "gated", "rms_norm"])
+def test_a_row_does_not_depend_on_its_neighbours(
+    compiled: ctypes.CDLL, name: str, dtype: torch.dtype
 ) -> None:
-    """Bit by bit: a whole prompt, the same prompt token by token, and two of them in one batch."""
-    draw = Draw(7, dtype)
-    context, heads, kv_heads, dim = 150, 6, 2, 64
-    pool = draw.normal(24, 1, 2, kv_heads, BLOCK_TOKENS, dim)
-    tables = torch.randperm(24, generator=draw.generator).int()[:20].view(2, 10)
-    query = draw.normal(2 * context, heads, dim)
-
-    def attend(rows: list[tuple[int, int, int]]) -> Tensor:
-        """Rows of (request, first query, end)."""
-        tokens = torch.cat([query[r * context :][first:end] for r, first, end in rows])
-        starts = torch.tensor([0, *(end - first for _, first, end in rows)]).cumsum(0).int()
-        lengths = torch.tensor([end for _, _, end in rows]).int()
-        table = tables[torch.tensor([r for r, _, _ in rows])].contiguous()
-        return compiled.paged_attention(tokens, pool, 0, table, starts, lengths, dim**-0.5)
-
-    whole = attend([(0, 0, context)])
-    single = torch.cat([attend([(0, i, i + 1)]) for i in range(context)])
-    mixed = attend([(1, 90, 150), (0, 0, 37), (0, 37, context), (1, 3, 4)])
-    assert torch.equal(whole, single)
-    assert torch.equal(whole, mixed[60 : 60 + context])
+    """Bit by bit, alone and in the batch."""
+    backend = CpuBackend(compiled, 2, dtype)
+    for seed in SEEDS:
+        build, batch, *rest = getattr(Draw(seed, dtype), name)()
+        forward = backend.compile(build(backend))
+        together = forward(batch, *rest).clone()
+        for row in range(0, len(batch.tokens), 7):
+            alone = batch_of(1, [])
+            alone.tokens[0] = row
+            assert torch.equal(forward(alone, *rest)[0], together[row]), f"seed {seed}, row {row}"
 
 
-def test_a_nan_in_the_context_is_not_hidden(compiled: cpu.CpuKernels) -> None:
+def test_threads_that_come_late_change_nothing(compiled: ctypes.CDLL) -> None:
+    """Many short turns by more threads than cores: a helper is often one or more turns behind."""
+    backend = CpuBackend(compiled, 6, torch.float32)
+    build, batch, *rest = Draw(4, torch.float32).linear()
+    forward = backend.compile(build(backend))
+    wanted = forward(batch, *rest).clone()
+    for _ in range(3000):
+        assert torch.equal(forward(batch, *rest), wanted)
+
+
+def test_a_nan_in_the_context_is_not_hidden(compiled: ctypes.CDLL) -> None:
+    backend = CpuBackend(compiled, 1, torch.float32)
+    heads = Heads(1, 1, 16)
+    packed = backend.pack(torch.ones(1, 48))
+    forward = backend.compile(lambda ops: ops.attention(ops.embed(packed), heads, 0, None, EPSILON))
+    batch = batch_of(
+        1,
+        [],
+        slots=torch.tensor([19]),
+        block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
+        context_lengths=torch.tensor([20], dtype=torch.int32),
+    )
     for place in (0, 1):  # a key, a value
         pool = torch.ones(2, 1, 2, 1, BLOCK_TOKENS, 16)
-        pool[1, 0, place, 0, 3] = torch.nan
-        out = compiled.paged_attention(
-            torch.ones(1, 1, 16),
-            pool,
-            0,
-            torch.tensor([[0, 1]], dtype=torch.int32),
-            torch.tensor([0, 1], dtype=torch.int32),
-            torch.tensor([20], dtype=torch.int32),
-            0.25,
-        )
-        assert out.isnan().any()
+        pool[1, 0, place, 0, 1] = torch.nan
+        assert forward(batch, torch.ones(1, 8), torch.zeros(1, 8), pool).isnan().any()
+
+
+def test_few_buffers_serve_a_deep_model(compiled: ctypes.CDLL) -> None:
+    backend = CpuBackend(compiled, 1, torch.float32)
+    packed, weight = backend.pack(torch.eye(16)), torch.ones(16)
+
+    def model(ops: Any) -> Any:
+        x = ops.embed(packed)
+        for _ in range(50):
+            x = ops.rms_norm(ops.linear(x, packed), weight, EPSILON)
+        return x
+
+    forward: Any = backend.compile(model)
+    assert len(forward._slots) <= 3
 
 
 # --- Building -------------------------------------------------------------------------------------
 
 
-def test_a_build_is_kept_and_found_again(tmp_path: Path, compiled: cpu.CpuKernels) -> None:
+def test_a_build_is_kept_and_found_again(tmp_path: Path, compiled: ctypes.CDLL) -> None:
     cpu.load(tmp_path)
     built = list(tmp_path.iterdir())
     assert len(built) == 1 and built[0].suffix == ".so"
@@ -224,12 +324,9 @@ def test_a_failed_build_is_loud_and_falls_back(
 
 
 def test_kernels_can_be_switched_off() -> None:
-    script = (
-        "import torch; from slipstream.kernels import cpu, ops; assert cpu.kernels() is None;"
-        "print(ops.silu_and_mul(torch.zeros(1, 32)).shape)"
-    )
+    script = "from slipstream.kernels import cpu; assert cpu.kernels() is None; print('off')"
     environment = {**os.environ, "SLIPSTREAM_CPU_KERNELS": "0", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "torch.Size([1, 16])"
+    assert done.stdout.strip() == "off"

@@ -9,12 +9,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno")
+PORTABLE = "portable"
+"""As `SLIPSTREAM_CPU_KERNELS`: for any CPU of this kind, without what this one has beyond that."""
 _TIMEOUT_S = 120
 
 
 class BuildError(RuntimeError):
     """The kernels could not be compiled or loaded; one line that says why."""
+
+
+def march() -> tuple[str, ...]:
+    return () if os.environ.get("SLIPSTREAM_CPU_KERNELS") == PORTABLE else ("-march=native",)
 
 
 def wanted() -> bool:
@@ -41,7 +47,7 @@ def build(
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         raise BuildError("no C++ compiler (g++) in PATH")
-    flags, link = (*FLAGS, *flags), ("-shared", *link)
+    flags, link = (*FLAGS, *march(), *flags), ("-shared", *link)
     key = _build_key(compiler, (source, *headers), (*flags, *link))
     path = cache_dir / f"{source.stem.removesuffix('_kernels')}-{key}.so"
     if path.exists():

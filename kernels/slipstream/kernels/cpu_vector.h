@@ -19,6 +19,8 @@ typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t hvec __attribute__((vector_size(32)));
 typedef uint16_t hvec_u __attribute__((vector_size(32), aligned(2), may_alias));
 
+typedef uint8_t bvec_u __attribute__((vector_size(16), aligned(1), may_alias));
+
 struct bf16 {
   uint16_t bits;
 };
@@ -58,16 +60,20 @@ inline void store_one(bf16* p, float x) {
   p->bits = x == x ? uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7FC0);
 }
 
+// Folds 16 lanes into one: halves, then halves of these.
+template <typename F>
+inline float fold(vec x, F&& f) {
+  x = f(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = f(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = f(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  x = f(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return x[0];
+}
 inline float sum(vec x) {
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (int i = 0; i < kLanes; i++) total += x[i];
-  return total;
+  return fold(x, [](vec a, vec b) { return a + b; });
 }
 inline float maximum(vec x) {
-  float top = x[0];
-  for (int i = 1; i < kLanes; i++) top = std::max(top, x[i]);
-  return top;
+  return fold(x, [](vec a, vec b) { return a > b ? a : b; });
 }
 
 // exp to about 1 ulp (Cephes' expf): 2^n by the exponent bits, the rest by a polynomial.

@@ -1,116 +1,131 @@
-"""The operations that model code is made of, apart from matrix products.
+"""What a model is written in: a handful of operations, each with one meaning and several makers.
 
-`OPS` names them all. Each has a reference in plain torch, which specifies it; on a CPU a compiled
-kernel takes over where there is one (see `cpu`). Tensors are float32 or bfloat16 throughout; sums
-are float32. The token dimension may be strided, everything behind it is contiguous: the packed
-output of the query-key-value projection is used in place.
+`reference` computes them at once in plain torch; that is the specification, and what serves where
+nothing faster does. `program` writes them down once and has them run by compiled kernels. Tensors
+are float32 or bfloat16 throughout; sums are float32, and each result is rounded once.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
-from slipstream.kernels import cpu, reference
+Value: TypeAlias = Any
+"""What an operation yields: a tensor, or the promise of one; rows are tokens or samples."""
+Weights: TypeAlias = Any
+"""A matrix as its backend wants it."""
 
 
-class Kernels(Protocol):
-    """One implementation of all operations; `reference` is another."""
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Rows one after another; T tokens, R rows, S of them sample."""
+
+    tokens: Tensor
+    """int64 [T]"""
+    positions: Tensor
+    """int64 [T], from 0 at the beginning of each request"""
+    slots: Tensor
+    """int64 [T]: where each token's key and value go, block id * BLOCK_TOKENS + offset"""
+    block_tables: Tensor
+    """int32 [R, longest table], padded with 0"""
+    query_starts: Tensor
+    """int32 [R + 1]: a row's tokens are query_starts[r] .. query_starts[r + 1]"""
+    context_lengths: Tensor
+    """int32 [R]: tokens of the request after this step"""
+    sample_indices: Tensor
+    """int64 [S]: last token of each row that samples"""
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `[rows, dim]` as int8, and their scales, float32 `[rows, 1]`."""
+    wide = x.float()
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (wide * (1 / scale)).round().to(torch.int8), scale
+
+
+class Heads(NamedTuple):
+    """Query head h reads KV head h // (query / kv)."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+class Ops(Protocol):
+    """One step of one batch; `model(ops)` says what is computed, and yields the logits."""
+
+    def embed(self, table: Weights) -> Value:
+        """Rows of a packed `[vocab, hidden]` by the batch's tokens: `[T, hidden]`."""
+
+    def take(self, x: Value) -> Value:
+        """The rows that sample: `[T, dim]` -> `[S, dim]`."""
 
     def rms_norm(
-        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
-    ) -> Tensor: ...
-    def silu_and_mul(self, x: Tensor) -> Tensor: ...
-    def rotary(self, x: Tensor, cosine: Tensor, sine: Tensor) -> None: ...
-    def write_kv(
-        self, key: Tensor, value: Tensor, pool: Tensor, layer: int, slots: Tensor
-    ) -> None: ...
-    def paged_attention(
+        self, x: Value, weight: Tensor, epsilon: float, residual: Value | None = None
+    ) -> Value:
+        """`weight * x / sqrt(mean(x^2) + epsilon)` over the last dimension, as a new value.
+
+        With `residual` x is added to it in place first, and the sum is normalised. The result is
+        rounded before the weight is applied, as in Llama.
+        Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+        """
+
+    def linear(self, x: Value, weights: Weights, wide: bool = False) -> Value:
+        """`x @ weight.T + bias`; `wide`: float32, not rounded."""
+
+    def gated(self, x: Value, weights: Weights) -> Value:
+        """`silu(x @ gate.T) * (x @ up.T)` of what `pack_gated` packed.
+
+        Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+        """
+
+    def attention(
         self,
-        query: Tensor,
-        pool: Tensor,
+        qkv: Value,
+        heads: Heads,
         layer: int,
-        block_tables: Tensor,
-        query_starts: Tensor,
-        context_lengths: Tensor,
-        scale: float,
-    ) -> Tensor: ...
+        norms: tuple[Tensor, Tensor] | None,
+        epsilon: float,
+    ) -> Value:
+        """Causal attention over KV blocks, read where they lie, of packed `[query | key | value]`.
+
+        Queries and keys are normalised by `norms` if there are some, and rotated in place by each
+        token's angles: dimension i pairs with i + dim / 2, as in checkpoints of Hugging Face. Keys
+        and values are written to the batch's slots; then each query attends to its request's
+        context up to itself, scaled by dim ** -0.5. Slots beyond a context may hold anything, NaN
+        too. Returns `[T, query * dim]`.
+        Source: Su et al., "RoFormer", 2021; Kwon et al., "PagedAttention", 2023; online softmax:
+        Dao et al., "FlashAttention", 2022.
+        """
 
 
-def _kernels(x: Tensor) -> Kernels:
-    if x.is_cuda:
-        return reference
-    return cpu.kernels() or reference
+Model: TypeAlias = Callable[[Ops], Value]
+Forward: TypeAlias = Callable[[ForwardBatch, Tensor, Tensor, Tensor], Tensor]
+"""Of a batch, cosine and sine (float32 `[T, head_dim / 2]`) and the pool: the model's result.
+
+The pool is `[blocks, layers, 2, kv_heads, block_tokens, head_dim]` in the weights' dtype.
+"""
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
-    """`weight * x / sqrt(mean(x^2) + epsilon)` over the last dimension, as a new contiguous tensor.
+class Backend(Protocol):
+    """A maker of the operations, with its own form of weights.
 
-    x: `[tokens, dim]` or `[tokens, heads, dim]`; weight: `[dim]`. With `residual` (shaped like x,
-    contiguous) x is added to it in place first and the sum is normalised. The mean is float32; the
-    result is rounded to x's dtype before the weight is applied, as in Llama.
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    With `int8` matrices that are multiplied with are quantized symmetrically, one scale for each
+    output, and what they are multiplied with as well, one scale for each row, at each step.
     """
-    return _kernels(x).rms_norm(x, weight, epsilon, residual)
 
+    int8: bool
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of packed `[gate | up]`: `[tokens, 2 * dim]` -> `[tokens, dim]`.
+    def table(self, weight: Tensor) -> Weights:
+        """`[vocab, dim]` for `embed`; for `linear` too unless `int8`."""
 
-    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
-    """
-    return _kernels(x).silu_and_mul(x)
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Weights:
+        """`[out, in]` and `[out]`. The tensors are not needed any more."""
 
+    def pack_gated(self, weight: Tensor, bias: Tensor | None = None) -> Weights:
+        """`[gate | up]`, one under the other."""
 
-def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    """Rotates `x [tokens, heads, head_dim]` in place by each token's angles.
-
-    cosine, sine: float32 `[tokens, head_dim / 2]`. Dimension i pairs with i + head_dim / 2 (the
-    layout of Hugging Face checkpoints); computed in float32 and rounded once.
-    Source: Su et al., "RoFormer", 2021.
-    """
-    _kernels(x).rotary(x, cosine, sine)
-
-
-def write_kv(key: Tensor, value: Tensor, pool: Tensor, layer: int, slots: Tensor) -> None:
-    """Puts keys and values of new tokens into their slots of the pool.
-
-    key, value: `[tokens, kv_heads, head_dim]`; pool: `[blocks, layers, 2, kv_heads, block_tokens,
-    head_dim]`, same dtype; slots: int64 `[tokens]`, block id * block_tokens + offset.
-    """
-    _kernels(key).write_kv(key, value, pool, layer, slots)
-
-
-def paged_attention(
-    query: Tensor,
-    pool: Tensor,
-    layer: int,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lengths: Tensor,
-    scale: float,
-) -> Tensor:
-    """Causal attention of a mixed batch over KV blocks, read where they lie.
-
-    query: `[tokens, heads, head_dim]`, the rows of the batch one after another; pool: as in
-    `write_kv`, with the keys and values of these tokens in it; block_tables: int32
-    `[rows, blocks]`; query_starts: int32 `[rows + 1]`; context_lengths: int32 `[rows]`, with the
-    new tokens. A row's queries are the last ones of its context. Query head h reads KV head
-    h // (heads / kv_heads).
-    Returns `[tokens, heads, head_dim]`. A query's result depends on nothing but itself and the keys
-    and values before it, not on chunking, nor on other rows (the compiled kernel bit by bit, the
-    reference up to rounding). Slots beyond a context may hold anything, NaN too.
-    Source: Kwon et al., "PagedAttention", 2023; online softmax: Dao et al., "FlashAttention", 2022.
-    """
-    return _kernels(query).paged_attention(
-        query, pool, layer, block_tables, query_starts, context_lengths, scale
-    )
-
-
-OPS: dict[str, Callable[..., Tensor | None]] = {
-    "rms_norm": rms_norm,
-    "silu_and_mul": silu_and_mul,
-    "rotary": rotary,
-    "write_kv": write_kv,
-    "paged_attention": paged_attention,
-}
+    def compile(self, model: Model) -> Forward:
+        """`model` is called now, or at each step; what it does must not depend on which."""

@@ -1,75 +1,135 @@
-"""Every operation in plain torch, written to be read.
+"""Every operation in plain torch, written to be read: the specification, the oracle of the tests,
+and what serves where no faster kernel exists. Shapes and layouts are described in `ops`."""
 
-The specification, the oracle of the tests, and the fall-back where no faster kernel exists. Shapes
-and layouts are described in `ops`.
-"""
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
-    if residual is not None:
-        x = residual.add_(x)
-    wide = x.to(torch.float32)
-    variance = wide.pow(2).mean(-1, keepdim=True)
-    return weight * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
+from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize
 
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    """Of quantized weights: `[out]`."""
+
+    def times(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        levels, scale = quantize(x)
+        out = F.linear(levels.float(), self.weight.float()) * scale * self.scale
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
-def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    first, second = x.float().chunk(2, dim=-1)
-    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
-    rotated = (first * cosine - second * sine, second * cosine + first * sine)
-    x.copy_(torch.cat(rotated, dim=-1))
+class Reference:
+    """A backend that computes at once."""
+
+    def __init__(self, int8: bool = False) -> None:
+        self.int8 = int8
+
+    def table(self, weight: Tensor) -> Matrix:
+        return Matrix(weight)
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+        if not self.int8:
+            return Matrix(weight, bias)
+        levels, scale = quantize(weight)
+        return Matrix(levels, bias, scale.flatten())
+
+    pack_gated = pack
+
+    def compile(self, model: Model) -> Forward:
+        def forward(batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> Tensor:
+            result: Tensor = model(ReferenceOps(batch, cosine, sine, pool))
+            return result
+
+        return forward
 
 
-def write_kv(key: Tensor, value: Tensor, pool: Tensor, layer: int, slots: Tensor) -> None:
-    block_tokens = pool.shape[4]
-    block, offset = slots // block_tokens, slots % block_tokens
-    pool[block, layer, 0, :, offset] = key
-    pool[block, layer, 1, :, offset] = value
+class ReferenceOps:
+    def __init__(self, batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> None:
+        self._batch, self._pool = batch, pool
+        self._cosine, self._sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+
+    def embed(self, table: Matrix) -> Tensor:
+        return F.embedding(self._batch.tokens, table.weight)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x[self._batch.sample_indices]
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+    ) -> Tensor:
+        if residual is not None:
+            x = residual.add_(x)
+        wide = x.to(torch.float32)
+        variance = wide.pow(2).mean(-1, keepdim=True)
+        return weight * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
+
+    def linear(self, x: Tensor, weights: Matrix, wide: bool = False) -> Tensor:
+        out = weights.times(x)
+        return out.float() if wide else out
+
+    def gated(self, x: Tensor, weights: Matrix) -> Tensor:
+        gate, up = weights.times(x).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def attention(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        layer: int,
+        norms: tuple[Tensor, Tensor] | None,
+        epsilon: float,
+    ) -> Tensor:
+        sizes = [heads.query, heads.kv, heads.kv]
+        rows = qkv.view(len(qkv), sum(sizes), heads.dim)
+        query, key, value = torch.split(rows, sizes, dim=1)
+        if norms is not None:
+            query = self.rms_norm(query, norms[0], epsilon)
+            key = self.rms_norm(key, norms[1], epsilon)
+        query, key = self._rotated(query), self._rotated(key)
+        block_tokens = self._pool.shape[4]
+        block, offset = self._batch.slots // block_tokens, self._batch.slots % block_tokens
+        self._pool[block, layer, 0, :, offset] = key
+        self._pool[block, layer, 1, :, offset] = value
+        return self._attend(query, layer).flatten(1)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        rotated = (
+            first * self._cosine - second * self._sine,
+            second * self._cosine + first * self._sine,
+        )
+        return torch.cat(rotated, dim=-1).to(x.dtype)
+
+    def _attend(self, query: Tensor, layer: int) -> Tensor:
+        batch, pool = self._batch, self._pool
+        out = torch.empty_like(query)
+        group = query.shape[1] // pool.shape[3]
+        starts = batch.query_starts.tolist()
+        for row, length in enumerate(batch.context_lengths.tolist()):
+            first, end = starts[row], starts[row + 1]
+            num_blocks = -(-length // pool.shape[4])
+            key, value = _gather(pool, layer, batch.block_tables[row, :num_blocks].long(), length)
+            positions = torch.arange(length - (end - first), length, device=query.device)
+            visible = torch.arange(length, device=query.device) <= positions[:, None]
+            attended = F.scaled_dot_product_attention(
+                query[first:end].transpose(0, 1)[None],
+                key.repeat_interleave(group, 0)[None],
+                value.repeat_interleave(group, 0)[None],
+                attn_mask=visible,
+            )
+            out[first:end] = attended[0].transpose(0, 1)
+        return out
 
 
-def gather_kv(pool: Tensor, layer: int, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _gather(pool: Tensor, layer: int, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Key and value `[kv_heads, length, head_dim]` of one request's context."""
     blocks = pool[block_ids, layer]  # [blocks, 2, kv_heads, block_tokens, head_dim]
     key, value = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length].unbind(0)
     return key, value
-
-
-def paged_attention(
-    query: Tensor,
-    pool: Tensor,
-    layer: int,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lengths: Tensor,
-    scale: float,
-) -> Tensor:
-    num_tokens, num_heads, head_dim = query.shape
-    out = query.new_empty(num_tokens, num_heads, head_dim)
-    group = num_heads // pool.shape[3]
-    starts = query_starts.tolist()
-    for row, length in enumerate(context_lengths.tolist()):
-        first, end = starts[row], starts[row + 1]
-        if first == end:
-            continue
-        num_blocks = -(-length // pool.shape[4])
-        key, value = gather_kv(pool, layer, block_tables[row, :num_blocks].long(), length)
-        positions = torch.arange(length - (end - first), length, device=query.device)
-        visible = torch.arange(length, device=query.device) <= positions[:, None]
-        attended = F.scaled_dot_product_attention(
-            query[first:end].transpose(0, 1)[None],
-            key.repeat_interleave(group, 0)[None],
-            value.repeat_interleave(group, 0)[None],
-            attn_mask=visible,
-            scale=scale,
-        )
-        out[first:end] = attended[0].transpose(0, 1)
-    return out

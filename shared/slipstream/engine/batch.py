@@ -1,34 +1,14 @@
-"""A batch plan as tensors: everything that a forward pass is told about its step."""
+"""A batch plan as tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.core.machine import Row
+from slipstream.kernels.ops import ForwardBatch
 from slipstream.types import BLOCK_TOKENS
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardBatch:
-    """Rows one after another; T tokens, R rows, S of them sample."""
-
-    tokens: Tensor
-    """int64 [T]"""
-    positions: Tensor
-    """int64 [T], from 0 at the beginning of each request"""
-    slots: Tensor
-    """int64 [T]: where each token's key and value go, block id * BLOCK_TOKENS + offset"""
-    block_tables: Tensor
-    """int32 [R, longest table], padded with 0"""
-    query_starts: Tensor
-    """int32 [R + 1]: a row's tokens are query_starts[r] .. query_starts[r + 1]"""
-    context_lengths: Tensor
-    """int32 [R]: tokens of the request after this step"""
-    sample_indices: Tensor
-    """int64 [S]: last token of each row that samples"""
 
 
 def build_batch(

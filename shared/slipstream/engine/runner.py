@@ -14,6 +14,9 @@ from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.sampler import RowError, sample
 from slipstream.engine.weights import load_weights
 from slipstream.kernels import cpu
+from slipstream.kernels.ops import Backend
+from slipstream.kernels.program import PANEL, CpuBackend
+from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvDtype, KvLayout
 from slipstream.types import RequestId
 
@@ -24,6 +27,18 @@ _DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": tor
 def allocate_pool(layout: KvLayout, num_blocks: int) -> Tensor:
     """A pool of zeros in private memory, `[num_blocks, *layout.block_shape]`."""
     return torch.zeros((num_blocks, *layout.block_shape), dtype=_DTYPES[layout.dtype])
+
+
+def choose_backend(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+    """Compiled kernels where they are, built now if they are not yet; else plain torch."""
+    library = cpu.kernels() if device.type == "cpu" else None
+    if library is None:
+        return Reference()
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+    if any(size % PANEL for size in sizes):
+        _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
+        return Reference()
+    return CpuBackend(library, torch.get_num_threads(), dtype)
 
 
 class Runner:
@@ -47,10 +62,10 @@ class Runner:
             raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
         if threads:
             torch.set_num_threads(threads)
-        cpu.kernels()  # built now, not inside of the first request
         self._pool = pool
-        weights = load_weights(model_path, self.config, _DTYPES[dtype], pool.device)
-        self._decoder = Decoder(self.config, weights)
+        backend = choose_backend(self.config, pool.dtype, pool.device)
+        weights = load_weights(model_path, self.config, pool.dtype, pool.device, backend)
+        self._decoder = Decoder(self.config, weights, backend)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: set[tuple[RequestId, int]] = set()
 

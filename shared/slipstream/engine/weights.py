@@ -14,22 +14,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
-from slipstream.engine.linear import Linear
 from slipstream.engine.model_config import ModelConfig, ModelError, weight_files
+from slipstream.kernels.ops import Backend
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_weights(
-    model_path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    model_path: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend,
 ) -> DecoderWeights:
-    """All parameters in `dtype`, in memory of our own.
+    """All parameters in `dtype`, in memory of our own, matrices as `backend` wants them.
 
     ModelError, naming the file: truncated or corrupt files, missing tensors, wrong shapes, tensors
     that the config does not account for (a feature that would silently be left out).
     """
     with _open_checkpoint(Path(model_path)) as checkpoint:
-        weights = _Loader(checkpoint, config, dtype, device).load()
+        weights = _Loader(checkpoint, config, dtype, device, backend).load()
         if unread := checkpoint.unread(config.tied_embeddings):
             raise ModelError(f"{model_path}: config.json does not account for tensor {unread[0]}")
         return weights
@@ -88,24 +92,28 @@ class _Loader:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
+        backend: Backend,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
         self._dtype = dtype
         self._device = device
+        self._backend = backend
 
     def load(self) -> DecoderWeights:
         config = self._config
         vocabulary = (config.vocab_size, config.hidden_size)
-        embedding = self._packed(["model.embed_tokens.weight"], [vocabulary])
-        head = embedding
+        table = self._packed(["model.embed_tokens.weight"], [vocabulary])
+        head = embedding = self._backend.table(table)
         if not config.tied_embeddings:
-            head = self._packed(["lm_head.weight"], [vocabulary])
+            head = self._backend.pack(self._packed(["lm_head.weight"], [vocabulary]))
+        elif self._backend.int8:
+            head = self._backend.pack(table)
         return DecoderWeights(
             embedding=embedding,
             layers=tuple(self._layer(f"model.layers.{i}") for i in range(config.num_layers)),
             norm=self._vector("model.norm.weight", config.hidden_size),
-            lm_head=Linear(head),
+            lm_head=head,
         )
 
     def _layer(self, at: str) -> LayerWeights:
@@ -116,25 +124,35 @@ class _Loader:
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         qkv = [(f"{attention}.{name}_proj", size) for name, size in zip("qkv", (query, key, key))]  # noqa: B905
         gate_up = [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]
+        pack, pack_gated = self._backend.pack, self._backend.pack_gated
+        head_norms = None
+        if config.qk_norm:
+            head_norms = (
+                self._vector(f"{attention}.q_norm.weight", config.head_dim),
+                self._vector(f"{attention}.k_norm.weight", config.head_dim),
+            )
         return LayerWeights(
             attention_norm=self._vector(f"{at}.input_layernorm.weight", hidden),
-            qkv=self._linear(qkv, hidden, config.qkv_bias),
-            q_norm=self._head_norm(f"{attention}.q_norm.weight"),
-            k_norm=self._head_norm(f"{attention}.k_norm.weight"),
-            output=self._linear([(f"{attention}.o_proj", hidden)], query, config.output_bias),
+            qkv=pack(*self._linear(qkv, hidden, config.qkv_bias)),
+            head_norms=head_norms,
+            output=pack(
+                *self._linear([(f"{attention}.o_proj", hidden)], query, config.output_bias)
+            ),
             mlp_norm=self._vector(f"{at}.post_attention_layernorm.weight", hidden),
-            gate_up=self._linear(gate_up, hidden, config.mlp_bias),
-            down=self._linear([(f"{mlp}.down_proj", hidden)], inner, config.mlp_bias),
+            gate_up=pack_gated(*self._linear(gate_up, hidden, config.mlp_bias)),
+            down=pack(*self._linear([(f"{mlp}.down_proj", hidden)], inner, config.mlp_bias)),
         )
 
-    def _linear(self, parts: list[tuple[str, int]], inputs: int, has_bias: bool) -> Linear:
-        """Projections with the same input, packed one under the other in the order given."""
+    def _linear(
+        self, parts: list[tuple[str, int]], inputs: int, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Projections with the same input, one under the other in the order given."""
         names, sizes = [name for name, _ in parts], [size for _, size in parts]
         weight = self._packed([f"{name}.weight" for name in names], [(n, inputs) for n in sizes])
         if not has_bias:
-            return Linear(weight)
+            return weight, None
         bias = self._packed([f"{name}.bias" for name in names], [(size,) for size in sizes])
-        return Linear(weight, bias)
+        return weight, bias
 
     def _packed(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
         rows = sum(shape[0] for shape in shapes)
@@ -147,6 +165,3 @@ class _Loader:
 
     def _vector(self, name: str, size: int) -> Tensor:
         return self._packed([name], [(size,)])
-
-    def _head_norm(self, name: str) -> Tensor | None:
-        return self._vector(name, self._config.head_dim) if self._config.qk_norm else None

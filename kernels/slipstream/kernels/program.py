@@ -1,0 +1,340 @@
+"""A model as a program of compiled operations: written down once, then one call for each step.
+
+The call leaves the interpreter lock alone and goes through all operations with a team of threads
+(`cpu_program.cpp`). Values become numbered buffers, as few as the order of their uses allows.
+"""
+
+import ctypes
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize
+
+PANEL = 16
+"""Outputs of a matrix that lie side by side; all dimensions are multiples of it, or padded."""
+MAX_OPS = 1 << 14
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class Kind(IntEnum):
+    EMBED = 0
+    TAKE = 1
+    NORM = 2
+    QUANTIZE = 3
+    LINEAR = 4
+    GATED = 5
+    ROTATE = 6
+    ATTEND = 7
+
+
+class Rows(IntEnum):
+    TOKENS = 0
+    SAMPLES = 1
+
+
+class _Op(ctypes.Structure):
+    """Mirrors `Op` in `cpu_program.cpp`."""
+
+    _fields_ = [
+        *((name, _N) for name in ("kind", "dtype", "rows", "wide", "quantized")),
+        *((name, _N) for name in ("input", "residual", "output")),
+        *((name, _P) for name in ("weight", "second", "scale", "sums")),
+        *((name, _I) for name in ("inputs", "outputs", "heads", "kv_heads", "head_dim", "layer")),
+        ("number", ctypes.c_float),
+    ]
+
+
+class _Step(ctypes.Structure):
+    """Mirrors `Step` in `cpu_program.cpp`."""
+
+    _fields_ = [
+        *((name, _I) for name in ("tokens", "rows", "samples", "max_blocks")),
+        *((name, _P) for name in ("token_ids", "slots", "sample_indices")),
+        *((name, _P) for name in ("block_tables", "query_starts", "context_lengths")),
+        *((name, _P) for name in ("cosine", "sine", "pool")),
+        *((name, _I) for name in ("block_stride", "layer_stride")),
+        ("buffers", _P),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A matrix in panels: `[outputs / 16, inputs / G, 16, G]`, G elements in 32 bits."""
+
+    panels: Tensor
+    bias: Tensor | None
+    outputs: int
+    inputs: int
+    scale: Tensor | None = None
+    """Of int8 panels: float32, one for each output."""
+    sums: Tensor | None = None
+    """Of int8 panels: int32, of each output's weights; what 128 too much in each input adds."""
+
+
+def in_panels(weight: Tensor) -> Tensor:
+    """`[out, in]` -> panels, the last one filled up with zeros."""
+    outputs, inputs = weight.shape
+    group = 4 // weight.element_size()
+    if inputs % PANEL:
+        raise ValueError(f"{inputs} inputs are no multiple of {PANEL}")
+    padded = torch.zeros(-(-outputs // PANEL) * PANEL, inputs, dtype=weight.dtype)
+    padded[:outputs] = weight
+    return padded.view(-1, PANEL, inputs // group, group).transpose(1, 2).contiguous()
+
+
+@dataclass(slots=True, eq=False)
+class Buffer:
+    """What an operation yields, before memory is given to it."""
+
+    rows: Rows
+    width: int
+    dtype: torch.dtype
+    last_use: int = 0
+    slot: int = -1
+
+
+class Recorder:
+    """Writes down operations."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.ops: list[dict[str, Any]] = []
+        self.kept: list[object] = []
+        """Whose memory the operations point to."""
+
+    def embed(self, table: Packed) -> Buffer:
+        return self._add(
+            Kind.EMBED, None, Rows.TOKENS, table.inputs, weight=table.panels, outputs=table.inputs
+        )
+
+    def take(self, x: Buffer) -> Buffer:
+        return self._add(Kind.TAKE, x, Rows.SAMPLES, x.width, outputs=x.width)
+
+    def rms_norm(
+        self, x: Buffer, weight: Tensor, epsilon: float, residual: Buffer | None = None
+    ) -> Buffer:
+        return self._add(
+            Kind.NORM,
+            x,
+            x.rows,
+            x.width,
+            residual=residual,
+            weight=weight,
+            outputs=x.width,
+            number=epsilon,
+        )
+
+    def linear(self, x: Buffer, weights: Packed, wide: bool = False) -> Buffer:
+        out = self._product(Kind.LINEAR, x, weights, wide=wide)
+        out.dtype = torch.float32 if wide else self.dtype
+        return out
+
+    def gated(self, x: Buffer, weights: Packed) -> Buffer:
+        return self._product(Kind.GATED, x, weights)
+
+    def attention(
+        self,
+        qkv: Buffer,
+        heads: Heads,
+        layer: int,
+        norms: tuple[Tensor, Tensor] | None,
+        epsilon: float,
+    ) -> Buffer:
+        shape: dict[str, Any] = {
+            "heads": heads.query,
+            "kv_heads": heads.kv,
+            "head_dim": heads.dim,
+            "layer": layer,
+        }
+        query_norm, key_norm = norms or (None, None)
+        self._write(
+            Kind.ROTATE,
+            qkv,
+            Rows.TOKENS,
+            None,
+            weight=query_norm,
+            second=key_norm,
+            number=epsilon,
+            outputs=qkv.width,
+            **shape,
+        )
+        width = heads.query * heads.dim
+        return self._add(Kind.ATTEND, qkv, Rows.TOKENS, width, number=heads.dim**-0.5, **shape)
+
+    def _product(self, kind: Kind, x: Buffer, weights: Packed, **fields: Any) -> Buffer:
+        scales = None
+        if weights.scale is not None:
+            levels = Buffer(x.rows, x.width, torch.uint8)
+            scales = Buffer(x.rows, 1, torch.float32)
+            self._write(Kind.QUANTIZE, x, x.rows, levels, scales, inputs=x.width)
+            x = levels
+        return self._add(
+            kind,
+            x,
+            x.rows,
+            weights.outputs,
+            residual=scales,
+            weight=weights.panels,
+            second=weights.bias,
+            quantized=weights.scale is not None,
+            scale=weights.scale,
+            sums=weights.sums,
+            inputs=weights.inputs,
+            outputs=weights.outputs,
+            **fields,
+        )
+
+    def _add(self, kind: Kind, x: Buffer | None, rows: Rows, width: int, **fields: Any) -> Buffer:
+        out = Buffer(rows, width, self.dtype)
+        self._write(kind, x, rows, out, **fields)
+        return out
+
+    def _write(
+        self,
+        kind: Kind,
+        x: Buffer | None,
+        rows: Rows,
+        out: Buffer | None,
+        residual: Buffer | None = None,
+        **fields: Any,
+    ) -> None:
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                assert value.is_contiguous()
+                self.kept.append(value)
+                fields[name] = value.data_ptr()
+        for used in (x, residual, out):
+            if used is not None:
+                used.last_use = len(self.ops)
+        self.ops.append(
+            {"kind": kind, "rows": rows, "input": x, "residual": residual, "output": out, **fields}
+        )
+
+
+class Program:
+    """A recorded model. Not thread-safe; its result lives until the next call."""
+
+    def __init__(self, backend: "CpuBackend", recorder: Recorder, result: Buffer) -> None:
+        self._backend, self._recorder, self._result = backend, recorder, result
+        result.last_use = len(recorder.ops)
+        self._slots = _assign(recorder)
+        self._memory: list[Tensor] = []
+        self._pointers = (_P * len(self._slots))()
+        self._capacity = 0
+        ops = (_Op * len(recorder.ops))(*(self._op(fields) for fields in recorder.ops))
+        self._handle = backend.library.program_new(backend.team, ops, len(ops))
+
+    def __call__(self, batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> Tensor:
+        tokens, samples = batch.tokens.shape[0], batch.sample_indices.shape[0]
+        assert pool.is_contiguous() and pool.dtype == self._recorder.dtype
+        assert pool.shape[4] == PANEL, "a block of keys is one vector"
+        self._reserve(tokens)
+        step = _Step(
+            tokens=tokens,
+            rows=batch.context_lengths.shape[0],
+            samples=samples,
+            max_blocks=batch.block_tables.shape[1],
+            token_ids=batch.tokens.data_ptr(),
+            slots=batch.slots.data_ptr(),
+            sample_indices=batch.sample_indices.data_ptr(),
+            block_tables=batch.block_tables.data_ptr(),
+            query_starts=batch.query_starts.data_ptr(),
+            context_lengths=batch.context_lengths.data_ptr(),
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            pool=pool.data_ptr(),
+            block_stride=pool.stride(0),
+            layer_stride=pool.stride(1),
+            buffers=ctypes.addressof(self._pointers),
+        )
+        self._backend.library.program_run(self._handle, ctypes.byref(step))
+        rows = tokens if self._result.rows is Rows.TOKENS else samples
+        return self._memory[self._result.slot][:rows]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self._backend.library.program_delete(self._handle)
+
+    def _reserve(self, tokens: int) -> None:
+        """Buffers for so many rows; they only grow. There are never more samples than tokens."""
+        if tokens <= self._capacity:
+            return
+        self._capacity = 1 << (tokens - 1).bit_length()
+        self._memory = [torch.empty(self._capacity, s.width, dtype=s.dtype) for s in self._slots]
+        for index, memory in enumerate(self._memory):
+            self._pointers[index] = memory.data_ptr()
+
+    def _op(self, fields: dict[str, Any]) -> _Op:
+        buffers = {
+            name: -1 if fields[name] is None else fields[name].slot
+            for name in ("input", "residual", "output")
+        }
+        return _Op(**{**fields, **buffers, "dtype": _DTYPES[self._recorder.dtype]})
+
+
+def _assign(recorder: Recorder) -> list[Buffer]:
+    """A slot for each value, one that nobody uses any more if there is any; the first of each."""
+    slots: list[Buffer] = []
+    busy: dict[int, Buffer] = {}
+    for index, fields in enumerate(recorder.ops):
+        for new in (fields["residual"], fields["output"]):
+            if new is None or new.slot >= 0:
+                continue
+            alike = (
+                slot
+                for slot, first in enumerate(slots)
+                if (first.rows, first.width, first.dtype) == (new.rows, new.width, new.dtype)
+                and busy[slot].last_use < index
+            )
+            new.slot = next(alike, len(slots))
+            if new.slot == len(slots):
+                slots.append(new)
+            busy[new.slot] = new
+    return slots
+
+
+class CpuBackend:
+    """Programs that share one team of threads."""
+
+    def __init__(
+        self, library: ctypes.CDLL, threads: int, dtype: torch.dtype, int8: bool = False
+    ) -> None:
+        self.library, self.dtype, self.int8 = library, dtype, int8
+        self.team = library.team_new(threads, MAX_OPS)
+
+    def __del__(self) -> None:
+        if hasattr(self, "team"):
+            self.library.team_delete(self.team)
+
+    def table(self, weight: Tensor) -> Packed:
+        return Packed(in_panels(weight), None, *weight.shape)
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        outputs, inputs = weight.shape
+        if not self.int8:
+            return Packed(in_panels(weight), bias, outputs, inputs)
+        padded = torch.zeros(-(-outputs // PANEL) * PANEL, inputs)
+        padded[:outputs] = weight
+        levels, scale = quantize(padded)
+        sums = levels.sum(1, dtype=torch.int32)
+        return Packed(in_panels(levels), bias, outputs, inputs, scale.flatten(), sums)
+
+    def pack_gated(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        """Panels of gate and up by turns, so that a thread has both."""
+        outputs = weight.shape[0] // 2
+
+        def by_turns(x: Tensor) -> Tensor:
+            return x.view(2, outputs // PANEL, PANEL, -1).transpose(0, 1).reshape(x.shape)
+
+        packed = self.pack(by_turns(weight), None if bias is None else by_turns(bias))
+        return replace(packed, outputs=outputs)
+
+    def compile(self, model: Model) -> Forward:
+        recorder = Recorder(self.dtype)
+        return Program(self, recorder, model(recorder))
