@@ -139,6 +139,7 @@ def test_environment_error_names_the_variable() -> None:
         ("[toy]\nport = true\n", "[toy] port: expected an int >= 1 and <= 65535, got True"),
         ("[toy]\nport = 70000\n", "[toy] port: expected an int <= 65535, got 70000"),
         ("toy = 3\n", "[toy] is not a table"),
+        ("port = 3\n", "port stands outside of a section; write it under [toy]"),
         ("[toy\n", "Expected ']'"),
     ],
 )

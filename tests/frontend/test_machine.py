@@ -23,7 +23,7 @@ from slipstream.core.machine import (
     TimerFired,
 )
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.machine import TICK_S, FrontendMachine, FrontendSettings
 from slipstream.messages import (
     SCHEDULER,
     AnyMessage,
@@ -320,6 +320,19 @@ def test_drain_waits_for_clients(rig: Rig) -> None:
     assert not rig.effects
     rig = Rig(T0)
     rig.handle(Drain())
+    assert rig.effects == [Exit()]
+
+
+def test_what_outlasts_the_drain_is_told_so(rig: Rig) -> None:
+    rig.handle(Drain())
+    drain_s = FrontendSettings().drain_timeout_s
+    assert not any(isinstance(e, Deliver) for e in rig.pass_time(drain_s - TICK_S))
+    effects = rig.pass_time(2 * TICK_S)
+    (problem,) = (e.item for e in effects if isinstance(e, Deliver))
+    assert isinstance(problem, Problem) and problem.code is ErrorCode.DRAINING
+    assert f"{drain_s:g} s" in problem.message
+    assert [type(e.message) for e in effects if isinstance(e, Send)] == [Cancel]
+    rig.handle(Closed("r"))
     assert rig.effects == [Exit()]
 
 

@@ -37,9 +37,10 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
     assert isinstance(config, ServeConfig)
     started = time.monotonic()
     screen = Screen()
-    for port in [*_http_ports(config), *metrics_ports(config)]:
-        host = config.host if port in _http_ports(config) else "127.0.0.1"
-        require_free("slipstream serve", host, port)
+    for port in _http_ports(config):
+        require_free("slipstream serve", "--port", config.host, port)
+    for port in metrics_ports(config):
+        require_free("slipstream serve", "--metrics-port", "127.0.0.1", port)
     base = run_dir_base(config.run_dir, environ)
     layout = Layout(
         config=config,
@@ -86,7 +87,8 @@ async def _supervise(layout: Layout, model: Model, screen: Screen, started: floa
     finally:
         drain_s = layout.config.drain_timeout_s if supervisor.ready else 0.5
         if supervisor.ready:
-            screen.phase("stopping: running requests may finish; Ctrl-C again ends them")
+            limit = f"running requests have {drain_s:g} s to finish"
+            screen.phase(f"stopping: {limit}; Ctrl-C again ends them")
         await supervisor.stop(STOP_ORDER, drain_s)
         screen.settle()
     if failure is not None:

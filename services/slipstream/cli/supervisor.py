@@ -82,10 +82,10 @@ class Supervisor:
     async def stop(self, order: Sequence[Sequence[str]], drain_s: float) -> None:
         """SIGTERM to one group of roles after the other; SIGKILL to what does not end in time.
 
-        The first group gets `drain_s` to finish its requests, the others `STOP_S` each.
+        The first group gets `drain_s` more to finish its requests than the others, `STOP_S` each.
         """
         self._stopping.set()
-        limit_s = drain_s
+        limit_s = drain_s + STOP_S
         for roles in order:
             members = [child for child in self.children if child.spec.role in roles]
             for child in members:

@@ -26,6 +26,10 @@ class _GenerationConfig(msgspec.Struct):
     repetition_penalty: float | None = None
 
 
+CUT_S = 3.0
+"""For the clients of requests that the end of the drain has cut to read why."""
+
+
 def run(config: FrontendConfig) -> int:
     """Serves HTTP until it is drained; the exit code.
 
@@ -38,7 +42,10 @@ def run(config: FrontendConfig) -> int:
         address=config.advertise,
         host=host_identity(),
     )
-    machine = FrontendMachine(node, FrontendSettings(max_requests=config.max_requests))
+    settings = FrontendSettings(
+        max_requests=config.max_requests, drain_timeout_s=config.drain_timeout_s
+    )
+    machine = FrontendMachine(node, settings)
     app = AppSettings(
         limits=Limits(
             max_body_bytes=config.max_body_bytes,
@@ -50,7 +57,8 @@ def run(config: FrontendConfig) -> int:
     )
     name = config.served_model_name or (Path(config.model).resolve().name if config.model else "")
     service = FrontendService(machine, app, config.host, config.port, name)
-    return run_service(config, node, machine, service, drain_timeout_s=config.drain_timeout_s)
+    limit_s = config.drain_timeout_s + CUT_S
+    return run_service(config, node, machine, service, drain_timeout_s=limit_s)
 
 
 def default_sampling(model: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ A tokenizer that is lost takes only its text state with it: another one gets the
 tokens that the client already has, under a higher attempt, and goes on from there.
 """
 
+import math
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -45,11 +46,9 @@ from slipstream.messages import (
 )
 from slipstream.types import ATTEMPTS_PER_MOVE, Epoch, NodeId, RequestId, Role, count_tokens
 
-TICK_TIMER = "tick"
-TICK_S = 0.5
+TICK_TIMER, TICK_S = "tick", 0.5
 MOVE_BATCH_BYTES = 16 << 20
 """How much is moved at a time: a session that holds too much unread is ended."""
-
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -63,6 +62,8 @@ class FrontendSettings(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_s: float = 1.0
     scheduler_grace_s: float = 5.0
     """How long requests are still taken while the scheduler is away: it restarts in less."""
+    drain_timeout_s: float = 30.0
+    """How long running requests may go on after `Drain`; then they are ended with an error."""
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +100,7 @@ class FrontendMachine:
         self.load: dict[NodeId, dict[str, float]] = {}
         """Gauges by node, as the scheduler said last."""
         self.draining = False
+        self._drained_s = math.inf
         self._requests: dict[RequestId, _Request] = {}
         self._calls: dict[str, _Call] = {}
         self._assigned: Counter[NodeId] = Counter()
@@ -131,7 +133,7 @@ class FrontendMachine:
                     self._scheduler_lost_s = now_s
                 effects += self._lost(peer, now_s)
             case Drain():
-                self.draining = True
+                self.draining, self._drained_s = True, now_s + self.settings.drain_timeout_s
                 effects += self.membership.drain(now_s)
             case TimerFired(key) if key == TICK_TIMER:
                 self._ticking = False
@@ -296,8 +298,8 @@ class FrontendMachine:
         message = "The tokenizer was lost; send the request again."
         problem = Problem(code=ErrorCode.NOT_READY, message=message)
         calls = [call_id for call_id, call in self._calls.items() if call.tokenizer == peer]
-        failed = [self._deliver_codec(call_id, problem) for call_id in calls]
-        return [*failed, *self._place_waiting(now_s)]
+        effects = [self._deliver_codec(call_id, problem) for call_id in calls]
+        return effects + self._place_waiting(now_s)
 
     # --- What they say ---
 
@@ -375,16 +377,24 @@ class FrontendMachine:
 
     # --- Time ---
 
+    def _overdue(self, request: _Request, now_s: float) -> Problem | None:
+        if now_s >= request.deadline_s:
+            text = f"The request's time budget of {request.submission.timeout_s:g} s is used up."
+            return Problem(code=ErrorCode.DEADLINE, message=text)
+        if now_s >= self._drained_s:
+            text = f"The server stops after {self.settings.drain_timeout_s:g} s; send it again."
+            return Problem(code=ErrorCode.DRAINING, message=text)
+        return None
+
     def _tick(self, now_s: float) -> list[Effect]:
         effects = self._place_waiting(now_s)
         for request in self._requests.values():
-            if not request.ended and now_s >= request.deadline_s:
-                text = f"The request's time budget of {request.submission.timeout_s:g} s is used up"
-                problem = Problem(code=ErrorCode.DEADLINE, message=f"{text}.")
+            problem = None if request.ended else self._overdue(request, now_s)
+            if problem is not None:
                 effects += [*self._withdraw(request), *self._end(request, problem)]
         for call_id, call in list(self._calls.items()):
             if now_s >= call.deadline_s:
                 text = f"No answer within {self.settings.codec_timeout_s:g} s."
-                problem = Problem(code=ErrorCode.DEADLINE, message=text)
-                effects.append(self._deliver_codec(call_id, problem))
+                late = Problem(code=ErrorCode.DEADLINE, message=text)
+                effects.append(self._deliver_codec(call_id, late))
         return effects

@@ -1,7 +1,6 @@
 """The frontend's shell half: the HTTP server in front of the machine, and the gateway between."""
 
 import asyncio
-import errno
 import logging
 import time
 import uuid
@@ -14,7 +13,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from slipstream.config import SetupError, StartError
 from slipstream.core.machine import (
     Closed,
     CodecAsked,
@@ -24,13 +22,13 @@ from slipstream.core.machine import (
     Event,
     Opened,
 )
-from slipstream.errors import ExitCode, Problem
+from slipstream.errors import Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.messages import SCHEDULER, Prompt, TextDelta, Tokenize, WorkerInfo
 from slipstream.runtime.metrics import metrics
-from slipstream.runtime.ports import holder
+from slipstream.runtime.ports import port_error
 from slipstream.types import NodeId, RequestId
 
 SHUTDOWN_TIMEOUT_S = 2.0
@@ -63,12 +61,8 @@ class FrontendService:
         try:
             await web.TCPSite(self._runner, self._host, self.port).start()
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                line = f"slipstream frontend: port {self.port} is taken by {holder(self.port)}"
-                raise StartError(line, ExitCode.PORT) from None
-            reason = error.strerror or str(error)
-            line = f"slipstream frontend: cannot listen on {self._host}:{self.port}: {reason}"
-            raise SetupError(line) from None
+            where = ("slipstream frontend", "--port", self._host, self.port)
+            raise port_error(*where, error) from None
         self.port = self._runner.addresses[0][1]
         _log.info("HTTP on %s:%d", self._host, self.port)
 

@@ -137,6 +137,10 @@ def _read_toml(
         raise ConfigError(f"{prog}: --config: {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{prog}: {path}: {error}") from None
+    outside = next((name for name, value in document.items() if not isinstance(value, dict)), None)
+    if outside is not None and outside != command:
+        line = f"{outside} stands outside of a section; write it under [{command}]"
+        raise ConfigError(f"{prog}: {path}: {line}")
     section = document.get(command, {})
     if not isinstance(section, dict):
         raise ConfigError(f"{prog}: {path}: [{command}] is not a table")

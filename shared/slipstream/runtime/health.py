@@ -1,14 +1,11 @@
 """The pages for operators, on a port of their own: /livez, /readyz, /metrics."""
 
-import errno
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from slipstream.config import SetupError, StartError
-from slipstream.errors import ExitCode
 from slipstream.runtime.metrics import CONTENT_TYPE
-from slipstream.runtime.ports import holder
+from slipstream.runtime.ports import port_error
 
 
 async def serve(
@@ -38,9 +35,5 @@ async def serve(
         await web.TCPSite(runner, host, port).start()
     except OSError as error:
         await runner.cleanup()
-        if error.errno == errno.EADDRINUSE:
-            line = f"{prog}: --metrics-port: port {port} is taken by {holder(port)}"
-            raise StartError(line, ExitCode.PORT) from None
-        line = f"{prog}: cannot listen on {host}:{port}: {error.strerror or error}"
-        raise SetupError(line) from None
+        raise port_error(prog, "--metrics-port", host, port, error) from None
     return runner.cleanup

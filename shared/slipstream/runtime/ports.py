@@ -11,11 +11,17 @@ from slipstream.errors import ExitCode
 _LISTEN = "0A"
 
 
-def require_free(prog: str, host: str, port: int) -> None:
-    """StartError naming the process that listens there, or why the address cannot be bound.
+def port_error(prog: str, flag: str, host: str, port: int, error: OSError) -> StartError:
+    """Why nobody can listen there: who else does, or the kernel's reason. `flag`: where the port
+    comes from; the line begins with `prog`."""
+    if error.errno == errno.EADDRINUSE:
+        line = f"{prog}: port {port} is taken by {holder(port)}; choose another one by {flag}"
+        return StartError(line, ExitCode.PORT)
+    return SetupError(f"{prog}: cannot listen on {host}:{port}: {error.strerror or error}")
 
-    Its line begins with `prog`: `slipstream serve`.
-    """
+
+def require_free(prog: str, flag: str, host: str, port: int) -> None:
+    """StartError: nobody can listen there."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -27,11 +33,7 @@ def require_free(prog: str, host: str, port: int) -> None:
         try:
             probe.bind(address)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise StartError(
-                    f"{prog}: port {port} is taken by {holder(port)}", ExitCode.PORT
-                ) from None
-            raise SetupError(f"{prog}: cannot listen on {host}:{port}: {error.strerror}") from None
+            raise port_error(prog, flag, host, port, error) from None
 
 
 def holder(port: int) -> str:
