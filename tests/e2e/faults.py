@@ -82,12 +82,14 @@ class FaultyStack(Stack):
     def signal(self, node_id: str, number: signal.Signals) -> None:
         os.kill(self.pids()[node_id], number)
 
-    def failures(self, what: str) -> Counter[str]:
-        """`what`_<cause>_total of all workers, by cause; `handover` or `fetch`. Among them the
-        attempts that the scheduler gave up, for whoever notices a silence first acts on it."""
+    def failures(self, what: str, of: str = "") -> Counter[str]:
+        """`what`_<cause>_total, by cause; `handover` or `fetch`; of all workers or of one, for what
+        a worker has counted ends with its process. Among them the attempts that the scheduler gave
+        up, for whoever notices a silence first acts on it."""
         found: Counter[str] = Counter()
-        for (_, name), value in self.gauges().items():
-            if name.startswith(f"worker_{what}_") and name.endswith("_total"):
+        for (node_id, name), value in self.gauges().items():
+            told = name.startswith(f"worker_{what}_") and name.endswith("_total")
+            if told and of in ("", node_id):
                 found[name.removeprefix(f"worker_{what}_").removesuffix("_total")] += int(value)
             if name == "scheduler_requests_migrated_total":
                 found[MIGRATED] = int(value)

@@ -332,8 +332,9 @@ async def test_the_holder_dies_or_hangs_in_mid_read(
 ) -> None:
     """Nobody waits for the READ, which goes on: its blocks are in quarantine until it is over."""
     holders.restrict(transport)
-    before, epochs = holders.failures("fetch"), holders.epochs()
+    epochs = holders.epochs()
     async with Loan(holders, borrower, f"{blow.name} {transport}") as loan:
+        before = holders.failures("fetch", of=loan.borrower)
         holders.arm(loan.borrower, "hold")
         asking = asyncio.create_task(loan.ask())
         await asyncio.to_thread(holders.until_held, loan.borrower)
@@ -351,7 +352,7 @@ async def test_the_holder_dies_or_hangs_in_mid_read(
                 holders.signal(loan.holder, signal.SIGCONT)
     await _until_new(holders, loan.holder, epochs[loan.holder], blow)
     await check_lends(holders, borrower, lent, f"after {blow.name} {transport}")
-    failures = holders.failures("fetch") - before
+    failures = holders.failures("fetch", of=loan.borrower) - before
     assert failures.pop(MIGRATED, 0) <= 1, "what filled the holder begins anew elsewhere"
     assert failures == {"peer": 1}
 

@@ -5,6 +5,7 @@ import queue
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from kv.conftest import MakeSegment, node_of
 from slipstream.kv import nixl_reads
 from slipstream.kv.nixl import NixlTransport
-from slipstream.kv.nixl_agent import NixlAgent, NixlError
+from slipstream.kv.nixl_agent import NixlAgent, NixlError, nixl_installed
 from slipstream.kv.nixl_reads import SLABS_MAX, SLABS_PER_PEER
 from slipstream.kv.segment import Segment
 from slipstream.kv.transport import Digests, Read, TransferError
@@ -319,3 +320,22 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         monkeypatch.setitem(sys.modules, f"{package}._bindings", None)
     with pytest.raises(NixlError, match=r"pip install 'slipstream\[nixl\]'"):
         NixlAgent("a")
+
+
+@pytest.mark.skipif(not nixl_installed(), reason="no package nixl")
+def test_a_closed_reader_is_gone_whoever_keeps_its_errors() -> None:
+    """Its slabs go next: nothing may write into them from here on."""
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    agent = NixlAgent("a")
+    agent.reader().close()  # the first one leaves a socket to UCX
+    before = open_files()
+    reader = agent.reader()
+    assert open_files() > before
+    with pytest.raises(NixlError) as kept:
+        reader.add(b"nonsense")
+    reader.close()
+    assert open_files() == before, kept.value
+    agent.close()

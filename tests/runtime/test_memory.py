@@ -1,6 +1,7 @@
 """Memory that is asked for is there before the start, or one line says what to do."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,21 @@ GIB = 1 << 30
 
 def test_available_memory_is_that_of_this_host() -> None:
     assert 0 <= available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "files", "free"),
+    [("900", 700, 500, 700), ("900", 700, 0, 200), ("900", 1000, 0, 0), ("max", 700, 500, None)],
+)
+def test_what_a_control_group_leaves(
+    tmp_path: Path, limit: str, used: int, files: int, free: int | None
+) -> None:
+    """A model that was read lies in memory as a file: that is not lost to anybody."""
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\nactive_file {files}\ninactive_file 0\n")
+    found = available_memory(tmp_path)
+    assert found > 900 if free is None else found == free
 
 
 def test_memory_for_the_tier_below_fits_beside_the_pools() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -89,8 +89,7 @@ def _explained(message: str, line: bytes) -> str:
     what = what[0].lower() + what[1:]
     if not field:
         return what
-    raw: dict[str, Any] = msgspec.json.decode(line)
-    value = repr(raw[field])
+    value = bytes(msgspec.json.decode(line, type=dict[str, msgspec.Raw])[field]).decode()
     return f"{field}: {what}, got {value if len(value) <= 40 else value[:40] + '…'}"
 
 

@@ -142,6 +142,7 @@ def _call(function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:  # noqa: BLE001 the bindings raise a class for each status
+        del function  # with its agent, which would live beyond its `close` in the error's traceback
         raise NixlError(f"{type(error).__name__}: {error}") from None
 
 

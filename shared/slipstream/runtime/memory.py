@@ -6,20 +6,23 @@ from slipstream.config import StartError, format_bytes
 from slipstream.errors import ExitCode
 
 
-def available_memory() -> int:
-    """Bytes that new allocations can have: the host's, or what the control group leaves of them."""
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that new allocations can have: the host's, or what the control group leaves of them.
+    Both count as free what files have in memory, for the kernel gives that up."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     sizes = {
         name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
     }
     available = sizes["MemAvailable"]
-    group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text(encoding="ascii"))
         used = int((group / "memory.current").read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):  # no such file, or "max"
         return available
-    return max(0, min(available, limit - used))
+    parts = dict(line.split() for line in stat)
+    files = int(parts["active_file"]) + int(parts["inactive_file"])
+    return max(0, min(available, limit - used + files))
 
 
 def require_host_tier(
