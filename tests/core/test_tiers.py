@@ -5,8 +5,10 @@ import pytest
 from core.builders import decode
 from core.workers import PROMPT, Worker, answer
 from slipstream.core import machine as m
+from slipstream.core.fetcher import LOAD_SHARE
 from slipstream.messages import Drop
 
+LONG = list(range(1, 60))
 OTHERS = [list(range(start, start + 58)) for start in (2, 3, 4, 5)]
 PARAMS: dict[str, object] = {"max_tokens": 2, "ignore_eos": True}
 
@@ -138,6 +140,42 @@ def test_a_disk_that_hangs_is_not_waited_for_and_its_blocks_are_not_used(worker:
     assert worker.held == 2, "it may still write into them"
     worker.load()
     assert worker.held == 0
+
+
+def test_a_disk_that_hangs_is_asked_for_nothing_more(worker: Below) -> None:
+    """However many ask: what was given up keeps its blocks, and the rest of the pool serves."""
+    worker.save()
+    worker.evict()
+    worker.ask("c", PROMPT)
+    assert len(worker.loads) == 1
+    worker.pass_time(20.0)
+    worker.finish(PROMPT)
+    held = worker.held
+    assert 0 < held <= worker.machine.pool.num_blocks // LOAD_SHARE
+    for number in range(8):
+        worker.ask(f"d{number}", PROMPT)
+        worker.finish(PROMPT)
+        worker.evict()
+    assert len(worker.loads) == 1 and worker.held == held
+    worker.load()
+    assert worker.held == 0
+    worker.evict()
+    worker.ask("e", PROMPT)
+    assert worker.loads, "it answers again"
+
+
+def test_loads_leave_half_of_the_pool() -> None:
+    below = Below(num_blocks=5)
+    for name in ("a", "b"):
+        below.ask(name, LONG)
+        below.finish(LONG)
+    below.save()
+    below.evict()
+    below.ask("c", LONG)
+    (load,) = below.loads
+    assert len(load.local_blocks) == 5 // LOAD_SHARE < len(LONG) // 16
+    below.load()
+    below.finish(LONG)
 
 
 def test_a_drop_while_it_loads(worker: Below) -> None:

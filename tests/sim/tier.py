@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CAPACITY = 12
 COPY_S = 0.002
+HANG_S = 40.0
 
 
 class Tier:
@@ -24,7 +25,8 @@ class Tier:
         self.process.unless_frozen(COPY_S * self._slowness(), lambda: self._save(effect))
 
     def load(self, effect: m.LoadBlocks) -> None:
-        delay_s = COPY_S * self._slowness()
+        hangs = self.process.world.faults.strikes("hang", 0.05, self.process.world.now_s)
+        delay_s = HANG_S if hangs else COPY_S * self._slowness()
         self.process.unless_frozen(delay_s, lambda: self._load(effect, delay_s))
 
     def _save(self, effect: m.SaveBlocks) -> None:

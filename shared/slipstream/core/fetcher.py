@@ -18,6 +18,10 @@ from slipstream.core.tiers import Tiers
 from slipstream.messages import Borrow, Decode, Lent, Prefill, Release, Renew
 from slipstream.types import BlockHash, BlockId, Epoch, NodeId, RequestId
 
+LOAD_SHARE = 2
+"""At most one in so many blocks of the pool is loaded into at a time: should the disk hang, steps
+go on with the others."""
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Fetch(LeasedRead):
@@ -132,8 +136,13 @@ class Fetcher:
         ]
 
     def _load(self, fetch: Fetch, now_s: float) -> list[Effect]:
-        """What the tiers have of it, if there is room."""
-        hashes = self.tiers.run(fetch.hashes[len(fetch.kept) :])
+        """What the tiers have of it, if there is room. Nothing while a load that was given up goes
+        on: the disk hangs, and would keep this one's blocks as well."""
+        if self.reads.hung_loads:
+            return []
+        loading = sum(len(f.local) for f in self.live.values() if f.pulling and not f.lease_id)
+        room = self.pool.num_blocks // LOAD_SHARE - loading
+        hashes = self.tiers.run(fetch.hashes[len(fetch.kept) :])[: max(0, room)]
         blocks = self.pool.allocate(len(hashes)) if hashes else None
         if not blocks:
             return []

@@ -62,11 +62,11 @@ class Lender:
     ) -> list[Effect]:
         """Lend the leading ones of these that are in the pool."""
         blocks = self.pool.match(hashes) if message.epoch == self.epoch else []
-        self.blocks_lent += len(blocks)
         lease_id = message.lease_id
         strange = not lease_id.endswith(f"@{reader}") or lease_id in self._digesting
         if not blocks or strange or lease_id in self.table.live:
             return [Send(reader, _nothing(message, self.epoch))]
+        self.blocks_lent += len(blocks)
         self.pool.take(blocks)
         self.pool.hit(blocks)
         lease = Lease(lease_id, message.request_id, message.attempt, reader, loan=True)

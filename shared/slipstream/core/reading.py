@@ -125,9 +125,15 @@ class Reads:
         read.local.clear()
 
     def stuck(self, due_s: float) -> str:
-        """Id of a READ from a peer that was due by then and is not over; "" if there is none."""
+        """Id of a READ from a peer that was due by then and is not over; "" if there is none. What
+        hangs below the pool would hang as well for the worker's next life."""
         reads = self.given_up.values()
         return next((r.pulling for r in reads if r.lease_id and r.due_s <= due_s), "")
+
+    @property
+    def hung_loads(self) -> bool:
+        """Whether a load from the tiers goes on for which nobody waits any more."""
+        return any(not read.lease_id for read in self.given_up.values())
 
     def over(self, done: PullDone) -> bool:
         """Whether nobody waited for this READ; then its blocks are free."""
