@@ -8,7 +8,7 @@ import pytest
 from e2e.client import Answer, Client, eventually
 from e2e.stack import Stack
 
-MAX_TOKENS = 48
+MAX_TOKENS = 128
 GREEDY: dict[str, Any] = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
 SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 1234}
 Asked = list[tuple[list[int], dict[str, Any]]]
