@@ -104,7 +104,11 @@ def test_a_second_process_of_that_name_is_refused_and_harms_nobody(start: Start)
     [
         (("--kv-cache-bytes", "1KiB"), 6, "needs 384KiB"),
         (("--max-model-len", "513"), 3, "the model has 512"),
-        (("--transports", "shm,pigeon"), 2, "pigeon is not known (only auto, cuda_ipc, shm"),
+        (
+            ("--transports", "shm,pigeon"),
+            2,
+            "some of cuda_ipc, shm, nixl, bus with commas between them, got pigeon",
+        ),
         (("--transports", "cuda_ipc,shm"), 3, "no cuda_ipc: the pool is in host memory"),
         (("--shm-dir", "/nowhere"), 3, "--shm-dir /nowhere"),
         (("--model", "/nowhere"), 4, "/nowhere/config.json: No such file"),
