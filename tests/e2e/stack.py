@@ -100,7 +100,10 @@ class Stack:
                 raise
 
     def until_ready(self) -> None:
-        until(lambda: "\nREADY " in self.log or self.process.poll() is not None, "READY")
+        try:
+            until(lambda: "\nREADY " in self.log or self.process.poll() is not None, "READY")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
         assert self.process.poll() is None, self.log
         (self.run_dir,) = self.base.glob("slipstream-*")
         self._expected = frozenset(self.pids())

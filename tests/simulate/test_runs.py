@@ -82,7 +82,10 @@ def test_processes_give_what_one_gives_and_in_order() -> None:
 def test_whatever_ends_the_command_ends_its_runs(number: signal.Signals) -> None:
     words = ("simulate", "--synthetic", "100000", "--rate-scale", "1,2", "--jobs", "2")
     with subprocess.Popen(
-        [sys.executable, "-m", "slipstream.cli.main", *words], stderr=subprocess.PIPE
+        [sys.executable, "-m", "slipstream.cli.main", *words],
+        stderr=subprocess.PIPE,
+        # Where the tests run in a shell's background, it is ignored, and so it would be there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as command:
         process = psutil.Process(command.pid)
         while len(process.children()) < 2:
