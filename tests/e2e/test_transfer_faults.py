@@ -312,7 +312,7 @@ async def test_a_flipped_byte_in_a_fetched_prefix(
     assert holders.failures("fetch") - before == {"digest": len(TRANSPORTS)}
 
 
-@pytest.mark.parametrize("transport", some("bus"))
+@pytest.mark.parametrize("transport", some())
 async def test_a_fetch_that_outlasts_its_lease(
     slow_holders: FaultyStack, lent: list[str], transport: str
 ) -> None:
