@@ -22,9 +22,8 @@ _WORKER_ENV = {
     # glibc would give each step's tensors back to the kernel, and take fresh pages for the next.
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "10000000000",
-    # Threads that spin at barriers take the cores which other processes need. On two cores, one
-    # stream: sleeping costs a worker that is alone 8 ms a step (26 for 18), and nothing that can
-    # be seen in a whole stack, where threads that always spin had a quarter of the tokens/s.
+    # Steps have a team of their own, without barriers (adr 0008). What torch still computes by
+    # itself, sampling above all, must not spin on the cores which other processes need.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 _DECIDED_HERE = (
