@@ -171,7 +171,7 @@ def test_a_prefix_is_fetched_where_that_is_cheaper_than_to_compute_it() -> None:
     transfers.sync([P0, P1, D0])
     slow = [TransferSample(P1, "bus", count, 0.2 * count) for count in (1, 5, 9, 20)]
     for _ in range(5):
-        transfers.learn(P0, slow)
+        transfers.learn(P0, slow, 0.0)
     found = place(wanted, views, transfers, Rules("cost", "always"), 0, 0.0)
     assert found is not None and found.holder is None, "computing is faster than such a wire"
 
@@ -187,13 +187,13 @@ def test_what_lies_below_a_pool_is_loaded_there_and_lent_to_nobody() -> None:
     assert found is not None and (found.holder, found.holder_blocks) == (P1, 60)
     transfers = TransferPrices()
     transfers.sync([P0, P1, D0])
-    transfers.learn(P1, [TransferSample(P1, "tier", 100, 5.0)] * 9)
+    transfers.learn(P1, [TransferSample(P1, "tier", 100, 5.0)] * 9, 0.0)
     market = Market(below, views, transfers, 0.0)
     assert (
         market.quote(views[1]).first_s
         > Market(known, views, transfers, 0.0).quote(views[1]).first_s
     )
-    assert transfers.read_s(P0, P1, 100) < 0.1, "what a disk takes says nothing of a wire"
+    assert transfers.read_s(P0, P1, 100, 0.0) < 0.1, "what a disk takes says nothing of a wire"
 
 
 def test_what_is_held_by_who_computes_is_not_fetched() -> None:

@@ -129,7 +129,7 @@ def test_prices_stay_positive_whatever_is_said() -> None:
 
 def test_transfers_are_priced_by_the_transport_that_serves_the_pair() -> None:
     transfers = TransferPrices()
-    assert transfers.read_s("a", "b", 10) == pytest.approx(
+    assert transfers.read_s("a", "b", 10, 0.0) == pytest.approx(
         TYPICAL_TRANSFER[0] + 10 * TYPICAL_TRANSFER[1]
     )
     transfers.sync("abc")
@@ -140,12 +140,31 @@ def test_transfers_are_priced_by_the_transport_that_serves_the_pair() -> None:
                 TransferSample("b", "shm", count, quick),
                 TransferSample("c", "bus", count, slow),
             ]
-            transfers.learn("a", both)
-    assert transfers.read_s("a", "b", 30) == pytest.approx(1.6e-3, rel=0.2)
-    assert transfers.read_s("a", "c", 30) == pytest.approx(64e-3, rel=0.2)
+            transfers.learn("a", both, 0.0)
+    assert transfers.read_s("a", "b", 30, 0.0) == pytest.approx(1.6e-3, rel=0.2)
+    assert transfers.read_s("a", "c", 30, 0.0) == pytest.approx(64e-3, rel=0.2)
     transfers.sync("ab")
-    assert transfers.read_s("a", "c", 30) < 64e-3 / 2, "a new life may have another transport"
-    assert transfers.read_s("a", "b", 30) == pytest.approx(1.6e-3, rel=0.2)
-    transfers.learn("a", [TransferSample("c", "bus", 30, 64e-3)] * 9)
+    assert transfers.read_s("a", "c", 30, 0.0) < 64e-3 / 2, "a new life may have another transport"
+    assert transfers.read_s("a", "b", 30, 0.0) == pytest.approx(1.6e-3, rel=0.2)
+    transfers.learn("a", [TransferSample("c", "bus", 30, 64e-3)] * 9, 0.0)
     transfers.sync("abc")
-    assert transfers.read_s("a", "c", 30) < 64e-3 / 2, "told after it had gone"
+    assert transfers.read_s("a", "c", 30, 0.0) < 64e-3 / 2, "told after it had gone"
+
+
+def test_a_way_that_was_slow_once_is_tried_again() -> None:
+    transfers = TransferPrices()
+    transfers.sync("ab")
+    transfers.learn("a", [TransferSample("b", "shm", 30, 9.0)], 100.0)
+    at = {age: transfers.read_s("a", "b", 30, 100.0 + age) for age in (0.0, 29.0, 90.0, 300.0)}
+    assert at[0.0] == at[29.0] == pytest.approx(9.0, rel=0.1), "what is fresh does not fade"
+    assert at[0.0] / 8 < at[90.0] < at[0.0] / 2 and at[300.0] < at[0.0] / 200
+    assert transfers.read_s("a", "c", 30, 400.0) < 9.0 / 200, "nor the best that is known"
+    transfers.learn("a", [TransferSample("b", "shm", 30, 2e-3)], 400.0)
+    assert transfers.read_s("a", "b", 30, 400.0) == pytest.approx(2e-3, rel=0.1)
+
+
+def test_a_quick_way_stays_quick_while_nobody_uses_it() -> None:
+    transfers = TransferPrices()
+    transfers.sync("ab")
+    transfers.learn("a", [TransferSample("b", "shm", 30, 1e-4)] * 9, 0.0)
+    assert transfers.read_s("a", "b", 30, 900.0) == transfers.read_s("a", "b", 30, 0.0)

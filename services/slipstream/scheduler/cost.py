@@ -64,12 +64,12 @@ class Market:
         tokens, wait_s, fetch_blocks = demand.num_tokens - own * BLOCK_TOKENS, 0.0, 0
         below = demand.lower.get(view.node_id, 0)
         if below:
-            wait_s = self.transfers.read_s(view.node_id, view.node_id, below)
+            wait_s = self._read_s(view.node_id, view.node_id, below)
         compute_s = prices.prompt_s(own * BLOCK_TOKENS, tokens)
         if self.holder is not None and self.held_blocks > own:
             rest = demand.num_tokens - self.held_blocks * BLOCK_TOKENS
             rest_s = prices.prompt_s(self.held_blocks * BLOCK_TOKENS, rest)
-            read_s = self.transfers.read_s(view.node_id, self.holder, self.held_blocks - own)
+            read_s = self._read_s(view.node_id, self.holder, self.held_blocks - own)
             if read_s + rest_s < compute_s:
                 tokens, compute_s, wait_s = rest, rest_s, wait_s + read_s
                 fetch_blocks = self.held_blocks
@@ -90,7 +90,10 @@ class Market:
         demand = self.demand
         missing = demand.num_blocks - demand.cached_blocks(target.node_id)
         chunk = max(1, source.worker.prefill_budget_tokens // BLOCK_TOKENS)
-        return self.transfers.read_s(target.node_id, source.node_id, min(missing, chunk))
+        return self._read_s(target.node_id, source.node_id, min(missing, chunk))
+
+    def _read_s(self, reader: NodeId, source: NodeId, num_blocks: int) -> float:
+        return self.transfers.read_s(reader, source, num_blocks, self.now_s)
 
     def alone(self, hosts: Sequence[WorkerView]) -> tuple[float, Placement] | None:
         """The cheapest worker that does both, and its price."""

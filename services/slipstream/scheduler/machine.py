@@ -146,7 +146,7 @@ class SchedulerMachine:
                 if request is not None and request.tokenizer == source:
                     return self._end(request, now_s)
             case WorkerLoad() if source in self.fleet.nodes:
-                self._loaded(source, message)
+                self._loaded(source, message, now_s)
             case FirstToken():
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and source in request.workers:
@@ -165,9 +165,9 @@ class SchedulerMachine:
                 return self._attempt_failed(source, message, now_s)
         return []
 
-    def _loaded(self, source: NodeId, load: WorkerLoad) -> None:
+    def _loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
         self.fleet.loads[source] = load
-        self.dispatcher.transfers.learn(source, load.transfer_samples)
+        self.dispatcher.transfers.learn(source, load.transfer_samples, now_s)
         view = self.dispatcher.ledger.views.get(source)
         if view is not None and load.step_samples:
             view.prices.learn(load.step_samples)

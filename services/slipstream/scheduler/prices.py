@@ -6,6 +6,7 @@ So it is without units, terms that nobody measures keep their proportion to thos
 worker that becomes three times slower is believed three times slower in everything at once.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -39,6 +40,7 @@ TYPICAL = StepModel(
 """Of a worker that has measured nothing, and knows nobody who has. Its first report mends it."""
 TYPICAL_TRANSFER = (1e-3, 5e-5)
 """Seconds of a READ, and of each block in it."""
+FADE_S = 30.0
 OWN_TIER = "tier"
 """What loads from a worker's own tiers say for a transport."""
 USUAL_BLOCKS = 32
@@ -145,15 +147,42 @@ class StepPrices:
         self.base_s, self.token_s, self.pair_s, self.row_s, self.context_s = self.terms
 
 
+class _Way:
+    """One transport. What is believed of it fades while nobody uses it: a READ that took seconds
+    once would keep it from being used, and so from being known, for good."""
+
+    def __init__(self, now_s: float) -> None:
+        self._fit, self._learnt_s = Fit(TYPICAL_TRANSFER), now_s
+
+    def learn(self, reads: Sequence[TransferSample], now_s: float) -> None:
+        if now_s - self._learnt_s > FADE_S:
+            self._fit = Fit(self._believed(now_s))
+        self._learnt_s = now_s
+        self._fit.learn([(0, (1.0, read.num_blocks), read.elapsed_s) for read in reads])
+
+    def read_s(self, num_blocks: int, now_s: float) -> float:
+        first_s, block_s = self._believed(now_s)
+        return first_s + block_s * num_blocks
+
+    def _believed(self, now_s: float) -> Sequence[float]:
+        """After FADE_S what is above a typical price is halved, and again each FADE_S."""
+        age = (now_s - self._learnt_s) / FADE_S
+        if age <= 1.0:
+            return self._fit.believed
+        left = 0.5 ** (age - 1.0)
+        pairs = zip(self._fit.believed, TYPICAL_TRANSFER, strict=True)
+        return [min(b, usual + (b - usual) * left) for b, usual in pairs]
+
+
 class TransferPrices:
     """Of READs, by transport. Which one serves a pair is known when it has been used, for as long
     as both are there."""
 
     def __init__(self) -> None:
         self._there: frozenset[NodeId] = frozenset()
-        self._fits: dict[str, Fit] = {}
+        self._ways: dict[str, _Way] = {}
         self._of_pair: dict[tuple[NodeId, NodeId], str] = {}
-        self._best: tuple[float, ...] = TYPICAL_TRANSFER
+        self._best = _Way(-math.inf)
 
     def sync(self, node_ids: Iterable[NodeId]) -> None:
         """Who is there now."""
@@ -163,26 +192,23 @@ class TransferPrices:
             self._of_pair = {pair: name for pair, name in known if there.issuperset(pair)}
         self._there = there
 
-    def learn(self, reader: NodeId, samples: Sequence[TransferSample]) -> None:
+    def learn(self, reader: NodeId, samples: Sequence[TransferSample], now_s: float) -> None:
         for sample in samples:  # of a source that has just gone, too: it has been read from
             if self._there.issuperset((reader, sample.source)):
                 self._of_pair[reader, sample.source] = sample.transport
         for transport in sorted({sample.transport for sample in samples}):
             reads = [sample for sample in samples if sample.transport == transport]
-            fit = self._fits.setdefault(transport, Fit(TYPICAL_TRANSFER))
-            fit.learn([(0, (1.0, read.num_blocks), read.elapsed_s) for read in reads])
+            self._ways.setdefault(transport, _Way(now_s)).learn(reads, now_s)
         if samples:
             # A load from a tier of its own leads to no peer.
-            ways = [fit for name, fit in self._fits.items() if name != OWN_TIER]
-            usual = (1.0, USUAL_BLOCKS)
+            ways = [way for name, way in self._ways.items() if name != OWN_TIER]
             if ways:
-                self._best = min(ways, key=lambda fit: fit.price(usual)).believed
+                self._best = min(ways, key=lambda way: way.read_s(USUAL_BLOCKS, now_s))
 
-    def read_s(self, reader: NodeId, source: NodeId, num_blocks: int) -> float:
-        fit = self._fits.get(self._of_pair.get((reader, source), ""))
+    def read_s(self, reader: NodeId, source: NodeId, num_blocks: int, now_s: float) -> float:
         # Else the best that is known: whoever is never tried is never known.
-        first_s, block_s = self._best if fit is None else fit.believed
-        return first_s + block_s * num_blocks
+        way = self._ways.get(self._of_pair.get((reader, source), ""), self._best)
+        return way.read_s(num_blocks, now_s)
 
 
 def _terms(model: StepModel) -> tuple[float, ...]:
