@@ -61,6 +61,7 @@ def refusal(
         ("--offload-dir x", 2, "--offload-dir x needs --offload-disk-bytes SIZE"),
         ("--offload-disk-bytes 1GiB", 2, "--offload-disk-bytes 1GiB needs --offload-dir FOLDER"),
         ("--shm-dir nowhere", 3, "--shm-dir nowhere: no such folder"),
+        ("--kv-cache-bytes 900TiB", 6, "serve: --kv-cache-bytes 1800TiB for 2 workers together is"),
         ("--record file", 3, "/file: not a folder"),
         ("--run-dir file", 3, "/file: not a folder"),
         ("--metrics-port 65534", 2, "--metrics-port 65534: 6 processes need one each"),

@@ -297,3 +297,16 @@ def test_many_threads_at_once(tmp_path: Path, disk: int) -> None:
             it.save(*range(100, 108))
             assert it.where(*range(100, 108)) == [HOST] * 8, "no row was lost"
     assert files(tmp_path) == []
+
+
+def test_an_error_in_a_copy_costs_no_row() -> None:
+    tier = Tier(None, host=1, disk=0)
+    wrong = np.zeros(BLOCK_BYTES + 1, np.uint8)
+    with pytest.raises(ValueError):
+        tier.store.save(named(1), wrong)
+    tier.save(1)
+    with pytest.raises(ValueError):
+        tier.store.load(named(1).block_hash, wrong)
+    assert tier.store.save(named(2), content(2)), "the row of what is not used any more"
+    assert not tier.load(1) and tier.load(2)
+    tier.store.close()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from slipstream.config import StartError
-from slipstream.runtime.memory import available_memory, require_host_tier
+from slipstream.errors import ExitCode
+from slipstream.runtime.memory import available_memory, require_host_tiers, require_pools
 
 GIB = 1 << 30
 
@@ -30,24 +31,33 @@ def test_what_a_control_group_leaves(
     assert found > 900 if free is None else found == free
 
 
-def test_memory_for_the_tier_below_fits_beside_the_pools() -> None:
-    require_host_tier("x", 3 * GIB, GIB, 4 * GIB)
-    require_host_tier("x", 3 * GIB, GIB, 8 * GIB, workers=2)
-    require_host_tier("x", 0, 8 * GIB, GIB)  # none is asked for
+def test_memory_for_the_tiers_below_fits_beside_the_pools() -> None:
+    require_host_tiers("x", [3 * GIB], [GIB], 4 * GIB)
+    require_host_tiers("x", [3 * GIB, 3 * GIB], [GIB, GIB], 8 * GIB)
+    require_host_tiers("x", [0], [8 * GIB], GIB)  # none is asked for
 
 
 @pytest.mark.parametrize(
-    ("free", "pool", "workers", "words"),
+    ("free", "pools", "words"),
     [
-        (3 * GIB, GIB, 1, "of 3GiB free memory 2GiB are left beside KV pools of 1GiB; lower it or"),
-        (GIB >> 10, GIB, 1, "of 1MiB free memory 0B are left"),
-        (8 * GIB - 1, GIB, 2, "for each of 2 workers is too much"),
-        (2 * GIB, 0, 1, "2GiB are left; lower it"),
+        (3 * GIB, [GIB], "of 3GiB free memory 2GiB are left beside KV pools of 1GiB; lower it or"),
+        (GIB >> 10, [GIB], "of 1MiB free memory 0B are left"),
+        (8 * GIB - 1, [GIB, GIB], " 6GiB for 2 workers together is too much"),
+        (2 * GIB, [0], "2GiB are left; lower it"),
     ],
 )
-def test_memory_that_is_not_there(free: int, pool: int, workers: int, words: str) -> None:
+def test_memory_that_is_not_there(free: int, pools: list[int], words: str) -> None:
     with pytest.raises(StartError) as raised:
-        require_host_tier("slipstream decode", 3 * GIB, pool, free, workers)
+        require_host_tiers("slipstream decode", [3 * GIB] * len(pools), pools, free)
     line = str(raised.value)
-    assert line.startswith("slipstream decode: --offload-host-bytes 3GiB") and words in line
+    assert line.startswith("slipstream decode: --offload-host-bytes ") and words in line
     assert raised.value.exit_code == 6 and "\n" not in line
+
+
+def test_pools_fit_into_memory_and_into_their_folder() -> None:
+    require_pools("x", [GIB, GIB], 2 * GIB, "/shm", 2 * GIB)
+    for memory, folder, place in ((GIB, 4 * GIB, "memory"), (4 * GIB, GIB, "/shm")):
+        with pytest.raises(StartError, match=f"1GiB are free in {place}; lower it") as raised:
+            require_pools("x", [GIB, GIB], memory, "/shm", folder)
+        assert "--kv-cache-bytes 2GiB for 2 workers together is" in str(raised.value)
+        assert raised.value.exit_code == ExitCode.MEMORY

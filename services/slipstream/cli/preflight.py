@@ -14,6 +14,7 @@ from slipstream.config import (
     require_folder,
 )
 from slipstream.kvindex.config import KvIndexConfig
+from slipstream.runtime.memory import available_memory, require_host_tiers, require_pools
 
 _PROG = "slipstream serve"
 
@@ -21,10 +22,11 @@ _PROG = "slipstream serve"
 def preflight(children: Sequence[ChildSpec]) -> None:
     """Each child's settings are read as it will read them, from its flags, its environment and the
     file, and held against this machine. StartError: why one of them would not start."""
-    for child in children:
-        if child.role in SERVICES:
-            config = load(SERVICES[child.role], child.role, child.flags, child.env)
-            _check(config)
+    ours = [child for child in children if child.role in SERVICES]
+    configs = [load(SERVICES[each.role], each.role, each.flags, each.env) for each in ours]
+    for config in configs:
+        _check(config)
+    _check_memory([config for config in configs if isinstance(config, WorkerConfig)])
 
 
 def _check(config: ServiceConfig) -> None:
@@ -42,3 +44,15 @@ def _check(config: ServiceConfig) -> None:
         from slipstream.kvindex.connect import require_url
 
         require_url(_PROG, config.redis_url)
+
+
+def _check_memory(workers: Sequence[WorkerConfig]) -> None:
+    """What all workers ask for together; who asks for nothing takes what it finds."""
+    from slipstream.kv.segment import free_bytes
+
+    free = available_memory()
+    for shm_dir in sorted({worker.shm_dir for worker in workers}):
+        pools = [worker.kv_cache_bytes for worker in workers if worker.shm_dir == shm_dir]
+        require_pools(_PROG, pools, free, shm_dir, free_bytes(shm_dir))
+    tiers = [worker.offload_host_bytes for worker in workers]
+    require_host_tiers(_PROG, tiers, [worker.kv_cache_bytes for worker in workers], free)

@@ -21,7 +21,6 @@ from slipstream.cli.screen import Screen
 from slipstream.cli.supervisor import Failure, Supervisor
 from slipstream.config import Loaded, StartError
 from slipstream.errors import ExitCode
-from slipstream.runtime.memory import available_memory, require_host_tier
 from slipstream.runtime.ports import require_free
 
 _SERVICES = ("scheduler", "kvindex", "tokenizer", "prefill", "decode")
@@ -52,10 +51,6 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
         environ=environ,
     )
     preflight(plan(layout))  # before the model, which may have to be fetched or converted
-    require_host_tier(
-        *("slipstream serve", config.offload_host_bytes, config.kv_cache_bytes),
-        *(available_memory(), config.prefill + config.decode),
-    )
     try:
         model = prepare(config.model, models_dir(environ), screen.console)
     except StartError as error:

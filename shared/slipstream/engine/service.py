@@ -32,7 +32,7 @@ from slipstream.kv.segment import (
 )
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.runtime.log import set_up
-from slipstream.runtime.memory import available_memory, require_host_tier
+from slipstream.runtime.memory import available_memory, require_host_tiers
 from slipstream.runtime.shell import host_identity, new_epoch, run_service
 from slipstream.types import Epoch
 
@@ -164,7 +164,7 @@ def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
     memory_free = available_memory()
     num_blocks = choose_num_blocks(config, layout.block_bytes, max_model_len, memory_free, shm_free)
     pool_bytes, who = num_blocks * layout.block_bytes, f"slipstream {config.role}"
-    require_host_tier(who, config.offload_host_bytes, pool_bytes, memory_free)
+    require_host_tiers(who, [config.offload_host_bytes], [pool_bytes], memory_free)
     threads = config.threads or len(os.sched_getaffinity(0))
     return _Plan(model, dtype, layout, max_model_len, num_blocks, threads)
 

@@ -106,8 +106,13 @@ class TierStore:
             if row is None:
                 self._counts["refused"] += 1
                 return False
-        self._host[row] = data
-        held = _Held(block, digest or xxh3_128_digest(self._host[row].data), row)
+        try:
+            self._host[row] = data
+            held = _Held(block, digest or xxh3_128_digest(self._host[row].data), row)
+        except BaseException:
+            with self._wake:
+                self._free.append(row)
+            raise
         with self._wake:
             if self._closed or self._find(block.block_hash) is not None:
                 self._free.append(row)
@@ -130,15 +135,13 @@ class TierStore:
                 return None
             held.users += 1
             row = held.row  # it may become a file while we copy; the row stays until we are done
-        whole = True
-        if row is not None:
-            into[:] = self._host[row]
-        else:
-            assert self._files is not None
-            whole = self._files.read(held.block, held.digest, into)
-        whole = whole and xxh3_128_digest(into.data) == held.digest
+        whole = False
+        try:
+            whole = self._copy(held, row, into)
+        finally:
+            with self._wake:
+                self._leave(held, row)
         with self._wake:
-            self._leave(held, row)
             if whole:
                 self._counts["loaded_host" if row is not None else "loaded_disk"] += 1
                 return held.digest
@@ -146,6 +149,16 @@ class TierStore:
                 self._counts["bad"] += 1
                 self._drop(held)
             return None
+
+    def _copy(self, held: _Held, row: int | None, into: Blocks) -> bool:
+        """Whether `into` has the block now."""
+        if row is not None:
+            into[:] = self._host[row]
+        else:
+            assert self._files is not None
+            if not self._files.read(held.block, held.digest, into):
+                return False
+        return xxh3_128_digest(into.data) == held.digest
 
     def discard(self, hashes: Iterable[BlockHash]) -> None:
         """Forget these, wherever they are."""

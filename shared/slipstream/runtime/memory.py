@@ -1,5 +1,6 @@
 """What memory is left on this host, and whether what is asked for fits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from slipstream.config import StartError, format_bytes
@@ -25,18 +26,35 @@ def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, min(available, limit - used + files))
 
 
-def require_host_tier(
-    who: str, host_bytes: int, pool_bytes: int, memory_free: int, workers: int = 1
+def require_pools(
+    who: str, pools: Sequence[int], memory_free: int, shm_dir: str, shm_free: int
 ) -> None:
-    """StartError: memory for the tier below the pool is not there beside the pool. `host_bytes`,
-    `pool_bytes`: of each worker."""
-    left = max(0, memory_free - workers * pool_bytes)
-    if host_bytes and workers * host_bytes > left:
-        each = f" for each of {workers} workers" if workers > 1 else ""
-        beside = f" beside KV pools of {format_bytes(pool_bytes)}" if pool_bytes else ""
+    """StartError: KV pools of so many bytes, one of each worker, do not fit into what is free."""
+    for place, free in (("memory", memory_free), (shm_dir, shm_free)):
+        if sum(pools) > free:
+            raise StartError(
+                f"{who}: --kv-cache-bytes {_sum(pools)} is too much: {format_bytes(free)} are free "
+                f"in {place}; lower it",
+                ExitCode.MEMORY,
+            )
+
+
+def require_host_tiers(
+    who: str, tiers: Sequence[int], pools: Sequence[int], memory_free: int
+) -> None:
+    """StartError: memory for the tiers below the pools is not there beside the pools. Bytes, of
+    each worker; 0: none asked for."""
+    left = max(0, memory_free - sum(pools))
+    if any(tiers) and sum(tiers) > left:
+        beside = f" beside KV pools of {_sum(pools)}" if any(pools) else ""
         raise StartError(
-            f"{who}: --offload-host-bytes {format_bytes(host_bytes)}{each} is too much: of "
+            f"{who}: --offload-host-bytes {_sum(tiers)} is too much: of "
             f"{format_bytes(memory_free)} free memory {format_bytes(left)} are left{beside}; lower "
-            f"it{' or --kv-cache-bytes' if pool_bytes else ''}",
+            f"it{' or --kv-cache-bytes' if any(pools) else ''}",
             ExitCode.MEMORY,
         )
+
+
+def _sum(sizes: Sequence[int]) -> str:
+    workers = f" for {len(sizes)} workers together" if len(sizes) > 1 else ""
+    return format_bytes(sum(sizes)) + workers
