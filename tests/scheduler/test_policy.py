@@ -225,7 +225,7 @@ def _drawn(rng: random.Random) -> tuple[list[WorkerView], TransferPrices, Demand
             device=rng.choice((name, "shared")),
         )
         speed = rng.choice((0.3, 1.0, 5.0))
-        made.prices.learn([StepSample(512, 512 * 900, 0, 0, 0.03 * speed)] * 8)
+        made.prices.learn([StepSample(512, 512 * 900, 0, 0, 0.03 * speed)] * 8, 0.0)
         views.append(made)
     hints = {v.node_id: rng.randrange(0, 100) for v in views if rng.random() < 0.5}
     tokens = rng.choice((20, 200, 2000))

@@ -6,7 +6,7 @@ import pytest
 
 from slipstream.core.step_model import StepModel, prefill_pairs
 from slipstream.messages import StepSample, TransferSample
-from slipstream.scheduler.prices import TYPICAL_TRANSFER, StepPrices, TransferPrices
+from slipstream.scheduler.prices import FADE_S, TYPICAL_TRANSFER, StepPrices, TransferPrices
 
 TRUE = StepModel(
     base_s=8e-3,
@@ -62,7 +62,7 @@ def test_a_few_reports_are_enough(seed: int) -> None:
     prices = StepPrices()
     assert error(prices, rng) > 0.3
     for _ in range(6):
-        prices.learn(measured(rng, 16))
+        prices.learn(measured(rng, 16), 0.0)
     assert error(prices, rng) < 0.1
 
 
@@ -71,9 +71,9 @@ def test_a_worker_that_changes_its_pace_is_believed_in_two_reports(slower: float
     rng = random.Random(1)
     prices = StepPrices()
     for _ in range(20):
-        prices.learn(measured(rng, 16))
+        prices.learn(measured(rng, 16), 0.0)
     for _ in range(2):
-        prices.learn(measured(rng, 16, slower, prefills=0.0))
+        prices.learn(measured(rng, 16, slower, prefills=0.0), 0.0)
     assert error(prices, rng, slower) < 0.2, "also for prompts, which it has not computed since"
 
 
@@ -81,9 +81,9 @@ def test_one_odd_report_is_noise() -> None:
     rng = random.Random(2)
     prices = StepPrices()
     for _ in range(20):
-        prices.learn(measured(rng, 16))
-    prices.learn(measured(rng, 4, 10.0))
-    prices.learn(measured(rng, 16))
+        prices.learn(measured(rng, 16), 0.0)
+    prices.learn(measured(rng, 4, 10.0), 0.0)
+    prices.learn(measured(rng, 16), 0.0)
     assert error(prices, rng) < 0.3
 
 
@@ -91,10 +91,10 @@ def test_decoding_does_not_make_prompts_forgotten() -> None:
     rng = random.Random(3)
     prices = StepPrices()
     for _ in range(20):
-        prices.learn(measured(rng, 16))
+        prices.learn(measured(rng, 16), 0.0)
     before = prices.prompt_s(1000, 500)
     for _ in range(200):
-        prices.learn(measured(rng, 16, prefills=0.0))
+        prices.learn(measured(rng, 16, prefills=0.0), 0.0)
     assert prices.prompt_s(1000, 500) == pytest.approx(before, rel=0.1)
 
 
@@ -102,7 +102,7 @@ def test_a_newcomer_is_taken_for_one_of_those_that_are_known() -> None:
     rng = random.Random(4)
     known = StepPrices()
     for _ in range(20):
-        known.learn(measured(rng, 16))
+        known.learn(measured(rng, 16), 0.0)
     assert StepPrices(known).terms == known.terms
 
 
@@ -110,7 +110,7 @@ def test_a_newcomer_is_taken_for_one_of_those_that_are_known() -> None:
 def test_what_cannot_be_is_not_learnt(elapsed_s: float) -> None:
     prices = StepPrices()
     before = prices.terms
-    prices.learn([StepSample(0, 0, 1, 10, elapsed_s)] * 4)
+    prices.learn([StepSample(0, 0, 1, 10, elapsed_s)] * 4, 0.0)
     assert prices.terms == before
 
 
@@ -123,7 +123,7 @@ def test_prices_stay_positive_whatever_is_said() -> None:
             *(step.prefill_tokens, step.prefill_pairs, step.decode_rows, step.decode_context),
             rng.choice((1e-7, 1e-3, 5.0, 1e4)),
         )
-        prices.learn([nonsense] * rng.randrange(1, 4))
+        prices.learn([nonsense] * rng.randrange(1, 4), 0.0)
         assert all(0.0 < term < 1e9 for term in prices.terms), prices.terms
 
 
@@ -168,3 +168,33 @@ def test_a_quick_way_stays_quick_while_nobody_uses_it() -> None:
     transfers.sync("ab")
     transfers.learn("a", [TransferSample("b", "shm", 30, 1e-4)] * 9, 0.0)
     assert transfers.read_s("a", "b", 30, 900.0) == transfers.read_s("a", "b", 30, 0.0)
+
+
+def test_a_worker_that_was_slow_and_is_not_used_is_tried_again() -> None:
+    rng = random.Random(6)
+    prices = StepPrices()
+    for _ in range(20):
+        prices.learn(measured(rng, 16), 0.0)
+    usual_s, decode_s = prices.prompt_s(0, 512), prices.step_s(8, 4096)
+    for _ in range(20):
+        prices.learn(measured(rng, 16, slower=4.0), 10.0)
+    slow_s, slow_decode_s = prices.prompt_s(0, 512), prices.step_s(8, 4096)
+    assert slow_s > 3 * usual_s and slow_decode_s > 3 * decode_s
+    for second in range(11, 200):
+        if second < 10 + FADE_S:
+            assert prices.prompt_s(0, 512) > 0.9 * slow_s, "what is fresh does not fade"
+        prices.learn(measured(rng, 4, slower=4.0, prefills=0.0), float(second))
+        prices.fade(float(second))
+    assert usual_s * 0.9 < prices.prompt_s(0, 512) < usual_s * 1.3, "no prompt for minutes"
+    assert prices.step_s(8, 4096) == pytest.approx(slow_decode_s, rel=0.1), "it decodes, slowly"
+    for _ in range(4):
+        prices.learn(measured(rng, 16, slower=4.0), 200.0)
+    assert prices.prompt_s(0, 512) == pytest.approx(slow_s, rel=0.15), "it is still slow"
+
+
+def test_what_nobody_has_measured_does_not_fade() -> None:
+    prices = StepPrices()
+    prices.learn([StepSample(0, 0, 1, 10, 1.0)], 0.0)
+    before = prices.terms
+    prices.fade(1000.0)
+    assert prices.terms == before

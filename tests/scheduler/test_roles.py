@@ -32,7 +32,7 @@ def roles(wanted: float, at_s: float = 0.0) -> Roles:
         ([view(P0), view(D0)], 0.7, None),
         ([view(P0), view(D0)], 0.0, Shift(P0, True)),
         ([shifted(view(P0)), view(D0)], 0.3, None),
-        ([shifted(view(P0)), view(D0)], 0.7, Shift(P0, False)),
+        ([shifted(view(P0)), view(D0)], 0.5, Shift(P0, False)),
         # More prompts, more workers; who was started for streams comes last.
         ([view(P0), view(D0, streams=1), view(D1)], 1.8, Shift(D1, False)),
         ([shifted(view(P0)), view(D0), view(P1)], 1.8, Shift(P0, False)),

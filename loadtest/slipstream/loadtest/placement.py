@@ -43,7 +43,7 @@ def fleet(workers: int, draw: random.Random) -> tuple[Ledger, TransferPrices]:
             view.give_stream(request_id, 8000)
             if number < 3:
                 view.give_prompt(request_id, Prompt(2048, draw.randrange(100, 9000)), 0.0)
-        view.prices.learn([StepSample(2048, 2048 * 9000, 20, 160_000, 0.07)] * 8)
+        view.prices.learn([StepSample(2048, 2048 * 9000, 20, 160_000, 0.07)] * 8, 0.0)
         other = draw.choice(nodes).node_id
         transfers.learn(view.node_id, [TransferSample(other, "nixl", 100, 0.01)] * 4, 0.0)
     return ledger, transfers

@@ -59,8 +59,10 @@ class Dispatcher:
             effects += self._assign(request, demand, placement, now_s)
         return effects
 
-    def shift_roles(self, now_s: float) -> list[Effect]:
-        """To be called about once a second. Who knows no prices has no use for other roles."""
+    def tick(self, now_s: float) -> list[Effect]:
+        """To be called about once a second: prices of what is not used fade, roles shift. Who asks
+        for no prices has no use for other roles."""
+        self.ledger.fade(now_s)
         if self.rules != Rules("cost", "auto"):
             return []
         shift = self.roles.shift(list(self.ledger.views.values()), len(self.queue), now_s)

@@ -157,6 +157,11 @@ class Ledger:
             view.known_costs = None
             self.views[node.node_id] = view
 
+    def fade(self, now_s: float) -> None:
+        """To be called now and then."""
+        for view in self.views.values():
+            view.prices.fade(now_s)
+
     def _price_of(self, node: NodeInfo) -> StepPrices:
         """What it was last time; else that of another worker."""
         known = self._prices.pop(node.node_id, None)

@@ -170,7 +170,7 @@ class SchedulerMachine:
         self.dispatcher.transfers.learn(source, load.transfer_samples, now_s)
         view = self.dispatcher.ledger.views.get(source)
         if view is not None and load.step_samples:
-            view.prices.learn(load.step_samples)
+            view.prices.learn(load.step_samples, now_s)
 
     def _current(self, request_id: RequestId, attempt: int) -> Request | None:
         request = self.requests.get(request_id)
@@ -395,5 +395,5 @@ class SchedulerMachine:
             gauges = {self.node.node_id: self.statistics(), **self.fleet.gauges()}
             load = ClusterLoad(gauges=gauges)
             effects += [Send(node, load) for node in self.fleet.of_role(Role.FRONTEND)]
-            effects += self.dispatcher.shift_roles(now_s)
+            effects += self.dispatcher.tick(now_s)
         return effects

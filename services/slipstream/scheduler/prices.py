@@ -8,7 +8,7 @@ worker that becomes three times slower is believed three times slower in everyth
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from slipstream.core.step_model import StepModel, prefill_pairs
 from slipstream.messages import StepSample, TransferSample
@@ -41,10 +41,25 @@ TYPICAL = StepModel(
 TYPICAL_TRANSFER = (1e-3, 5e-5)
 """Seconds of a READ, and of each block in it."""
 FADE_S = 30.0
+"""What nobody uses is not measured: what is believed of it comes closer, each time so much time
+has passed, to what was best of it. Else who was slow once stayed unused, and so dear, for good."""
 OWN_TIER = "tier"
 """What loads from a worker's own tiers say for a transport."""
 USUAL_BLOCKS = 32
 """A chunk: of several transports the best is the one that is best at this."""
+
+
+class _Kind(NamedTuple):
+    """Of steps. `usual`: one of them; `terms`: those that it alone measures well."""
+
+    usual: tuple[float, ...]
+    terms: tuple[int, ...]
+
+
+_KINDS = (
+    _Kind(usual=(1.0, 0.0, 0.0, 8.0, 8.0 * 512), terms=(0, 3, 4)),  # decodes alone
+    _Kind(usual=(1.0, 512.0, 512.0 * 256, 0.0, 0.0), terms=(1, 2)),  # with part of a prompt
+)
 
 
 class Fit:
@@ -60,7 +75,10 @@ class Fit:
         self._rebase(1.0)
 
     def price(self, x: Sequence[float]) -> float:
-        return sum(b * v for b, v in zip(self.believed, x, strict=True))
+        return _sum(self.believed, x)
+
+    def knows(self, kind: int) -> bool:
+        return self._seen[kind] >= KNOWN_WELL
 
     def learn(self, samples: Sequence[Sample]) -> None:
         """Take in one report."""
@@ -70,7 +88,7 @@ class Fit:
         if not any(self._seen):
             self._rebase(self._ratio(known))
         # Only what was known well can come as a surprise; the rest is ignorance, and soon mended.
-        judged = [sample for sample in known if self._seen[sample[0]] >= KNOWN_WELL]
+        judged = [sample for sample in known if self.knows(sample[0])]
         if judged and not 1 / SURPRISE < (ratio := self._ratio(judged)) < SURPRISE:
             if not self._doubts:
                 self._doubts = known
@@ -127,12 +145,34 @@ class StepPrices:
     def __init__(self, like: "StepPrices | None" = None) -> None:
         """`like`: a worker of the same model, until this one has measured something."""
         prior = _terms(TYPICAL) if like is None else like.terms
-        self._fit = Fit(prior, kinds=2)
+        self._fit = Fit(prior, kinds=len(_KINDS))
+        self._learnt_s = [0.0] * len(_KINDS)
+        self._best: list[tuple[float, ...] | None] = [None] * len(_KINDS)
+        """The terms when a usual step of this kind cost least."""
         self._set()
 
-    def learn(self, samples: Sequence[StepSample]) -> None:
+    def learn(self, samples: Sequence[StepSample], now_s: float) -> None:
         self._fit.learn([(int(s.prefill_tokens > 0), _shape(s), s.elapsed_s) for s in samples])
         self._set()
+        for kind in {int(sample.prefill_tokens > 0) for sample in samples}:
+            self._learnt_s[kind] = now_s
+            best, usual = self._best[kind], _KINDS[kind].usual
+            if self._fit.knows(kind) and (
+                best is None or self._fit.price(usual) < _sum(best, usual)
+            ):
+                self._best[kind] = self.terms
+
+    def fade(self, now_s: float) -> None:
+        """To be called now and then."""
+        terms = list(self.terms)
+        for kind, best in enumerate(self._best):
+            if best is not None and now_s - self._learnt_s[kind] >= FADE_S:
+                self._learnt_s[kind] = now_s
+                for term in _KINDS[kind].terms:
+                    terms[term] = (terms[term] + best[term]) / 2
+        if terms != list(self.terms):
+            self._fit = Fit(terms, kinds=len(_KINDS))
+            self._set()
 
     def prompt_s(self, cached_tokens: int, tokens: int) -> float:
         """Of the tokens alone, without the steps that they are spread over."""
@@ -209,6 +249,10 @@ class TransferPrices:
         # Else the best that is known: whoever is never tried is never known.
         way = self._ways.get(self._of_pair.get((reader, source), ""), self._best)
         return way.read_s(num_blocks, now_s)
+
+
+def _sum(terms: Sequence[float], x: Sequence[float]) -> float:
+    return sum(term * v for term, v in zip(terms, x, strict=True))
 
 
 def _terms(model: StepModel) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from slipstream.types import NodeId, Role
 
 MEMORY_S = 15.0
 """How fast the demand of the past is forgotten."""
-MORE, FEWER = 0.6, 0.9
+MORE, FEWER = 0.45, 0.9
 """Workers' worth of prompts that call for one more, or that idle before there is one fewer."""
 FULL = 0.85
 """Streams, or their blocks, that fill so much of their workers: more of them are needed."""
