@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--warm-up-s", type=float, default=25.0)
     parser.add_argument("--long-s", type=float, default=40.0)
     parser.add_argument("--prompt-tokens", type=int, default=1500)
-    parser.add_argument("--period-s", type=float, default=3.0)
+    parser.add_argument("--period-s", type=float, default=4.0)
     arguments = parser.parse_args()
     for name, load, number, aim in (
         ("short prompts", short, "tokens_per_s", "at least 0.95"),
