@@ -14,9 +14,11 @@ from slipstream.types import BLOCK_TOKENS
 
 
 class Bench:
-    def __init__(self, num_blocks: int = 16, max_num_seqs: int = 4, budget_tokens: int = 32):
+    def __init__(
+        self, num_blocks: int = 16, max_num_seqs: int = 4, budget_tokens: int = 32, **more: int
+    ):
         self.pool = BlockPool(num_blocks)
-        self.batcher = Batcher(self.pool, max_num_seqs, budget_tokens)
+        self.batcher = Batcher(self.pool, max_num_seqs, budget_tokens, **more)
         self.device = Device(num_blocks)
         self.ended: list[Job] = []
 
@@ -34,12 +36,15 @@ class Bench:
         self.device.admit(plan)
         outputs, _ = self.device.run(plan)
         tokens = {(output.request_id, output.attempt): output.tokens for output in outputs}
-        for job, row in self.batcher.land(plan):
-            if row.sample:
-                job.append(tokens[job.key][0], None)
+        for job, row in self.batcher.land(plan.step):
+            for token in tokens[job.key] if row.sample else ():
+                job.append(token, None)
                 if job.settle(frozenset({EOS}), 10_000):
-                    self.batcher.remove(job)
-                    self.ended.append(job)
+                    break
+            self.batcher.advance(job, row)
+            if job.finish_reason is not None:
+                self.batcher.remove(job)
+                self.ended.append(job)
         self.pool.check()
 
     def step(self) -> dict[str, tuple[int, int]]:
@@ -48,9 +53,20 @@ class Bench:
         self.land(plan)
         return {row.request_id: (row.start, row.start + row.num_tokens) for row in plan.rows}
 
-    def run(self) -> None:
+    def fill(self) -> None:
+        """All steps that may be in flight."""
         while (plan := self.batcher.plan()) is not None:
-            self.land(plan)
+            check_plan(self, plan)
+
+    def land_one(self) -> None:
+        if self.batcher.in_flight:
+            self.land(self.batcher.in_flight[0].plan)
+
+    def run(self) -> None:
+        self.fill()
+        while self.batcher.in_flight:
+            self.land_one()
+            self.fill()
         assert not self.batcher.waiting and not self.batcher.running
 
 
@@ -216,7 +232,7 @@ def test_blocks_of_a_job_dropped_in_flight_wait_for_the_end_of_the_step(end: str
         bench.land(plan)
     else:
         bench.device.admit(plan)
-        assert bench.batcher.crash() == [kept]
+        assert [job for job, _ in bench.batcher.land(plan.step)] == [kept]
     assert dropped.block_ids == [] and bench.pool.num_empty == 15
     assert len(dropped.tokens) == 20, "nothing of the step is taken over"
     assert bench.plan().dropped == (("dropped", 1),), "the device may forget it"
@@ -232,7 +248,7 @@ def test_blocks_of_a_failed_step_are_not_found_by_anybody() -> None:
     bench = Bench(budget_tokens=64)
     job = bench.add("r", prompt_of(40))
     bench.plan()
-    for failed in bench.batcher.crash():
+    for failed, _ in bench.batcher.land(1):
         bench.batcher.remove(failed)
     assert job.block_ids == [] and bench.pool.hashes() == []
 
@@ -253,10 +269,12 @@ def test_digests_are_asked_for_once_and_only_for_what_will_be_announced() -> Non
     bench.pool.digests[job.block_ids[0]] = b"known"
     again = job_of(prefill("again", prompt_of(40)))
     bench.batcher.add(again)
-    bench.batcher.crash()
+    shared = job.block_ids[:2]
+    bench.batcher.remove(job)
+    bench.batcher.land(bench.batcher.in_flight[0].plan.step)
     plan = bench.plan()
-    assert again.block_ids[:2] == job.block_ids[:2]
-    assert plan.digest_blocks == (job.block_ids[2], *again.block_ids[1:])
+    assert again.block_ids[:2] == shared
+    assert plan.digest_blocks == tuple(again.block_ids[1:])
 
 
 # --- Drawn schedules ------------------------------------------------------------------------------
@@ -266,33 +284,42 @@ def check_plan(bench: Bench, plan: BatchPlan) -> None:
     batcher = bench.batcher
     assert 0 < len(plan.rows) <= batcher.max_num_seqs
     assert sum(row.num_tokens for row in plan.rows if row.num_tokens > 1) <= batcher.budget_tokens
-    for job, row in zip(batcher.in_flight, plan.rows, strict=True):
-        end = row.start + row.num_tokens
-        assert row.start == job.num_computed and row.tokens == tuple(job.tokens[row.start : end])
-        assert row.sample == (end == len(job.tokens))
+    flight = batcher.in_flight[-1]
+    assert flight.plan is plan
+    for job, row in zip(flight.jobs, plan.rows, strict=True):
+        *before, last = job.flying
+        assert last is row
+        start = job.num_computed + sum(each.num_tokens for each in before)
+        drawn = sum(each.sample for each in before)
+        assert (row.start, row.after_previous) == (start, drawn > 0)
+        assert row.tokens == tuple(job.tokens[start : start + len(row.tokens)])
+        end = start + row.num_tokens
+        assert row.sample == (end == len(job.tokens) + drawn)
         assert row.sample or end % BLOCK_TOKENS == 0
-        assert end <= len(row.block_ids) * BLOCK_TOKENS
+        assert row.position == job.num_output + drawn
+        drafts = sum(each.drafts for each in job.flying)
+        assert end + drafts <= len(row.block_ids) * BLOCK_TOKENS
+        assert not row.drafts or row.position + drafts < job.sampling.max_tokens
         written = row.block_ids[row.start // BLOCK_TOKENS :]
         assert all(bench.pool.references[block] == 1 for block in written), "others read there"
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(120))
 def test_drawn_schedules_give_the_answers_of_one_undisturbed_machine(seed: int) -> None:
     draw = random.Random(seed)
-    bench = Bench(draw.choice((6, 9, 20)), draw.choice((1, 2, 5)), draw.choice((16, 40, 100)))
+    sizes = draw.choice((6, 9, 20)), draw.choice((1, 2, 5)), draw.choice((16, 40, 100))
+    ahead = {"steps_in_flight": draw.choice((1, 2, 3)), "draft_tokens": draw.choice((0, 2, 5))}
+    bench = Bench(*sizes, **ahead)
     stem = prompt_of(60, seed)
     live: list[Job] = []
     for number in range(80):
         if draw.random() < 0.4:
             prompt = stem[: draw.randrange(60)] + prompt_of(draw.choice((1, 5, 17)), number)
             live.append(bench.add(f"r{number}", prompt, max_tokens=draw.choice((1, 4, 18))))
-        plan = bench.batcher.plan()
-        if plan is not None:
-            check_plan(bench, plan)
+        bench.fill()
         if live and draw.random() < 0.1:
             bench.batcher.remove(live.pop(draw.randrange(len(live))))
-        if plan is not None:
-            bench.land(plan)
+        bench.land_one()
         live = [job for job in live if job not in bench.ended]
     bench.run()
     assert all(job in bench.ended for job in live)

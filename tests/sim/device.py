@@ -38,12 +38,20 @@ class Device:
     def __init__(self, num_blocks: int):
         self.memory = [[0] * BLOCK_TOKENS for _ in range(num_blocks)]
         self._admitted: dict[tuple[RequestId, int], Admission] = {}
+        self._tokens: dict[tuple[RequestId, int], list[int]] = {}
+        self._lost: set[tuple[RequestId, int]] = set()
+        """In a step that failed, and not told to be forgotten yet."""
 
     def admit(self, plan: BatchPlan) -> None:
         for key in plan.dropped:
-            del self._admitted[key]
+            del self._admitted[key], self._tokens[key]
+            self._lost.discard(key)
         for admission in plan.admitted:
-            self._admitted[admission.request_id, admission.attempt] = admission
+            key = admission.request_id, admission.attempt
+            self._admitted[key], self._tokens[key] = admission, list(admission.tokens)
+
+    def fail(self, plan: BatchPlan) -> None:
+        self._lost |= {(row.request_id, row.attempt) for row in plan.rows}
 
     def run(self, plan: BatchPlan) -> tuple[tuple[RowOutput, ...], dict[BlockId, bytes]]:
         outputs = tuple(self._row(row) for row in plan.rows)
@@ -54,22 +62,49 @@ class Device:
         return (hash(tuple(self.memory[block])) & (1 << 128) - 1).to_bytes(16, "little")
 
     def _row(self, row: Row) -> RowOutput | None:
-        admission = self._admitted[row.request_id, row.attempt]
+        key = row.request_id, row.attempt
+        if key in self._lost:
+            return RowOutput(*key, ()) if row.sample else None
+        admission, tokens = self._admitted[key], self._tokens[key]
         table = [self.memory[block] for block in row.block_ids]
-        for offset, token in enumerate(row.tokens):
-            at = row.start + offset
-            previous = table[(at - 1) // BLOCK_TOKENS][(at - 1) % BLOCK_TOKENS] if at else 1
-            table[at // BLOCK_TOKENS][at % BLOCK_TOKENS] = _mix(previous, token)
+        inputs, at = row.tokens, row.start
+        if row.after_previous:
+            inputs, at = (tokens[-1],), len(tokens) - 1
+            assert at >= row.start and not row.tokens
+        elif row.sample:
+            del tokens[admission.num_prompt + row.position :]
+        for offset, token in enumerate(inputs):
+            _write(table, at + offset, token)
         if not row.sample:
             return None
-        full, rest = divmod(row.start + len(row.tokens), BLOCK_TOKENS)
-        blocks = [hash(tuple(slots)) for slots in table[:full]]
-        tail = table[full][:rest] if rest else []
-        token = _sample(blocks, tail, admission.sampling, row.position)
+        drawn: list[int] = []
+        for draft in range(row.drafts + 1):
+            end = at + len(inputs) + draft
+            token = _draw(table, end, admission, len(tokens) - admission.num_prompt)
+            tokens.append(token)
+            drawn.append(token)
+            if draft == row.drafts:
+                break
+            right = hash((token, end)) % 3 != 0
+            _write(table, end, token if right else token + 1)  # proposed, computed all the same
+            if not right:
+                break
         logprobs = None
         if admission.sampling.logprobs is not None:
-            logprobs = (_logprob(token, row.position),)
-        return RowOutput(row.request_id, row.attempt, (token,), logprobs)
+            first = len(tokens) - len(drawn) - admission.num_prompt
+            logprobs = tuple(_logprob(token, first + i) for i, token in enumerate(drawn))
+        return RowOutput(*key, tuple(drawn), logprobs, row.drafts)
+
+
+def _write(table: list[list[int]], at: int, token: int) -> None:
+    previous = table[(at - 1) // BLOCK_TOKENS][(at - 1) % BLOCK_TOKENS] if at else 1
+    table[at // BLOCK_TOKENS][at % BLOCK_TOKENS] = _mix(previous, token)
+
+
+def _draw(table: list[list[int]], end: int, admission: Admission, position: int) -> int:
+    full, rest = divmod(end, BLOCK_TOKENS)
+    blocks = [hash(tuple(slots)) for slots in table[:full]]
+    return _sample(blocks, table[full][:rest] if rest else [], admission.sampling, position)
 
 
 def right_answer(prompt: list[int], params: SamplingParams) -> tuple[list[int], FinishReason]:

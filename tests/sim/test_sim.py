@@ -104,7 +104,7 @@ BUGS: dict[str, Plant] = {
     "a release is dropped": _edited(LeasedRead, "release", "return [Send(", "return [] and [Send("),
     "blocks of a running READ are freed": _edited(Reads, "free", "if read.pulling:", "if False:"),
     "blocks of a running step are freed": _edited(
-        Batcher, "remove", "if job not in self.in_flight:", "if True:"
+        Batcher, "remove", "if not job.flying:", "if True:"
     ),
     "what was read is not verified": _edited(
         Reads, "land", "list(done.digests) != read.digests[read.pulled : read.pull_end]", "False"

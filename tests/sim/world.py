@@ -2,6 +2,7 @@
 
 import heapq
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -113,6 +114,8 @@ class Process:
         self.node = Node(info, checked, scheduler)
         self.device = Device(info.worker.num_blocks) if info.worker is not None else None
         self.tier = Tier(self)
+        self._steps: deque[m.BatchPlan] = deque()
+        """Given to the device, the first one is computed."""
         self._timers: dict[str, int] = {}
         self._timer_count = 0
         self._wake_at_s = float("inf")
@@ -212,20 +215,30 @@ class Process:
     # --- The worker's device ----------------------------------------------------------------------
 
     def _run_batch(self, plan: m.BatchPlan) -> None:
-        world, device = self.world, self.device
+        """One after another, in order."""
+        self._steps.append(plan)
+        if len(self._steps) == 1:
+            self._compute()
+
+    def _compute(self) -> None:
+        world, device, plan = self.world, self.device, self._steps[0]
         assert device is not None
-        tokens = sum(row.num_tokens for row in plan.rows)
+        tokens = sum(row.num_tokens + row.drafts for row in plan.rows)
         elapsed_s = STEP_S + TOKEN_S * tokens
         if world.faults.strikes("slow", 0.05, world.now_s):
             elapsed_s *= world.network.uniform(10, 300)
 
         def finish() -> None:
             device.admit(plan)
+            done: m.Event = m.BatchFailed(plan.step, "simulated")
             if world.faults.strikes("step_failure", 0.01, world.now_s):
-                self.post(m.BatchFailed(plan.step, "simulated"))
-                return
-            outputs, digests = device.run(plan)
-            self.post(m.BatchDone(plan.step, outputs, digests, elapsed_s))
+                device.fail(plan)
+            else:
+                done = m.BatchDone(plan.step, *device.run(plan), elapsed_s)
+            self._steps.popleft()
+            if self._steps:
+                self._compute()
+            self.post(done)
 
         if not world.faults.strikes("hang", 0.002, world.now_s):
             self.unless_frozen(elapsed_s, finish)

@@ -7,6 +7,7 @@ chunks that end on block boundaries.
 
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job, blocks_for
@@ -15,8 +16,16 @@ from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.types import BLOCK_TOKENS, BlockId, RequestId
 
 
+class Flight(NamedTuple):
+    """A step that the device has been given and has not ended."""
+
+    plan: BatchPlan
+    jobs: list[Job]
+
+
 class Batcher:
-    """Owns the order of jobs. At most one step is in flight."""
+    """Owns the order of jobs. A step is planned while the one before it runs: what that one draws
+    it takes as input unseen, and what turns out to be over was computed in vain."""
 
     def __init__(
         self,
@@ -24,13 +33,19 @@ class Batcher:
         max_num_seqs: int,
         budget_tokens: int,
         kv_events: KvEvents | None = None,
+        *,
+        max_model_len: int = 1 << 30,
+        steps_in_flight: int = 1,
+        draft_tokens: int = 0,
     ):
         assert max_num_seqs >= 1 and budget_tokens >= BLOCK_TOKENS
         self.pool, self.kv_events = pool, kv_events
         self.max_num_seqs, self.budget_tokens = max_num_seqs, budget_tokens
+        self.max_model_len, self.draft_tokens = max_model_len, draft_tokens
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
-        self.in_flight: list[Job] = []
+        self.steps_in_flight = steps_in_flight
+        self.in_flight: deque[Flight] = deque()
         self.steps = 0
         self.preemptions = 0
         self.hit_tokens = 0
@@ -40,6 +55,11 @@ class Batcher:
     @property
     def busy(self) -> bool:
         return bool(self.in_flight)
+
+    @property
+    def dropped(self) -> set[Job]:
+        """Those whose blocks wait for the end of a step."""
+        return {job for flight in self.in_flight for job in flight.jobs if job.dropped}
 
     @property
     def waiting_tokens(self) -> int:
@@ -64,66 +84,74 @@ class Batcher:
             self.waiting.remove(job)
         if job in self.running:
             self.running.remove(job)
-        if job not in self.in_flight:
+        if not job.flying:
             self._free(job)
 
     def plan(self) -> BatchPlan | None:
-        """The next step, or None if nothing can run."""
-        if self.in_flight:
+        """The next step; None if nothing can run, or enough is in flight."""
+        if len(self.in_flight) == self.steps_in_flight:
             return None
-        rows: list[tuple[Job, int]] = []
+        rows: list[tuple[Job, Row]] = []
         budget = self.budget_tokens
         for job in list(self.running):
-            if job not in self.running:
-                continue  # preempted a moment ago
+            if job not in self.running or self._ends(job):
+                continue  # preempted a moment ago, or to leave with what is in flight
             if len(rows) == self.max_num_seqs:
                 break  # hand-overs came in beside: they wait, with their blocks
             end = self._end(job, budget)
-            if end is None or not self._grow(job, end):
+            if end is None:
                 continue
-            rows.append((job, end))
-            budget -= end - job.num_computed
+            if not self._grow(job, end + job.drafting):
+                if self.in_flight:
+                    return None  # once that has landed, blocks may be taken from somebody
+                continue
+            budget -= self._take(rows, job, end)
         for job in self._admit():
             end = self._end(job, budget)
             if end is not None:
-                rows.append((job, end))
-                budget -= end - job.num_computed
+                budget -= self._take(rows, job, end)
             if budget < BLOCK_TOKENS:
                 break
-        if not rows:
-            return None
+        return self._plan(rows) if rows else None
+
+    def _take(self, rows: list[tuple[Job, Row]], job: Job, end: int) -> int:
+        """The job's row; how many tokens it has at most."""
+        row = self._row(job, end)
+        rows.append((job, row))
+        return row.num_tokens + row.drafts
+
+    def _plan(self, rows: list[tuple[Job, Row]]) -> BatchPlan:
         self.steps += 1
-        self.in_flight = [job for job, _ in rows]
         admitted = tuple(self._admission(job) for job, _ in rows if not job.on_device)
         forget, self._forget = self._forget, []
-        return BatchPlan(
+        plan = BatchPlan(
             step=self.steps,
-            rows=tuple(self._row(job, end) for job, end in rows),
+            rows=tuple(row for _, row in rows),
             admitted=admitted,
             dropped=tuple(forget),
-            digest_blocks=tuple(b for job, end in rows for b in self._undigested(job, end)),
+            digest_blocks=tuple(b for job, row in rows for b in self._undigested(job, row)),
         )
+        for job, row in rows:
+            job.flying.append(row)
+        self.in_flight.append(Flight(plan, [job for job, _ in rows]))
+        return plan
 
-    def land(self, plan: BatchPlan) -> list[tuple[Job, Row]]:
-        """The step is over: its jobs that are still wanted, with KV and prefix cache up to date."""
-        jobs, self.in_flight = self.in_flight, []
-        landed = []
-        for job, row in zip(jobs, plan.rows, strict=True):
-            if job.dropped:
+    def land(self, step: int) -> list[tuple[Job, Row]]:
+        """The step is over: its rows of jobs that are still wanted."""
+        flight = self.in_flight.popleft()
+        assert flight.plan.step == step
+        for job in flight.jobs:
+            del job.flying[0]
+            if job.dropped and not job.flying:
                 self._free(job)
-                continue
-            job.num_computed = row.start + row.num_tokens
-            self.commit(job, row.start // BLOCK_TOKENS)
-            landed.append((job, row))
-        return landed
+        pairs = zip(flight.jobs, flight.plan.rows, strict=True)
+        return [(job, row) for job, row in pairs if not job.dropped]
 
-    def crash(self) -> list[Job]:
-        """The step failed: its jobs that are still wanted. Their KV is not to be trusted."""
-        jobs, self.in_flight = self.in_flight, []
-        for job in jobs:
-            if job.dropped:
-                self._free(job)
-        return [job for job in jobs if not job.dropped]
+    def advance(self, job: Job, row: Row) -> None:
+        """The row has landed, and what it drew is in the job's tokens."""
+        first = job.num_computed // BLOCK_TOKENS
+        job.num_computed = len(job.tokens) - 1 if row.sample else row.start + row.num_tokens
+        self.commit(job, first)
 
     def commit(self, job: Job, first: int = 0) -> None:
         """Let prefixes find the job's full, computed blocks from the `first` on."""
@@ -136,22 +164,33 @@ class Batcher:
         if self.kv_events is not None:
             self.kv_events.cached(job.tokens, hashes)
 
+    def _ends(self, job: Job) -> bool:
+        """Whether it is sure to be over, here, with what is in flight."""
+        drawing = job.drawing
+        return drawing > 0 and (
+            job.handover is not None
+            or job.num_output + drawing >= job.sampling.max_tokens
+            or len(job.tokens) + drawing >= self.max_model_len
+        )
+
     def _end(self, job: Job, budget: int) -> int | None:
         """How far the job may get in this step; None if not at all."""
-        behind = len(job.tokens) - job.num_computed
-        if behind <= max(1, budget):
-            return len(job.tokens)
-        end = (job.num_computed + budget) // BLOCK_TOKENS * BLOCK_TOKENS
-        return end if end > job.num_computed else None
+        start, length = job.num_computed + job.ahead, len(job.tokens) + job.drawing
+        if length - start <= max(1, budget):
+            return length
+        end = (start + budget) // BLOCK_TOKENS * BLOCK_TOKENS
+        return end if end > start else None
 
     def _grow(self, job: Job, end: int) -> bool:
         """Blocks for tokens up to `end`, if need be taken from the youngest job, which may be
-        this."""
+        this; not while a step is in flight."""
         while (missing := blocks_for(end) - len(job.block_ids)) > 0:
             blocks = self.pool.allocate(missing)
             if blocks is not None:
                 job.block_ids += blocks
                 return True
+            if self.in_flight:
+                return False
             victim = next((j for j in reversed(self.running) if j.handover is None), job)
             self._preempt(victim)
             if victim is job:
@@ -182,7 +221,7 @@ class Batcher:
 
     def _preempt(self, job: Job) -> None:
         """Back to the head of the queue; what it computed stays as cache while it lasts."""
-        assert job.handover is None and job not in self.in_flight
+        assert job.handover is None and not job.flying
         self.running.remove(job)
         self.pool.release(job.block_ids)
         job.block_ids, job.num_computed = [], 0
@@ -204,19 +243,39 @@ class Batcher:
         )
 
     def _row(self, job: Job, end: int) -> Row:
+        start, drawing = job.num_computed + job.ahead, job.drawing
+        drafts = self._drafts(job, start, end)
         return Row(
             request_id=job.request_id,
             attempt=job.attempt,
-            tokens=tuple(job.tokens[job.num_computed : end]),
-            start=job.num_computed,
+            tokens=() if drawing else tuple(job.tokens[start:end]),
+            start=start,
             block_ids=tuple(job.block_ids),
-            sample=end == len(job.tokens),
-            position=job.num_output,
+            sample=end == len(job.tokens) + drawing,
+            position=job.num_output + drawing,
+            after_previous=drawing > 0,
+            drafts=drafts,
         )
 
-    def _undigested(self, job: Job, end: int) -> list[BlockId]:
+    def _drafts(self, job: Job, start: int, end: int) -> int:
+        """How many tokens may be proposed to a stream: what it still wants, and has blocks for."""
+        if not self.draft_tokens or end - start > 1 or job.handover is not None:
+            return 0
+        drawn = 1 + job.drawing + job.drafting
+        wanted = min(
+            self.draft_tokens,
+            job.sampling.max_tokens - job.num_output - drawn,
+            self.max_model_len - len(job.tokens) - drawn,
+        )
+        last = end + job.drafting
+        missing = blocks_for(last + max(0, wanted)) - len(job.block_ids)
+        job.block_ids += (self.pool.allocate(missing) or []) if missing > 0 else []
+        return max(0, min(wanted, len(job.block_ids) * BLOCK_TOKENS - last))
+
+    def _undigested(self, job: Job, row: Row) -> list[BlockId]:
         """Blocks that will be announced after this step and whose digest is not known."""
         if job.handover is None:
             return []
-        blocks = job.block_ids[job.announced_blocks : blocks_for(end)]
+        first, job.digested_blocks = job.digested_blocks, blocks_for(row.start + row.num_tokens)
+        blocks = job.block_ids[first : job.digested_blocks]
         return [block for block in blocks if self.pool.digests[block] is None]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from slipstream.core.machine import Row
 from slipstream.core.prefix import extend_hashes
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Decode, FirstToken, Prefill, TokenSpan, WorkerInfo
@@ -46,6 +47,10 @@ class Job:
     sent: int = 0
     """Output tokens of this attempt that went to the tokenizer."""
     announced_blocks: int = 0
+    digested_blocks: int = 0
+    """Leading blocks whose digests are known, or asked for with a step."""
+    flying: list[Row] = field(default_factory=list)
+    """Its shares of the steps in flight, in order."""
     on_device: bool = False
     preemptions: int = 0
     fetched_blocks: int = 0
@@ -85,6 +90,21 @@ class Job:
     def num_output(self) -> int:
         """Output tokens so far, those of earlier attempts included."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def ahead(self) -> int:
+        """Tokens whose KV the steps in flight make, if each draws one token."""
+        return sum(row.num_tokens for row in self.flying)
+
+    @property
+    def drawing(self) -> int:
+        """Tokens that the steps in flight draw, drafts left aside."""
+        return sum(row.sample for row in self.flying)
+
+    @property
+    def drafting(self) -> int:
+        """How many more they draw at most."""
+        return sum(row.drafts for row in self.flying)
 
     def full_hashes(self, num_tokens: int) -> list[BlockHash]:
         """Hashes of the full blocks among the first `num_tokens` tokens."""

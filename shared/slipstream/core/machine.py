@@ -69,6 +69,8 @@ class RowOutput(_Record, frozen=True):
     attempt: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    drafted: int = 0
+    """Tokens that were proposed; the first len(tokens) - 1 of them were right."""
 
 
 class BatchDone(_Record, frozen=True):
@@ -226,9 +228,12 @@ class Admission(_Record, frozen=True):
 class Row(_Record, frozen=True):
     """One request's share of a step: `tokens` go in at positions `start`…, KV lands in `block_ids`.
 
-    A row carries 1..k input tokens (a chunk, a decode, a speculation). With `after_previous` the
-    first input is the row's latest sample, wherever it lies, and `tokens` holds what follows it.
-    With `sample` a token is drawn after the last input, for output position `position`.
+    With `sample` a token is drawn after the last input, for output position `position`. With
+    `after_previous` the only input is the token drawn last, which the step before this one draws;
+    then `start` and `position` are further on by as many tokens as that step has drawn beyond one.
+
+    `drafts`: the device may propose up to so many tokens that could follow and compute them as
+    well; it draws a token after each one for as long as they are what was proposed.
     """
 
     request_id: RequestId
@@ -240,9 +245,11 @@ class Row(_Record, frozen=True):
     sample: bool
     position: int = 0
     after_previous: bool = False
+    drafts: int = 0
 
     @property
     def num_tokens(self) -> int:
+        """Of its inputs, drafts left aside."""
         return len(self.tokens) + self.after_previous
 
 

@@ -19,7 +19,6 @@ from slipstream.core.load import Samples, gauges_of, load_of, load_with_samples
 from slipstream.core.machine import (
     BatchDone,
     BatchFailed,
-    BatchPlan,
     BlocksDigested,
     BlocksMoved,
     BlocksSaved,
@@ -85,6 +84,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     offload_after_hits: int | None = None
     """None: there are no tiers below the pool."""
+    steps_in_flight: int = 1
+    """2: the next one is planned while one runs."""
+    draft_tokens: int = 0
+    """At most so many are proposed to a stream in a step."""
     kv_events: bool = False
     """Emit `PublishKvEvents`."""
 
@@ -101,7 +104,12 @@ class WorkerMachine:
         # Preempted and failed hand-overs are computed here, even on a worker that does not prefill.
         budget_tokens = max(self.info.prefill_budget_tokens, BLOCK_TOKENS)
         kv_events = KvEvents(self.pool) if settings.kv_events else None
-        self.batcher = Batcher(self.pool, self.info.max_num_seqs, budget_tokens, kv_events)
+        self.batcher = Batcher(
+            *(self.pool, self.info.max_num_seqs, budget_tokens, kv_events),
+            max_model_len=self.info.max_model_len,
+            steps_in_flight=settings.steps_in_flight,
+            draft_tokens=settings.draft_tokens,
+        )
         self.reporter = IndexReporter(self.pool, self.membership, kv_events)
         self.exchange = Exchange(
             self.pool, node, self.reporter, settings.lease_s, settings.pull_timeout_s
@@ -113,7 +121,6 @@ class WorkerMachine:
         self._eos = frozenset(settings.eos_token_ids)
         self.counted: dict[str, float] = {}
         """By the executor, as of late."""
-        self._plan: BatchPlan | None = None
         self._draining = False
         self._epochs: dict[NodeId, Epoch] = {}
         """Of the peers whose sessions are up."""
@@ -131,8 +138,7 @@ class WorkerMachine:
         """Every block reference has an owner, and every owner its references."""
         self.pool.check()
         expected = self.exchange.references()
-        dropped = [job for job in self.batcher.in_flight if job.dropped]
-        for job in (*self.jobs.values(), *dropped):
+        for job in (*self.jobs.values(), *self.batcher.dropped):
             expected.update(job.block_ids)
         for block, count in enumerate(self.pool.references):
             assert count == expected[block], f"block {block}: {count} held, {expected[block]} known"
@@ -148,7 +154,7 @@ class WorkerMachine:
             case BatchDone():
                 return self._batch_done(event, now_s)
             case BatchFailed(step, cause):
-                return self._batch_failed(step, cause)
+                return self._batch_failed(step, cause, now_s)
             case PullDone() | BlocksDigested() | BlocksSaved() | BlocksMoved():
                 return self.exchange.happened(event, now_s)
             case Counted(values):
@@ -225,16 +231,16 @@ class WorkerMachine:
     # --- The step ---------------------------------------------------------------------------------
 
     def _batch_done(self, done: BatchDone, now_s: float) -> list[Effect]:
-        plan, self._plan = self._plan, None
-        assert plan is not None and plan.step == done.step
         outputs = {(output.request_id, output.attempt): output for output in done.outputs}
-        self.samples.step(plan, done)
-        effects: list[Effect] = [CancelTimer("step")]
-        for job, row in self.batcher.land(plan):
+        self.samples.step(self.batcher.in_flight[0].plan, done)
+        landed = self.batcher.land(done.step)
+        effects = self._watch(now_s)
+        for job, row in landed:
             if row.sample and not self._append(job, outputs.get(job.key)):
                 problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
                 effects += self._fail(job, "no_token", problem)
                 continue
+            self.batcher.advance(job, row)
             if row.sample and row.position == job.num_accepted:
                 effects.append(Send(SCHEDULER, job.first_token()))
             if job.handover is not None:
@@ -274,11 +280,16 @@ class WorkerMachine:
         self.log.end(job, now_s)
         return [Send(SCHEDULER, Finished(request_id=job.request_id, attempt=job.attempt))]
 
-    def _batch_failed(self, step: int, cause: str) -> list[Effect]:
-        plan, self._plan = self._plan, None
-        assert plan is not None and plan.step == step
-        failed = [self._fail(job, f"step: {cause}") for job in self.batcher.crash()]
-        return [CancelTimer("step"), *chain.from_iterable(failed)]
+    def _batch_failed(self, step: int, cause: str, now_s: float) -> list[Effect]:
+        """Nothing of it may be used, nor what the step after it makes of that."""
+        failed = [self._fail(job, f"step: {cause}") for job, _ in self.batcher.land(step)]
+        return [*self._watch(now_s), *chain.from_iterable(failed)]
+
+    def _watch(self, now_s: float) -> list[Effect]:
+        """How long the step in flight may take."""
+        if not self.batcher.busy:
+            return [CancelTimer("step")]
+        return [SetTimer("step", now_s + self.settings.step_timeout_s)]
 
     def _settle(self, now_s: float) -> list[Effect]:
         effects = self.exchange.receiver.retry(now_s)
@@ -297,10 +308,8 @@ class WorkerMachine:
                 self.batcher.add_computed(job)
             else:
                 self.batcher.add(job)
-        plan = self.batcher.plan()
-        if plan is not None:
-            self._plan = plan
-            effects += [RunBatch(plan), SetTimer("step", now_s + self.settings.step_timeout_s)]
+        while (plan := self.batcher.plan()) is not None:
+            effects += [RunBatch(plan), *self._watch(now_s)]
         effects += self.exchange.tiers.flush()
         effects += self.log.flush()
         effects += self.reporter.flush(now_s)

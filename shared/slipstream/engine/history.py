@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipstream.core.machine import Admission
+from slipstream.engine.drafts import Drafts
 from slipstream.types import SamplingParams
 
 Ids = npt.NDArray[np.int64]
@@ -21,6 +22,7 @@ class History:
         self.tokens: list[int] = list(admission.tokens)
         self._prompt_ids: Ids | None = None
         self._output_counts = Counter(self.tokens[self.num_prompt :])
+        self.drafts = Drafts()
 
     @property
     def num_output(self) -> int:
@@ -32,6 +34,9 @@ class History:
 
     def truncate(self, num_output: int) -> None:
         """Forgets outputs from position `num_output` on: they are to be sampled again."""
+        if num_output >= self.num_output:
+            return
+        self.drafts.forget()
         for token in self.tokens[self.num_prompt + num_output :]:
             self._output_counts[token] -= 1
         self._output_counts += Counter()  # drops the zeros

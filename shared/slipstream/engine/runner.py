@@ -1,17 +1,18 @@
 """Runs batch plans: the model, its pool of KV blocks, and what is known of each request."""
 
 import logging
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slipstream.core.machine import BatchPlan, Row, RowOutput
-from slipstream.engine.batch import build_batch
+from slipstream.engine.batch import Inputs, build_batch
 from slipstream.engine.decoder import Decoder
 from slipstream.engine.history import History
 from slipstream.engine.model_config import ModelConfig
-from slipstream.engine.sampler import RowError, sample
+from slipstream.engine.sampler import RowError, Sample, sample
 from slipstream.engine.weights import load_weights
 from slipstream.kernels import cpu
 from slipstream.kernels.ops import Backend
@@ -87,41 +88,73 @@ class Runner:
             self._failed.discard(key)
         if not plan.rows:
             return ()
-        with torch.inference_mode():
-            inputs = [self._inputs(row) for row in plan.rows]
-            batch = build_batch(plan.rows, inputs, self._pool.device)
-            logits = self._decoder.forward(batch, self._pool)
-            return self._sample(logits, [row for row in plan.rows if row.sample])
+        try:
+            with torch.inference_mode():
+                inputs = [self._inputs(row) for row in plan.rows]
+                batch = build_batch(plan.rows, inputs, self._pool.device)
+                logits = self._decoder.forward(batch, self._pool)
+                sampling = [
+                    (row, each) for row, each in zip(plan.rows, inputs, strict=True) if row.sample
+                ]
+                return self._sample(logits, sampling)
+        except BaseException:
+            # The step after this one may be on its way, with rows that count on this one's tokens.
+            self._failed.update((row.request_id, row.attempt) for row in plan.rows)
+            raise
 
-    def _inputs(self, row: Row) -> tuple[int, ...]:
+    def _inputs(self, row: Row) -> Inputs:
         key = (row.request_id, row.attempt)
         history = self._histories[key]
         if row.num_tokens == 0:
             raise ValueError(f"{row.request_id}: a row without input tokens")
-        if row.sample and key not in self._failed:
+        if key in self._failed:
+            return Inputs(row.tokens or (0,), row.start)
+        if row.sample:
             if row.position > history.num_output:
                 raise ValueError(
                     f"{row.request_id}: position {row.position} after {history.num_output} outputs"
                 )
-            history.truncate(row.position)
-        if not row.after_previous:
-            return row.tokens
-        return (history.tokens[-1], *row.tokens)
+            if not row.after_previous:
+                history.truncate(row.position)
+        drafts = history.drafts.propose(history.tokens, row.drafts) if row.drafts else ()
+        if row.after_previous:
+            return Inputs((history.tokens[-1],), len(history.tokens) - 1, drafts)
+        return Inputs(row.tokens, row.start, drafts)
 
-    def _sample(self, logits: Tensor, rows: list[Row]) -> tuple[RowOutput, ...]:
-        keys = [(row.request_id, row.attempt) for row in rows]
-        histories = [self._histories[key] for key in keys]
-        outputs = []
-        results = sample(logits, histories, self.config.eos_token_ids) if rows else []
-        for key, history, result in zip(keys, histories, results, strict=True):
-            request_id, attempt = key
-            if isinstance(result, RowError):
-                self._failed.add(key)
-                _LOG.error("no token: %s", result)
-            if isinstance(result, RowError) or key in self._failed:
-                outputs.append(RowOutput(request_id, attempt, ()))
-                continue
-            history.append(result.token)
-            logprobs = None if result.logprobs is None else (result.logprobs,)
-            outputs.append(RowOutput(request_id, attempt, (result.token,), logprobs))
-        return tuple(outputs)
+    def _sample(self, logits: Tensor, sampling: list[tuple[Row, Inputs]]) -> tuple[RowOutput, ...]:
+        """A token for each row, then one more for each row whose draft was that token, and so on:
+        each is drawn as if it were the only one of its step."""
+        firsts = list(accumulate((1 + len(each.drafts) for _, each in sampling), initial=0))
+        keys = [(row.request_id, row.attempt) for row, _ in sampling]
+        drawn: list[list[Sample]] = [[] for _ in sampling]
+        going = list(range(len(sampling)))
+        while going:
+            rows = [firsts[index] + len(drawn[index]) for index in going]
+            histories = [self._histories[keys[index]] for index in going]
+            some = logits if len(rows) == len(logits) else logits[rows]
+            results = sample(some, histories, self.config.eos_token_ids)
+            ahead = []
+            for index, history, result in zip(going, histories, results, strict=True):
+                if isinstance(result, RowError):
+                    self._failed.add(keys[index])
+                    _LOG.error("no token: %s", result)
+                elif keys[index] not in self._failed:
+                    drafts, count = sampling[index][1].drafts, len(drawn[index])
+                    history.append(result.token)
+                    drawn[index].append(result)
+                    if count < len(drafts) and drafts[count] == result.token:
+                        ahead.append(index)
+            going = ahead
+        return tuple(
+            self._output(key, each, samples)
+            for key, (_, each), samples in zip(keys, sampling, drawn, strict=True)
+        )
+
+    def _output(
+        self, key: tuple[RequestId, int], inputs: Inputs, samples: list[Sample]
+    ) -> RowOutput:
+        drafted = len(inputs.drafts)
+        self._histories[key].drafts.learn(drafted, len(samples) - 1)
+        logprobs = tuple(each.logprobs for each in samples if each.logprobs is not None)
+        tokens = tuple(each.token for each in samples)
+        return RowOutput(*key, tokens, logprobs or None, drafted)
