@@ -22,6 +22,7 @@ from slipstream.config import (
     RedisUrl,
     ServedModelName,
     ShmDir,
+    Speculative,
     Transports,
 )
 from slipstream.config.rules import check_offload, check_transports
@@ -54,6 +55,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kv_cache_bytes: KvCacheBytes = 0
     max_num_seqs: MaxNumSeqs = 64
     prefill_budget_tokens: PrefillBudget = 512
+    speculative: Speculative = ""
 
     prefill: Annotated[WorkerCount, Meta(description="Prefill workers.")] = 1
     decode: Annotated[Count, Meta(description="Decode workers.")] = 1

@@ -88,6 +88,16 @@ RedisUrl: TypeAlias = Annotated[
 ]
 
 
+Speculative: TypeAlias = Annotated[
+    str,
+    Meta(
+        pattern=r"^(ngram:([1-9]|1[0-6]))?$",
+        description="ngram:k proposes up to k tokens, at most 16, that followed the same words "
+        "earlier in a request, and computes them in one step; answers stay the same; empty: off.",
+    ),
+]
+
+
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings that every service has."""
 
@@ -153,6 +163,8 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         Seconds,
         Meta(description="Longest step of the model; a worker that hangs longer starts anew."),
     ] = 120.0
+    speculative: Speculative = ""
+    overlap: Annotated[bool, Meta(description="Plan the next step while one runs.")] = True
     transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"
     threads: Annotated[

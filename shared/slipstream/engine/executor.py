@@ -117,6 +117,9 @@ class WorkerExecutor:
         digests = block_digests(self._blocks, plan.digest_blocks)
         elapsed_s = time.monotonic() - began_s
         self._count("steps_total")
+        self._count("draft_tokens_total", sum(output.drafted for output in outputs))
+        right = sum(len(output.tokens) - 1 for output in outputs if output.drafted)
+        self._count("draft_tokens_right_total", right)
         self._count("step_seconds_total", elapsed_s)
         by_block = dict(zip(plan.digest_blocks, digests, strict=True))
         return BatchDone(plan.step, outputs, by_block, elapsed_s)

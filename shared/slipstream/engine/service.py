@@ -270,6 +270,8 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
         enable_prefix_caching=config.enable_prefix_caching,
         offload_after_hits=config.offload_after_hits if config.offloads else None,
         kv_events=bool(config.kv_events_endpoint),
+        steps_in_flight=2 if config.overlap else 1,
+        draft_tokens=int(config.speculative.removeprefix("ngram:") or 0),
     )
 
 
