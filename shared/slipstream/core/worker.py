@@ -122,7 +122,7 @@ class WorkerMachine:
         effects = self.membership.handle(event, now_s)
         effects += self._on(event, now_s)
         effects += self._settle(now_s)
-        return effects
+        return self.log.flush() + effects  # first what a client waits for
 
     def statistics(self) -> dict[str, float]:
         return gauges_of(load_of(self))
@@ -302,7 +302,6 @@ class WorkerMachine:
             self._plan = plan
             effects += [RunBatch(plan), SetTimer("step", now_s + self.settings.step_timeout_s)]
         effects += self.exchange.tiers.flush()
-        effects += self.log.flush()
         effects += self.reporter.flush(now_s)
         if self._draining and self._empty():
             effects.append(Exit())
