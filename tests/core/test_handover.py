@@ -100,7 +100,7 @@ def test_a_stream_that_its_first_token_ends_goes_no_further(source: Worker) -> N
         source.step()
     assert source.load["blocks_leased"] == 2
     source.step()
-    assert [type(message) for _, message in source.sent] == [FirstToken, Finished, TokensOut]
+    assert [type(message) for _, message in source.sent] == [TokensOut, FirstToken, Finished]
     assert source.said[-1].finish_reason is LENGTH
     assert source.said[-1].path == "prefill-0", "nobody else had a part in it"
     assert source.load["blocks_leased"] == 0 and source.held == 0

@@ -6,10 +6,10 @@ import pytest
 
 from core.builders import EPOCH, node_info
 from slipstream.core.blocks import BlockPool, Named
-from slipstream.core.machine import BlockMove, PeerDown, Received, Send
+from slipstream.core.machine import BlockMove, PeerDown, Received, Send, SetTimer
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import split_hashes
-from slipstream.core.reporter import IndexReporter
+from slipstream.core.reporter import REPORT_DELAY_S, REPORT_TIMER, IndexReporter
 from slipstream.messages import SCHEDULER, BlockEvents, Peers, Snapshot
 
 INDEX = "kvindex-0"
@@ -38,8 +38,9 @@ class Desk:
         self.reporter.moved([BlockMove(*_named(name), tier) for name in names])
 
     def flush(self, now_s: float = 0.0) -> list[tuple[str, Snapshot | BlockEvents]]:
-        effects = self.reporter.flush(now_s)
-        return [(send.to, send.message) for send in effects]  # type: ignore[union-attr, misc]
+        """What is told at this time, or as long after it as changes may wait."""
+        effects = self.reporter.flush(now_s) + self.reporter.flush(now_s + REPORT_DELAY_S)
+        return [(send.to, send.message) for send in effects if isinstance(send, Send)]  # type: ignore[misc]
 
 
 def _named(name: bytes) -> Named:
@@ -48,6 +49,19 @@ def _named(name: bytes) -> Named:
 
 def _packed(*names: bytes) -> bytes:
     return b"".join(name * 16 for name in names)
+
+
+def test_changes_of_several_steps_are_told_together() -> None:
+    desk = Desk(INDEX)
+    desk.flush()
+    desk.store(b"a")
+    assert desk.reporter.flush(1.0) == [SetTimer(REPORT_TIMER, 1.0 + REPORT_DELAY_S)]
+    desk.store(b"b")
+    assert desk.reporter.flush(1.01) == []
+    (send,) = desk.reporter.flush(1.0 + REPORT_DELAY_S)
+    assert isinstance(send, Send) and isinstance(send.message, BlockEvents)
+    assert send.message.stored == _packed(b"a", b"b")
+    assert desk.reporter.flush(2.0) == [], "and once"
 
 
 def test_a_snapshot_once_then_changes_in_order() -> None:

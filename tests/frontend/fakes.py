@@ -30,23 +30,22 @@ Script = Sequence[StreamItem | Pause]
 
 
 class FakeStream:
-    def __init__(self, script: Script) -> None:
-        self._script = iter(script)
+    """Plays a script to whoever opened it."""
+
+    def __init__(self, script: Script, put: Callable[[StreamItem], None]) -> None:
         self.closed = 0
-
-    def __aiter__(self) -> "FakeStream":
-        return self
-
-    async def __anext__(self) -> StreamItem:
-        for item in self._script:
-            if isinstance(item, Pause):
-                await asyncio.sleep(item.seconds)
-                continue
-            return item
-        raise StopAsyncIteration
+        self._playing = asyncio.create_task(self._play(script, put))
 
     def close(self) -> None:
         self.closed += 1
+        self._playing.cancel()
+
+    async def _play(self, script: Script, put: Callable[[StreamItem], None]) -> None:
+        for item in script:
+            if isinstance(item, Pause):
+                await asyncio.sleep(item.seconds)
+            else:
+                put(item)
 
 
 def entry(text: str, logprob: float = -0.5, top: tuple[TextLogprob, ...] = ()) -> TextLogprob:
@@ -121,11 +120,11 @@ class FakeGateway:
             raise KeyError("/tmp/secret")
         return self.now
 
-    def open(self, submission: Tokenize) -> FakeStream:
+    def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
         msgspec.msgpack.encode(submission)  # it can travel
         self.submissions.append(submission)
-        self.streams.append(FakeStream(self.script(submission)))
-        return self.streams[-1]
+        self.streams.append(FakeStream(self.script(submission), put))
+        return self.streams[-1].close
 
     async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec:
         msgspec.msgpack.encode((prompt, tokens))

@@ -10,10 +10,16 @@ import pytest
 from frontend.fakes import FakeGateway, Pause, Server, answer, chat_body, serving, until
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings
-from slipstream.messages import TextDelta, Tokenize
-from slipstream.types import pack_tokens
+from slipstream.frontend.generation import TAKEN_MAX
+from slipstream.messages import TextDelta, TextPrompt, Tokenize
+from slipstream.types import SamplingParams, pack_tokens
 
 PROBLEM = Problem(code=ErrorCode.MIGRATIONS, message="Three workers failed.")
+
+
+def a_submission() -> Tokenize:
+    sampling = SamplingParams(max_tokens=9, seed=1)
+    return Tokenize(request_id="r", prompt=TextPrompt(text="Hi"), sampling=sampling, timeout_s=9.0)
 
 
 def events(text: str) -> list[Any]:
@@ -89,6 +95,41 @@ async def test_continuous_usage_counts_tokens(server: Server) -> None:
     assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {5}
 
 
+async def writes(
+    server: Server, monkeypatch: pytest.MonkeyPatch, script: list[Any], **members: object
+) -> list[int]:
+    """Events in each write of the server to its client."""
+    written: list[bytes] = []
+    write = asyncio.selector_events._SelectorSocketTransport.write
+
+    def spy(transport: asyncio.Transport, data: bytes) -> None:
+        written.append(bytes(data))
+        write(transport, data)
+
+    server.gateway.script = lambda submission: script
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.selector_events._SelectorSocketTransport, "write", spy)
+        text = await (await server.chat(stream=True, **members)).text()
+    assert b"".join(written).count(b"data: ") == text.count("data: ")
+    return [data.count(b"data: ") for data in written if not data.startswith(b"POST")]
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.05])
+async def test_what_has_arrived_goes_out_in_one_write(
+    server: Server, monkeypatch: pytest.MonkeyPatch, pause_s: float
+) -> None:
+    """With the headers before it; `[DONE]` with the body's end behind it."""
+    prompt, *deltas = answer(a_submission(), ["a", "b", "c"])
+    items = [prompt, deltas[0], Pause(pause_s), *deltas[1:]]
+    found = await writes(server, monkeypatch, items if pause_s else [prompt, *deltas])
+    assert found == ([2, 2, 1] if pause_s else [4, 1]), "the role comes with the first text"
+
+
+async def test_one_write_is_bounded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = await writes(server, monkeypatch, answer(a_submission(), ["x"] * 200))
+    assert sum(found) == 200 + 2 and max(found) <= TAKEN_MAX + 1
+
+
 def with_silent_token(submission: Tokenize) -> list[Any]:
     items = answer(submission, ["a", "", "b"])
     return items
@@ -152,7 +193,7 @@ async def test_a_problem_in_mid_stream_is_an_event(server: Server, path: str) ->
 
 @pytest.mark.parametrize("n", [1, 2])
 async def test_a_stream_that_breaks_off_is_an_error(server: Server, n: int) -> None:
-    server.gateway.script = lambda submission: answer(submission, ["a", "b"])[:2]
+    server.gateway.script = lambda submission: answer(submission, ["a", "b"], "error")
     chunks = events(await (await server.chat(stream=True, n=n)).text())
     assert chunks[-1]["error"]["code"] == "internal_error"
     assert (await server.chat(n=n)).status == 500

@@ -44,6 +44,7 @@ def rig() -> Rig:
 
 def test_from_prompt_to_end(rig: Rig) -> None:
     rig.ask(submission(prompt="x" * 40, seed=7))
+    assert [to for to, _ in rig.sent] == [SCHEDULER, "frontend-0"], "what is waited for goes first"
     assert rig.one(Tokenized, "frontend-0").prompt_tokens == 40
     submit = rig.one(Submit, SCHEDULER)
     assert (submit.attempt, submit.accepted, submit.sampling.seed) == (1, b"", 7)

@@ -118,18 +118,20 @@ def _chunk(
 
 
 async def _events(call: Call, answers: Answers, top: int) -> AsyncGenerator[bytes, None]:
+    """What has arrived since the last time, in one piece."""
     begun = [False] * len(answers.choices)
-    async with contextlib.aclosing(answers.open()) as deltas:
-        async for index, delta in deltas:
+    answers.open()
+    while await answers.more():
+        events = b""
+        for index, delta in answers.take():
             choice = answers.choices[index]
             usage = choice.running_usage() if call.continuous_usage else msgspec.UNSET
-            opening = b""
             if not begun[index]:
                 begun[index] = True
-                opening = _chunk(call, [ChatChunkChoice(index=index, delta=_FIRST)], usage)
-            content = _content_chunk(call, choice, index, delta, top, usage)
-            if opening or content:
-                yield opening + content
+                events += _chunk(call, [ChatChunkChoice(index=index, delta=_FIRST)], usage)
+            events += _content_chunk(call, choice, index, delta, top, usage)
+        if events:
+            yield events
     if call.include_usage:
         yield _chunk(call, [], answers.usage())
 
@@ -159,8 +161,9 @@ def _content_chunk(
 async def _collected(call: Call, answers: Answers, top: int) -> ChatReply:
     texts: list[list[str]] = [[] for _ in answers.choices]
     entries: list[list[TextLogprob]] = [[] for _ in answers.choices]
-    async with contextlib.aclosing(answers.open()) as deltas:
-        async for index, delta in deltas:
+    answers.open()
+    while await answers.more():
+        for index, delta in answers.take():
             texts[index].append(delta.text)
             entries[index] += delta.logprobs or ()
     return ChatReply(

@@ -9,7 +9,7 @@ from aiohttp import web
 from slipstream.frontend import calls, validate
 from slipstream.frontend.context import CONTEXT, Context
 from slipstream.frontend.gateway import ClusterStatus, Gateway
-from slipstream.frontend.generation import Answers, Call, alternatives, finite
+from slipstream.frontend.generation import Answers, Call, Choice, alternatives, finite
 from slipstream.frontend.messages_in import prompts
 from slipstream.frontend.openai import (
     CompletionChoice,
@@ -119,27 +119,38 @@ def _chunk(
 
 
 async def _events(call: Call, answers: Answers, heads: list[str]) -> AsyncGenerator[bytes, None]:
+    """What has arrived since the last time, in one piece."""
     offsets = [0] * len(heads)
-    async with contextlib.aclosing(answers.open()) as deltas:
-        async for index, delta in deltas:
-            choice = answers.choices[index]
-            usage = choice.running_usage() if call.continuous_usage else msgspec.UNSET
-            text = heads[index] + delta.text
-            heads[index] = ""
-            finished = delta.finish_reason is not None
-            if not (text or finished or delta.logprobs or call.continuous_usage):
-                continue
-            out = CompletionChoice(
-                index=index,
-                text=text,
-                logprobs=_delta_logprobs(call, delta, offsets[index]),
-                finish_reason=choice.finish_reason if finished else None,
-                stop_reason=choice.stop_reason if finished else msgspec.UNSET,
-            )
-            offsets[index] += sum(len(entry.text) for entry in delta.logprobs or ())
-            yield _chunk(call, [out], usage)
+    answers.open()
+    while await answers.more():
+        events = b""
+        for index, delta in answers.take():
+            events += _text_chunk(call, answers.choices[index], index, delta, heads, offsets)
+        if events:
+            yield events
     if call.include_usage:
         yield _chunk(call, [], answers.usage())
+
+
+def _text_chunk(
+    call: Call, choice: Choice, index: int, delta: TextDelta, heads: list[str], offsets: list[int]
+) -> bytes:
+    """Nothing for a delta that has nothing to show. `heads` that are shown are taken out."""
+    usage = choice.running_usage() if call.continuous_usage else msgspec.UNSET
+    text = heads[index] + delta.text
+    heads[index] = ""
+    finished = delta.finish_reason is not None
+    if not (text or finished or delta.logprobs or call.continuous_usage):
+        return b""
+    out = CompletionChoice(
+        index=index,
+        text=text,
+        logprobs=_delta_logprobs(call, delta, offsets[index]),
+        finish_reason=choice.finish_reason if finished else None,
+        stop_reason=choice.stop_reason if finished else msgspec.UNSET,
+    )
+    offsets[index] += sum(len(entry.text) for entry in delta.logprobs or ())
+    return _chunk(call, [out], usage)
 
 
 def _delta_logprobs(call: Call, delta: TextDelta, offset: int) -> CompletionLogprobs | None:
@@ -152,8 +163,9 @@ def _delta_logprobs(call: Call, delta: TextDelta, offset: int) -> CompletionLogp
 async def _collected(call: Call, answers: Answers, heads: list[str]) -> CompletionReply:
     texts = [[head] for head in heads]
     entries: list[list[TextLogprob]] = [[] for _ in heads]
-    async with contextlib.aclosing(answers.open()) as deltas:
-        async for index, delta in deltas:
+    answers.open()
+    while await answers.more():
+        for index, delta in answers.take():
             texts[index].append(delta.text)
             entries[index] += delta.logprobs or ()
     top = call.submissions[0].sampling.logprobs

@@ -1,6 +1,7 @@
 """What the HTTP handlers need from the process around them."""
 
-from typing import Protocol, Self, TypeAlias
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -30,26 +31,15 @@ StreamItem: TypeAlias = int | TextDelta | Problem
 """The number of prompt tokens; a piece of the answer; the end without one."""
 
 
-class Stream(Protocol):
-    """One submission's answer. A `Problem`, or a delta with a finish reason, is its last item.
-
-    Waiting for the next item may be cancelled without losing it.
-    """
-
-    def __aiter__(self) -> Self: ...
-
-    async def __anext__(self) -> StreamItem: ...
-
-    def close(self) -> None:
-        """The handler is done with it, finished or not. May be said twice."""
-        ...
-
-
 class Gateway(Protocol):
     def status(self) -> ClusterStatus: ...
 
-    def open(self, submission: Tokenize) -> Stream:
-        """Never refuses: a refusal is the stream's first item."""
+    def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
+        """Never refuses: a refusal is the first item. `put` is told every item, on the loop, after
+        this has returned; a `Problem`, or a delta with a finish reason, is the last one.
+
+        Call what it returns when you are done with the answer, finished or not; twice is no harm.
+        """
         ...
 
     async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec: ...

@@ -2,20 +2,22 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 
 import msgspec
 
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.gateway import Gateway, Stream, StreamItem
+from slipstream.frontend.gateway import Gateway, StreamItem
 from slipstream.frontend.openai import PromptTokensDetails, StopReason, UsageOut
 from slipstream.frontend.problems import ApiError
 from slipstream.messages import TextDelta, TextLogprob, Tokenize
 from slipstream.types import FinishReason, Usage
 
-MERGED_MAX = 256
-"""Items that wait for a slow reader of several choices before their streams are read no further."""
+TAKEN_MAX = 64
+"""Items that go out in one write: a slow reader is noticed between two."""
 
 LOGPROB_MIN = -9999.0
 
@@ -73,14 +75,18 @@ class Choice:
 
 
 class Answers:
-    """The choices of a call. Iterating gives (index, delta) until all have ended, ApiError if one
-    fails. Leaving the context closes every stream, however it is left."""
+    """The choices of a call: `open`, then `take` while there is `more`. Leaving the context closes
+    every stream, however it is left."""
 
     def __init__(self, gateway: Gateway, call: Call) -> None:
         self._gateway = gateway
         self._call = call
-        self._streams: list[Stream] = []
+        self._closing: list[Callable[[], None]] = []
+        self._arrived: deque[tuple[int, StreamItem]] = deque()
+        """Not taken yet. Together as long as the answers at most."""
+        self._news: asyncio.Future[None] | None = None
         self.choices = [Choice() for _ in call.submissions]
+        self._running = len(self.choices)
 
     def __enter__(self) -> "Answers":
         return self
@@ -92,54 +98,43 @@ class Answers:
         trace: TracebackType | None,
     ) -> None:
         with contextlib.ExitStack() as closing:
-            for stream in self._streams:
-                closing.callback(stream.close)
+            for close in self._closing:
+                closing.callback(close)
 
-    def open(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        for submission in self._call.submissions:
-            self._streams.append(self._gateway.open(submission))
-        return self._one() if len(self._streams) == 1 else self._several()
+    def open(self) -> None:
+        for index, submission in enumerate(self._call.submissions):
+            self._closing.append(self._gateway.open(submission, partial(self._put, index)))
 
-    async def _one(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        async for item in self._streams[0]:
-            delta = self._taken(0, item)
-            if delta is not None:
-                yield 0, delta
-                if delta.finish_reason is not None:
-                    return
-        raise _broken_off()
+    async def more(self) -> bool:
+        """Waits until there is something to take; False once every choice has ended."""
+        if self._running and not self._arrived:
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
+        return self._running > 0
 
-    async def _several(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        arrived: asyncio.Queue[tuple[int, StreamItem | Exception]] = asyncio.Queue(MERGED_MAX)
-        pumps = [
-            asyncio.create_task(_pump(index, stream, arrived))
-            for index, stream in enumerate(self._streams)
-        ]
-        try:
-            running = len(pumps)
-            while running:
-                index, item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                delta = self._taken(index, item)
-                if delta is not None:
-                    yield index, delta
-                    running -= delta.finish_reason is not None
-        finally:
-            for pump in pumps:
-                pump.cancel()
+    def take(self) -> Iterator[tuple[int, TextDelta]]:
+        """What has arrived, as (index of the choice, delta), but no more than TAKEN_MAX items.
+        ApiError if a choice has failed, after what came before that has been taken."""
+        for taken in range(min(len(self._arrived), TAKEN_MAX)):
+            index, item = self._arrived[0]
+            error = _failure(item)
+            if error is not None and taken:
+                return
+            if error is not None:
+                raise error
+            self._arrived.popleft()
+            choice = self.choices[index]
+            if isinstance(item, TextDelta):
+                choice.take(item)
+                self._running -= item.finish_reason is not None
+                yield index, item
+            elif isinstance(item, int):
+                choice.prompt_tokens = item
 
-    def _taken(self, index: int, item: StreamItem) -> TextDelta | None:
-        if isinstance(item, Problem):
-            raise ApiError(item)
-        choice = self.choices[index]
-        if isinstance(item, int):
-            choice.prompt_tokens = item
-            return None
-        if item.finish_reason is FinishReason.ERROR:
-            raise _broken_off()
-        choice.take(item)
-        return item
+    def _put(self, index: int, item: StreamItem) -> None:
+        self._arrived.append((index, item))
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     def usage(self) -> UsageOut:
         """A prompt counts once, however many choices share it."""
@@ -166,22 +161,13 @@ class Answers:
         return {name: text for name, text in found.items() if text and text.isprintable()}
 
 
-async def _pump(
-    index: int, stream: Stream, arrived: "asyncio.Queue[tuple[int, StreamItem | Exception]]"
-) -> None:
-    try:
-        async for item in stream:
-            await arrived.put((index, item))
-            if isinstance(item, TextDelta) and item.finish_reason is not None:
-                return
-        await arrived.put((index, _broken_off()))
-    except Exception as error:  # noqa: BLE001 (handed to the reader, who raises it)
-        await arrived.put((index, error))
-
-
-def _broken_off() -> ApiError:
-    message = "The answer broke off for a reason on our side; the server's log has it."
-    return ApiError(Problem(code=ErrorCode.INTERNAL, message=message))
+def _failure(item: StreamItem) -> ApiError | None:
+    if isinstance(item, Problem):
+        return ApiError(item)
+    if isinstance(item, TextDelta) and item.finish_reason is FinishReason.ERROR:
+        message = "The answer broke off for a reason on our side; the server's log has it."
+        return ApiError(Problem(code=ErrorCode.INTERNAL, message=message))
+    return None
 
 
 def finite(logprob: float) -> float:

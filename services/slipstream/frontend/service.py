@@ -6,7 +6,6 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Self
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
@@ -22,11 +21,10 @@ from slipstream.core.machine import (
     Event,
     Opened,
 )
-from slipstream.errors import Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
-from slipstream.messages import SCHEDULER, Prompt, TextDelta, Tokenize, WorkerInfo
+from slipstream.messages import SCHEDULER, Prompt, Tokenize, WorkerInfo
 from slipstream.runtime.metrics import metrics
 from slipstream.runtime.ports import port_error
 from slipstream.types import NodeId, RequestId
@@ -49,7 +47,7 @@ class FrontendService:
         self._machine, self._host = machine, host
         self._model = model
         self._worker: WorkerInfo | None = None
-        self._streams: dict[RequestId, _Stream] = {}
+        self._streams: dict[RequestId, Callable[[StreamItem], None]] = {}
         self._calls: dict[str, asyncio.Future[DeliverCodec]] = {}
         self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
 
@@ -69,9 +67,9 @@ class FrontendService:
     def execute(self, effect: Effect) -> None:
         match effect:
             case Deliver(request_id, item):
-                stream = self._streams.get(request_id)
-                if stream is not None:
-                    stream.put(item)
+                put = self._streams.get(request_id)
+                if put is not None:
+                    put(item)
             case DeliverCodec(call_id):
                 future = self._calls.pop(call_id, None)
                 if future is not None and not future.done():
@@ -106,11 +104,16 @@ class FrontendService:
             waiting=self._summed("waiting"),
         )
 
-    def open(self, submission: Tokenize) -> "_Stream":
-        stream = _Stream(submission.request_id, self._closed)
-        self._streams[submission.request_id] = stream
+    def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
+        request_id = submission.request_id
+        self._streams[request_id] = put
         self._post(Opened(submission))
-        return stream
+
+        def close() -> None:
+            if self._streams.pop(request_id, None) is not None:
+                self._post(Closed(request_id))
+
+        return close
 
     async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec:
         call_id = uuid.uuid4().hex
@@ -131,40 +134,6 @@ class FrontendService:
 
     def _summed(self, name: str) -> int:
         return int(sum(gauges.get(name, 0) for gauges in self._machine.load.values()))
-
-    def _closed(self, request_id: RequestId) -> None:
-        del self._streams[request_id]
-        self._post(Closed(request_id))
-
-
-class _Stream:
-    """Items of one submission, from the machine to its handler. As long as its answer at most."""
-
-    __slots__ = ("_closed", "_items", "_on_close", "_over", "_request_id")
-
-    def __init__(self, request_id: RequestId, on_close: Callable[[RequestId], None]) -> None:
-        self._request_id, self._on_close = request_id, on_close
-        self._items: asyncio.Queue[StreamItem] = asyncio.Queue()
-        self._over = self._closed = False
-
-    def put(self, item: StreamItem) -> None:
-        self._items.put_nowait(item)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> StreamItem:
-        if self._over:
-            raise StopAsyncIteration
-        item = await self._items.get()
-        ends = isinstance(item, TextDelta) and item.finish_reason is not None
-        self._over = ends or isinstance(item, Problem)
-        return item
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._on_close(self._request_id)
 
 
 class _WorkerGauges(Collector):

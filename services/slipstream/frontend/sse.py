@@ -25,6 +25,11 @@ def event(value: msgspec.Struct) -> bytes:
     return b"data: %b\n\n" % _encode(value)
 
 
+class _EventStream(web.StreamResponse):
+    _send_headers_immediately = False
+    """They go out with what is written first, which follows at once."""
+
+
 class _Writer:
     """One open response. Says when it last wrote, and whether a write hangs."""
 
@@ -42,9 +47,9 @@ class _Writer:
         await self._response.write(data)
         self.writing_since_s = None
 
-    async def end(self) -> None:
+    async def end(self, data: bytes) -> None:
         self.writing_since_s = time.monotonic()
-        await self._response.write_eof()
+        await self._response.write_eof(data)
         self.writing_since_s = None
 
     def comment(self) -> None:
@@ -112,16 +117,17 @@ async def stream_events(
         await asyncio.wait({first}, timeout=keeper.keep_alive_s)
         if first.done():
             first.result()
-        response = web.StreamResponse(headers={**_HEADERS, **headers()})
+        response = _EventStream(headers={**_HEADERS, **headers()})
         with contextlib.suppress(ConnectionResetError):  # the client is gone: nobody to tell
             await response.prepare(request)
             with keeper.watching(_Writer(response, request.transport)) as writer:
                 await _send_all(writer, first, events)
         return response
     finally:
-        # The iterator cannot be closed while somebody still waits for its next item.
-        first.cancel()
-        await asyncio.wait({first})
+        if not first.done():
+            # The iterator cannot be closed while somebody still waits for its next item.
+            first.cancel()
+            await asyncio.wait({first})
 
 
 async def _send_all(
@@ -136,5 +142,4 @@ async def _send_all(
             data = await anext(events, None)
     except ApiError as error:
         await writer.write(b"data: %b\n\n" % error_json(error.problem))
-    await writer.write(DONE)
-    await writer.end()
+    await writer.end(DONE)

@@ -263,11 +263,11 @@ class TokenizerMachine:
         self._counts["prompt_tokens"] += len(prompt)
         replayed = len(stream.tokens)
         stream.begin(prompt, sampling)
-        effects: list[Effect] = [Send(stream.frontend, stream.tokenized())]
+        tokenized = Send(stream.frontend, stream.tokenized())
         if stream.finish_reason is None:
-            return effects + self._submit(stream, now_s)
-        effects.append(Send(stream.frontend, TextOut(deltas=stream.again(replayed))))
-        return effects + self._end(stream, now_s)
+            return [*self._submit(stream, now_s), tokenized]  # what is waited for goes first
+        text = Send(stream.frontend, TextOut(deltas=stream.again(replayed)))
+        return [tokenized, text, *self._end(stream, now_s)]
 
     def _submit(self, stream: Stream, now_s: float) -> list[Effect]:
         """A scheduler that is away gets all live streams as soon as it is back."""

@@ -6,12 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from slipstream.core.blocks import BlockPool, Named
 from slipstream.core.kv_events import KvEvents
-from slipstream.core.machine import BlockMove, Effect, PublishKvEvents, Send
+from slipstream.core.machine import BlockMove, Effect, PublishKvEvents, Send, SetTimer
 from slipstream.core.membership import Membership
 from slipstream.messages import BlockEvents, Snapshot
 from slipstream.types import BlockHash, NodeId, Role
 
 NOWHERE = -1
+REPORT_TIMER = "report"
+REPORT_DELAY_S = 0.02
+"""A hint may be that old. One message for several steps spares the index most of its work, and the
+token that a step has made does not compete with it for the cores."""
 
 
 class IndexReporter:
@@ -32,6 +36,8 @@ class IndexReporter:
         self._lower: dict[BlockHash, tuple[int, int]] = {}
         """Hash -> position and tier."""
         self._touched: dict[BlockHash, None] = {}
+        self._due_s: float | None = None
+        """When they are told."""
 
     def moved(self, moved: Iterable[BlockMove]) -> None:
         """What the tiers say about themselves."""
@@ -84,7 +90,8 @@ class IndexReporter:
         return [Send(to, snapshot)]
 
     def flush(self, now_s: float) -> list[Effect]:
-        """Changes since the last call, one message for each who hears of them."""
+        """Changes so far, one message for each who hears of them. The index hears of them when the
+        first is `REPORT_DELAY_S` old; a timer sees to the call."""
         self._drain()
         events = self.kv_events.flush() if self.kv_events is not None else ()
         published: list[Effect] = [PublishKvEvents(events)] if events else []
@@ -95,9 +102,17 @@ class IndexReporter:
         if (target, stride) != (self.target, self._stride):
             self.target, self._stride = target, stride
             return [] if target is None else self.snapshot(target)
-        touched, self._touched = self._touched, {}
-        if target is None or not touched:
+        if target is None:
+            self._touched.clear()
+        if not self._touched:
             return []
+        if self._due_s is None:
+            self._due_s = now_s + REPORT_DELAY_S
+            return [SetTimer(REPORT_TIMER, self._due_s)]
+        if now_s < self._due_s:
+            return []
+        self._due_s = None
+        touched, self._touched = self._touched, {}
         places = self._places(touched)
         self.seq += 1
         events = BlockEvents(

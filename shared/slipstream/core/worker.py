@@ -129,7 +129,7 @@ class WorkerMachine:
         effects = self.membership.handle(event, now_s)
         effects += self._on(event, now_s)
         effects += self._settle(now_s)
-        return effects
+        return self.log.flush() + effects  # first what a client waits for
 
     def statistics(self) -> dict[str, float]:
         return gauges_of(load_of(self))
@@ -311,7 +311,6 @@ class WorkerMachine:
         while (plan := self.batcher.plan()) is not None:
             effects += [RunBatch(plan), *self._watch(now_s)]
         effects += self.exchange.tiers.flush()
-        effects += self.log.flush()
         effects += self.reporter.flush(now_s)
         if self._draining and self._empty():
             effects.append(Exit())

@@ -97,6 +97,15 @@ class Bus:
         self.frames_sent += 1
         self.bytes_sent += len(header) + len(frame.payload)
 
+    def statistics(self) -> dict[str, float]:
+        return {
+            "bus_frames_sent_total": self.frames_sent,
+            "bus_frames_received_total": self.frames_received,
+            "bus_frames_dropped_total": self.frames_dropped,
+            "bus_bytes_sent_total": self.bytes_sent,
+            "bus_bytes_received_total": self.bytes_received,
+        }
+
     def forget(self, peer: NodeId) -> None:
         """Drops what is queued for the peer, and the connection: the session is over."""
         if found := self._peers.pop(peer, None):

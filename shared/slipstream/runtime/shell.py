@@ -6,6 +6,7 @@ next turn, so that nothing starves. Time is the host's monotonic clock.
 """
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -168,7 +169,7 @@ class _Shell:
     # --- From start to end ------------------------------------------------------------------------
 
     async def run(self) -> int:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._ended: asyncio.Future[int] = self._loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal, number)
@@ -196,6 +197,7 @@ class _Shell:
         if self._ended.done():
             return
         log.info("listens at %s", self._config.listen)
+        gc.freeze()  # what is there by now stays: collections need not walk through it
         self._running = True
         self._posted.appendleft(Started())
         self._loop.add_reader(self._bus.descriptor, self._turn)
@@ -265,7 +267,10 @@ class _Shell:
         if not self._turn_due:
             self._turn_due = True
             with suppress(RuntimeError):  # the loop is closed: nobody will look
-                self._loop.call_soon_threadsafe(self._turn)
+                if threading.get_ident() == self._thread:  # it need not be woken
+                    self._loop.call_soon(self._turn)
+                else:
+                    self._loop.call_soon_threadsafe(self._turn)
 
     def _turn(self) -> None:
         self._turn_due = False
@@ -370,21 +375,17 @@ class _Shell:
         return ""
 
     def _statistics(self) -> dict[str, float]:
-        bus, executor = self._bus, self._executor
+        executor = self._executor
         return {
             **self._machine.statistics(),
             **(executor.statistics() if isinstance(executor, Measured) else {}),
+            **self._bus.statistics(),
             "peers_up": len(self._witness.up),
             "events_total": self._witness.events,
             "timers": len(self._timers),
             "loop_lag_seconds": max(self._lags_s),
-            "bus_frames_sent_total": bus.frames_sent,
-            "bus_frames_received_total": bus.frames_received,
             "bus_frames_resent_total": self._node.link.resent_frames,
-            "bus_frames_dropped_total": bus.frames_dropped,
-            "bus_frames_malformed_total": bus.frames_malformed + self._node.frames_malformed,
-            "bus_bytes_sent_total": bus.bytes_sent,
-            "bus_bytes_received_total": bus.bytes_received,
+            "bus_frames_malformed_total": self._bus.frames_malformed + self._node.frames_malformed,
         }
 
 
