@@ -205,8 +205,12 @@ def test_int8_answers_do_not_depend_on_chunks(
     assert len(common) >= 15 and 0 < max(gaps) < 0.5
 
 
-def test_a_row_of_nan_harms_nobody_else(runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_a_row_of_nan_harms_nobody_else(
+    saved: Saved, caplog: pytest.LogCaptureFixture, int8: bool
+) -> None:
     """Block 30 holds NaN where the second request believes its prefix to be."""
+    runner = runner_for(saved("llama")[0], int8=int8)
     prompt = prompt_of(20)
     alone = generate(runner, prompt, greedy(), 2, blocks=(1, 2))
     runner._pool[30] = torch.nan
