@@ -236,19 +236,19 @@ def test_int8_products_are_near_the_plain_ones(inputs: int) -> None:
         assert error.norm() < 0.02 * exact.norm(), outliers
 
 
-def test_no_number_is_not_hidden_by_int8(compiled: ctypes.CDLL) -> None:
-    for number in (torch.nan, torch.inf):
-        x = torch.ones(2, 48)
-        x[1, 40] = number
-        case = Draw(0, torch.float32).plain(
-            lambda backend: (
-                lambda packed: lambda ops: ops.linear(ops.embed(packed[0]), packed[1])
-            )((backend.table(x), backend.pack(torch.ones(3, 48)))),
-            2,
-        )
-        for backend in (CpuBackend(compiled, 1, torch.float32, True), Reference(True)):
-            result, _ = outcome(backend, case)
-            assert result[0].isfinite().all() and not result[1].isfinite().any()
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_int8_does_not_hide_what_is_no_number(compiled: ctypes.CDLL, number: float) -> None:
+    x = torch.ones(2, 48)
+    x[1, 40] = number
+
+    def build(backend: Backend) -> Model:
+        packed = backend.table(x), backend.pack(torch.ones(3, 48))
+        return lambda ops: ops.linear(ops.embed(packed[0]), packed[1])
+
+    case = Draw(0, torch.float32).plain(build, 2)
+    for backend in (CpuBackend(compiled, 1, torch.float32, True), Reference(True)):
+        result, _ = outcome(backend, case)
+        assert result[0].isfinite().all() and not result[1].isfinite().any()
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])

@@ -51,7 +51,7 @@ def hadamard(x: Tensor) -> Tensor:
     rows, dim = x.shape
     half = 1
     while half < rotation_block(dim):
-        first, second = x.view(rows, -1, 2, half).unbind(2)
+        first, second = x.view(rows, dim // (2 * half), 2, half).unbind(2)
         x = torch.stack((first + second, first - second), 2).view(rows, dim)
         half *= 2
     return x

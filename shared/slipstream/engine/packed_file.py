@@ -122,7 +122,7 @@ def write(path: Path, packed: DecoderWeights) -> None:
             put(len(header).to_bytes(8, "little") + header)
             for place, tensor in zip(places, tensors, strict=True):
                 put(bytes(place.offset - at))
-                put(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                put(tensor.flatten().view(torch.uint8).numpy().data)
             file.seek(0)
             file.write(_MAGIC + digest.digest())
         os.replace(unfinished, path)
