@@ -1,12 +1,7 @@
 """int8 weights predict a text nearly as well as those that they were made of."""
 
-import os
-from pathlib import Path
-
 import pytest
-from rich.console import Console
 
-from slipstream.cli.models import models_dir, prepare
 from slipstream.kernels import cpu
 from slipstream.loadtest import quality
 
@@ -14,7 +9,7 @@ from slipstream.loadtest import quality
 def test_the_demo_model_keeps_its_quality() -> None:
     if cpu.kernels() is None:
         pytest.skip("takes minutes without compiled kernels")
-    folder: Path = prepare("demo", models_dir(os.environ), Console(stderr=True)).folder
+    folder = quality.prepared("demo")
     tokens = quality.encode(folder, quality.TEXT.read_text(encoding="utf-8"))
     assert len(tokens) > 1800
     measured = quality.measure(folder, "bfloat16", tokens)

@@ -10,18 +10,16 @@ table, questions and answers.
 
 import argparse
 import math
-import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from slipstream.cli.models import models_dir, prepare
 from slipstream.core.machine import Row
 from slipstream.engine.batch import build_batch
 from slipstream.engine.decoder import Decoder
@@ -96,6 +94,13 @@ def predict(folder: Path, dtype: KvDtype, tokens: Sequence[int], int8: bool) -> 
     return Predictions(torch.cat(known), torch.cat(likeliest))
 
 
+def prepared(model: str) -> Path:
+    """The folder of what `slipstream serve` would take this for."""
+    command = [sys.executable, "-m", "slipstream.cli.main", "model", "prepare", model]
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(made.stdout.strip())
+
+
 def encode(folder: Path, text: str) -> list[int]:
     tokens: list[int] = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     return tokens
@@ -109,8 +114,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--text", type=Path, default=TEXT)
     options = parser.parse_args()
-    console = Console(stderr=True)
-    folder = prepare(options.model, models_dir(os.environ), console).folder
+    folder = prepared(options.model)
     tokens = encode(folder, options.text.read_text(encoding="utf-8"))
     quality = measure(folder, options.dtype, tokens)
     print(f"{folder.name}, {options.text.name}, {len(tokens)} tokens")

@@ -76,14 +76,15 @@ def shared_weights(path: Path, pack: Callable[[], DecoderWeights]) -> DecoderWei
 
     Where it cannot be written, what `pack` yielded, in memory of our own; the log says why.
     """
-    with suppress(FileNotFoundError):
-        try:
-            found = read(path)
-            with suppress(OSError):
-                os.utime(path)  # it was used
-            return found
-        except (BrokenFile, OSError) as error:
-            _LOG.warning("%s: %s; packed again", path, error)
+    try:
+        found = read(path)
+        with suppress(OSError):
+            os.utime(path)  # it was used
+        return found
+    except FileNotFoundError:
+        pass
+    except (BrokenFile, OSError) as error:
+        _LOG.warning("%s: %s; packed again", path, error)
     packed = pack()
     try:
         write(path, packed)
