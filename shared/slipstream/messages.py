@@ -46,8 +46,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     model: str
     kv_layout_id: str
-    """Model fingerprint, dtype and block layout. Blocks move only between workers where it is
-    equal."""
+    """Model fingerprint, dtype, quantization and block layout. Blocks move only between workers
+    where it is equal."""
     num_blocks: Count
     block_bytes: Count
     max_model_len: Count
@@ -60,6 +60,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`accept_decode` is not what the worker's settings say."""
     transports: dict[str, str] = {}
     """Transport name -> how a peer attaches (a segment, an address)."""
+    quantization: str = "none"
+    """Of the weights of matrix products."""
     device: str = ""
     """What it computes with (cores, a card). Workers of one host that name the same slow each other
     down."""

@@ -47,7 +47,12 @@ def serve(port: int, journal: Path) -> None:
         def do_GET(self) -> None:
             nodes = started(journal)
             ready = "decode-0" in nodes
-            worker = {"num_blocks": 10, "block_bytes": 1024, "transports": {"shm": "x"}}
+            worker = {
+                "num_blocks": 10,
+                "block_bytes": 1024,
+                "transports": {"shm": "x"},
+                "quantization": "int8",
+            }
             body = {
                 "status": "ready" if ready else "starting",
                 "reason": "" if ready else "no decode worker",

@@ -95,6 +95,7 @@ def test_ready_block_says_what_runs(run: Run) -> None:
     for name in ("scheduler-0", "kvindex-0", "tokenizer-0", "frontend-0", "prefill-0", "decode-1"):
         assert re.search(rf"{name} pid \d+", run.out), name
     assert "decode-0: 10 = 160 tokens, 10KiB" in run.out
+    assert "context 128 tokens, int8 weights)" in run.out
     assert "curl -N http://127.0.0.1" in run.out and '"model": "toy"' in run.out
     assert "decode-0     decode-0 says hello" in run.err
     assert "\x1b" not in run.out + run.err

@@ -110,13 +110,14 @@ def test_a_block_table_that_is_too_short_is_refused(saved: Saved) -> None:
         bench.logits((prompt_of(17), 0, (3,)))
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["llama", "llama_tied", "qwen2", "qwen3", "llama_yarn_factors"])
 def test_a_row_does_not_depend_on_batch_or_chunks(
-    saved: Saved, case: str, dtype: torch.dtype
+    saved: Saved, case: str, dtype: torch.dtype, int8: bool
 ) -> None:
     """Bit by bit, so that a stream goes on elsewhere as it would have gone on here."""
-    bench = Bench(saved(case)[0], dtype)
+    bench = Bench(saved(case)[0], dtype, int8=int8)
     if isinstance(bench.backend, Reference):
         pytest.skip("holds for compiled kernels alone")
     tokens, other = prompt_of(150), prompt_of(70, 1)

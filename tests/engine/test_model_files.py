@@ -150,8 +150,9 @@ def test_layout() -> None:
         KvLayout(30, 2, 64, "bfloat16"),
         KvLayout(30, 3, 32, "bfloat16"),
     ]
-    ids = {each.layout_id("f" * 64) for each in [layout, *others]} | {layout.layout_id("e" * 64)}
-    assert len(ids) == 6 and all(len(each) < 128 for each in ids)
+    ids = {each.layout_id("f" * 64) for each in [layout, *others]}
+    ids |= {layout.layout_id("e" * 64), layout.layout_id("f" * 64, "int8")}
+    assert len(ids) == 7 and all(len(each) < 128 for each in ids)
 
 
 # --- What is refused ------------------------------------------------------------------------------

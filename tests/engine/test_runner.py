@@ -4,23 +4,26 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from engine.tiny import VOCAB, admission, generate, greedy, prompt_of
-from slipstream.core.machine import BatchPlan, Row, RowOutput
+from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner, allocate_pool
+from slipstream.kernels import cpu
 from slipstream.types import SamplingParams
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]
 WARM = SamplingParams(max_tokens=99, seed=11, temperature=1.3, top_p=0.95)
 
 
-def runner_for(folder: Path, blocks: int = 64) -> Runner:
+def runner_for(folder: Path, blocks: int = 64, int8: bool = False) -> Runner:
     layout = ModelConfig.read(folder).kv_layout("float32")
-    return Runner(folder, "float32", allocate_pool(layout, blocks).fill_(torch.nan), threads=2)
+    pool = allocate_pool(layout, blocks).fill_(torch.nan)
+    return Runner(folder, "float32", pool, threads=2, int8=int8)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,9 @@ def test_any_worker_continues_at_any_position(saved: Saved, sampling: SamplingPa
         assert whole[:cut] + rest == whole
 
 
-def test_company_changes_nothing(runner: Runner) -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_company_changes_nothing(saved: Saved, int8: bool) -> None:
+    runner = runner_for(saved("llama")[0], int8=int8)
     prompts = [prompt_of(18 + i, i) for i in range(6)]
     params = [
         SamplingParams(max_tokens=99, seed=i, temperature=t, top_k=k, min_p=m)
@@ -164,8 +169,48 @@ def test_company_changes_nothing(runner: Runner) -> None:
     assert [tuple(tokens) for tokens in made] == alone
 
 
-def test_a_row_of_nan_harms_nobody_else(runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
+@pytest.mark.parametrize("case", ["llama", "llama_tied", "qwen2", "qwen3"])
+def test_int8_answers_do_not_depend_on_chunks(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, case: str, compiled: bool
+) -> None:
+    """And they are those of other weights: near the plain ones, not the same."""
+    if not compiled:
+        monkeypatch.setattr(cpu, "kernels", lambda: None)
+    folder, _ = saved(case)
+    runner, prompt = runner_for(folder, int8=True), prompt_of(75)
+    sampling = msgspec.structs.replace(WARM, logprobs=0)
+    whole = generate(runner, prompt, sampling, 24)
+    for ends in ((64, 75), (16, 32, 48, 75), (1, 2, 74, 75)):
+        start, made = 0, ()
+        admitted: tuple[Admission, ...] = (admission("c", prompt, sampling),)
+        for end in ends:
+            row = Row("c", 1, prompt[start:end], start, tuple(range(9, 0, -1)), end == 75)
+            outputs = runner.run(BatchPlan(0, (row,), admitted))
+            start, admitted = end, ()
+        (output,) = outputs
+        made = output.tokens
+        for step in range(1, 24):
+            row = Row("c", 1, (), 74 + step, tuple(range(9, 0, -1)), True, step, True)
+            (output,) = runner.run(BatchPlan(step, (row,)))
+            made += output.tokens
+        assert made == whole
+    row = Row("p", 1, prompt, 0, tuple(range(9)), True)
+    plan = BatchPlan(0, (row,), (admission("p", prompt, greedy(logprobs=20)),))
+    ((one,), (other,)) = (each.run(plan) for each in (runner, runner_for(folder)))
+    assert one.logprobs is not None and other.logprobs is not None
+    tops = [dict(output.logprobs[0].top) for output in (one, other)]
+    common = tops[0].keys() & tops[1].keys()
+    gaps = [abs(tops[0][token] - tops[1][token]) for token in common]
+    assert len(common) >= 15 and 0 < max(gaps) < 0.5
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_a_row_of_nan_harms_nobody_else(
+    saved: Saved, caplog: pytest.LogCaptureFixture, int8: bool
+) -> None:
     """Block 30 holds NaN where the second request believes its prefix to be."""
+    runner = runner_for(saved("llama")[0], int8=int8)
     prompt = prompt_of(20)
     alone = generate(runner, prompt, greedy(), 2, blocks=(1, 2))
     runner._pool[30] = torch.nan

@@ -1,6 +1,7 @@
 """A worker as a process: what it takes at its start, and what is left after each kind of end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from slipstream.core.prefix import block_hashes, namespace
+from slipstream.kv.segment import HEADER_BYTES
+from slipstream.kv.tier_files import TierFiles
 
 Start = Callable[..., "Worker"]
 
@@ -18,6 +23,7 @@ class Worker:
         self.shm.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "slipstream.cli.main", "decode", "--model", str(model)]
         command += ["--run-dir", str(self.run), "--shm-dir", str(self.shm), "--node-id", "d"]
+        command += ["--packed-weights-dir", str(folder / "weights")]
         self.process = subprocess.Popen(
             [*command, "--kv-cache-bytes", "1MiB", "--threads", "1", *flags],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -72,6 +78,28 @@ def test_it_says_what_it_is_and_leaves_nothing(start: Start) -> None:
     assert worker.end(signal.SIGTERM) == 0
     assert worker.segments == []
     assert not list(worker.run.glob("*.sock"))
+
+
+def test_int8_is_said_and_its_kv_is_nobody_elses(start: Start, tmp_path: Path) -> None:
+    """By index, tiers or transfer (`Transports` refuses peers of another layout)."""
+    layouts = {}
+    for kind in ("none", "int8"):
+        worker = start("--quantization", kind)
+        said = worker.listening()
+        assert ("float32, int8 weights, context" in said) == (kind == "int8")
+        header = (worker.shm / worker.segments[0]).read_bytes()[:HEADER_BYTES]
+        (layouts[kind],) = re.findall(rb"[0-9a-f]{16}/float32/[\w./]+", header)
+        assert worker.end(signal.SIGTERM) == 0
+    assert layouts["int8"] == layouts["none"] + b"/int8"
+    names = [layout.decode() for layout in layouts.values()]
+    hashes = [set(block_hashes(range(48), namespace(name, ""))) for name in names]
+    assert len(hashes[0] | hashes[1]) == 6
+    folders = set()
+    for name in names:
+        tier = TierFiles(tmp_path, name, 4096)
+        folders.add(tier.folder)
+        tier.close()
+    assert len(folders) == 2
 
 
 def test_the_next_self_cleans_up_after_a_kill(start: Start) -> None:

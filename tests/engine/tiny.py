@@ -140,10 +140,16 @@ def scrambled_blocks(num_tokens: int, taken: set[int], num_blocks: int) -> tuple
 class Bench:
     """A decoder with a pool full of NaN: what nobody wrote must not matter."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, blocks: int = 64) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        blocks: int = 64,
+        int8: bool = False,
+    ) -> None:
         self.config = ModelConfig.read(folder)
         device = torch.device("cpu")
-        self.backend = choose_backend(self.config, dtype, device)
+        self.backend = choose_backend(self.config, dtype, device, int8)
         weights = load_weights(folder, self.config, dtype, device, self.backend)
         self.decoder = Decoder(self.config, weights, self.backend)
         name: Any = str(dtype).removeprefix("torch.")

@@ -303,7 +303,12 @@ async def test_readiness(server: Server) -> None:
                 "node_id": "decode-0",
                 "role": "decode",
                 "epoch": 7,
-                "worker": {"num_blocks": 64, "block_bytes": 4096, "transports": {"shm": "/x"}},
+                "worker": {
+                    "num_blocks": 64,
+                    "block_bytes": 4096,
+                    "transports": {"shm": "/x"},
+                    "quantization": "none",
+                },
             },
             {"node_id": "scheduler", "role": "scheduler", "epoch": 8, "worker": None},
         ],

@@ -224,13 +224,41 @@ def test_compiled_operations_agree_with_the_reference(
             assert not actual[0].isnan().any(), f"seed {seed}: garbage beyond a context leaked in"
 
 
+@pytest.mark.parametrize("inputs", [16, 48, 576, 1024, 1536])
+def test_int8_products_are_near_the_plain_ones(inputs: int) -> None:
+    """With channels a hundred times as large as the others too, as models have them."""
+    draw = Draw(inputs, torch.float32)
+    x, weight = draw.normal(40, inputs), draw.normal(96, inputs)
+    for outliers in ([], [3], [inputs - 1, inputs // 2]):
+        x[:, outliers] *= 100
+        exact = Reference().pack(weight).times(x)
+        error = Reference(int8=True).pack(weight).times(x) - exact
+        assert error.norm() < 0.02 * exact.norm(), outliers
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_int8_does_not_hide_what_is_no_number(compiled: ctypes.CDLL, number: float) -> None:
+    x = torch.ones(2, 48)
+    x[1, 40] = number
+
+    def build(backend: Backend) -> Model:
+        packed = backend.table(x), backend.pack(torch.ones(3, 48))
+        return lambda ops: ops.linear(ops.embed(packed[0]), packed[1])
+
+    case = Draw(0, torch.float32).plain(build, 2)
+    for backend in (CpuBackend(compiled, 1, torch.float32, True), Reference(True)):
+        result, _ = outcome(backend, case)
+        assert result[0].isfinite().all() and not result[1].isfinite().any()
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["linear", "gated", "rms_norm"])
 def test_a_row_does_not_depend_on_its_neighbours(
-    compiled: ctypes.CDLL, name: str, dtype: torch.dtype
+    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, int8: bool
 ) -> None:
     """Bit by bit, alone and in the batch."""
-    backend = CpuBackend(compiled, 2, dtype)
+    backend = CpuBackend(compiled, 2, dtype, int8)
     for seed in SEEDS:
         build, batch, *rest = getattr(Draw(seed, dtype), name)()
         forward = backend.compile(build(backend))

@@ -14,7 +14,8 @@ from slipstream.kernels.build import BuildError, build, default_cache_dir, one_l
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu_program.cpp")
-_HEADERS = tuple(_SOURCE.with_name(f"cpu_{n}.h") for n in ("vector", "matmul", "attention", "team"))
+_PARTS = ("vector", "hadamard", "matmul", "attention", "team")
+_HEADERS = tuple(_SOURCE.with_name(f"cpu_{n}.h") for n in _PARTS)
 _FLAGS = ("-ffp-contract=fast", "-fopenmp-simd", "-pthread")
 
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

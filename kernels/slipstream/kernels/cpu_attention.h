@@ -40,6 +40,7 @@ struct Scratch {
   std::vector<uint32_t> query;  // [rows][words of a head]
   std::vector<float> scores, accumulated, values, top, total;
   std::vector<vec> keys;  // one block, transposed: [words of a head][16 tokens]
+  std::vector<float> row;  // of what is quantized
 
   void prepare(int64_t rows, int64_t dim) {
     query.resize(rows * dim);

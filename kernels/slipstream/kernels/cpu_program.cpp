@@ -6,6 +6,7 @@
 #include <map>
 
 #include "cpu_attention.h"
+#include "cpu_hadamard.h"
 #include "cpu_team.h"
 
 namespace {
@@ -73,17 +74,23 @@ class Typed {
     }
   }
 
-  // Symmetric, one scale for each row; 128 is added, for products want one unsigned side.
-  void quantize(int64_t begin, int64_t end) const {
+  // Rotated, then symmetric, one scale for each row, which is no number if one of the row is none; 128
+  // is added, for products want one unsigned side.
+  void quantize(int64_t begin, int64_t end, Scratch& scratch) const {
     uint8_t* bytes = static_cast<uint8_t*>(step.buffers[op.out]);
     float* scales = static_cast<float*>(step.buffers[op.residual]);
+    scratch.row.resize(op.inputs);
+    float* x = scratch.row.data();
     for (int64_t row = begin; row < end; row++) {
-      const T* x = at(op.in, row, op.inputs);
-      vec top{};
+      for (int64_t i = 0; i < op.inputs; i += kLanes)
+        store(x + i, load(at(op.in, row, op.inputs) + i));
+      hadamard(x, op.inputs);
+      vec top{}, broken{};
       for (int64_t i = 0; i < op.inputs; i += kLanes) {
         const vec value = load(x + i);
         const vec size = value < 0.0f ? -value : value;
         top = size > top ? size : top;
+        broken += value - value;
       }
       const float scale = std::max(maximum(top), 1e-30f) / 127.0f;
       for (int64_t i = 0; i < op.inputs; i += kLanes) {
@@ -93,7 +100,7 @@ class Typed {
         *reinterpret_cast<bvec_u*>(bytes + row * op.inputs + i) =
             __builtin_convertvector(level, bvec_u);
       }
-      scales[row] = scale;
+      scales[row] = scale + sum(broken);
     }
   }
 
@@ -186,7 +193,8 @@ class Typed {
               [&](int64_t row, int64_t panel, ivec sum) {
                 const int64_t at = panel * kLanes;
                 sum -= 128 * *reinterpret_cast<const ivec*>(op.sums + at);
-                put(row, panel, __builtin_convertvector(sum, vec) * scales[row] * load(op.scale + at));
+                put(row, panel,
+                    rounded(__builtin_convertvector(sum, vec) * scales[row] * load(op.scale + at)));
               });
   }
 
@@ -274,7 +282,7 @@ class Program final : public Work {
       case kEmbed: return typed.embed(begin, end);
       case kTake: return typed.take(begin, end);
       case kNorm: return typed.norm(begin, end);
-      case kQuantize: return typed.quantize(begin, end);
+      case kQuantize: return typed.quantize(begin, end, scratch_[thread]);
       case kLinear: return typed.linear(begin, end, column * kTilePanels);
       case kGated: return typed.gated(begin, end, column * 2);
       case kRotate: return typed.rotate(begin, end);

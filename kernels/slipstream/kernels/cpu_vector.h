@@ -46,6 +46,13 @@ inline vec round_to(vec x, const bf16*) {
   return (vec)(__builtin_convertvector(narrow(x), uvec) << 16);
 }
 
+// A product that is not fused with an addition behind it: the compiler would do so for some numbers of
+// rows and not for others, and a row would depend on its batch.
+inline vec rounded(vec x) {
+  asm("" : "+m"(x));
+  return x;
+}
+
 inline float load_one(const float* p) { return *p; }
 inline float load_one(const bf16* p) {
   const uint32_t bits = uint32_t(p->bits) << 16;

@@ -38,9 +38,34 @@ class ForwardBatch:
     """int64 [S]: last token of each row that samples"""
 
 
+def rotation_block(dim: int) -> int:
+    """The largest power of two that divides `dim`."""
+    return dim & -dim
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The Walsh-Hadamard transform of float32 rows `[rows, dim]`, in blocks of `rotation_block`.
+
+    It is its own inverse up to the factor `rotation_block(dim)`: products of two rows grow by it.
+    """
+    rows, dim = x.shape
+    half = 1
+    while half < rotation_block(dim):
+        first, second = x.view(rows, dim // (2 * half), 2, half).unbind(2)
+        x = torch.stack((first + second, first - second), 2).view(rows, dim)
+        half *= 2
+    return x
+
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `[rows, dim]` as int8, and their scales, float32 `[rows, 1]`."""
-    wide = x.float()
+    """Rows of `[rows, dim]`, rotated, as int8, and their scales, float32 `[rows, 1]`.
+
+    Inputs of a model's matrices have a few large channels, for which all others would be rounded
+    coarsely. `hadamard` spreads them over their blocks first; weights are rotated alike, and the
+    product comes out the same.
+    Source: Ashkboos et al., "QuaRot", 2024.
+    """
+    wide = hadamard(x.float())
     scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return (wide * (1 / scale)).round().to(torch.int8), scale
 
@@ -112,8 +137,8 @@ The pool is `[blocks, layers, 2, kv_heads, block_tokens, head_dim]` in the weigh
 class Backend(Protocol):
     """A maker of the operations, with its own form of weights.
 
-    With `int8` matrices that are multiplied with are quantized symmetrically, one scale for each
-    output, and what they are multiplied with as well, one scale for each row, at each step.
+    With `int8` matrices that are multiplied with go through `quantize`, one scale for each output,
+    and what they are multiplied with as well, one scale for each row, at each step.
     """
 
     int8: bool

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize
+from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
 
 PANEL = 16
 """Outputs of a matrix that lie side by side; all dimensions are multiples of it, or padded."""
 MAX_OPS = 1 << 14
+_ROWS_AT_A_TIME = 4096
+"""Of a matrix that is quantized: what that takes for a while is some copies of them in float32."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -319,11 +321,15 @@ class CpuBackend:
         outputs, inputs = weight.shape
         if not self.int8:
             return Packed(in_panels(weight), bias, outputs, inputs)
-        padded = torch.zeros(-(-outputs // PANEL) * PANEL, inputs)
-        padded[:outputs] = weight
-        levels, scale = quantize(padded)
+        padded = -(-outputs // PANEL) * PANEL
+        levels = torch.zeros(padded, inputs, dtype=torch.int8)
+        scale = torch.zeros(padded, 1)
+        for first in range(0, outputs, _ROWS_AT_A_TIME):
+            part = slice(first, min(first + _ROWS_AT_A_TIME, outputs))
+            levels[part], scale[part] = quantize(weight[part])
+        scale = scale.flatten() / rotation_block(inputs)
         sums = levels.sum(1, dtype=torch.int32)
-        return Packed(in_panels(levels), bias, outputs, inputs, scale.flatten(), sums)
+        return Packed(in_panels(levels), bias, outputs, inputs, scale, sums)
 
     def pack_gated(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
         """Panels of gate and up by turns, so that a thread has both."""

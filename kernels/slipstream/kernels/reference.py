@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize
+from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Reference:
         if not self.int8:
             return Matrix(weight, bias)
         levels, scale = quantize(weight)
-        return Matrix(levels, bias, scale.flatten())
+        return Matrix(levels, bias, scale.flatten() / rotation_block(weight.shape[1]))
 
     pack_gated = pack
 

@@ -16,8 +16,10 @@ from slipstream.config import (
     OffloadDir,
     OffloadDiskBytes,
     OffloadHostBytes,
+    PackedWeightsDir,
     PortNumber,
     PrefillBudget,
+    Quantization,
     Record,
     RedisUrl,
     ServedModelName,
@@ -51,6 +53,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "demo"
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
+    quantization: Quantization = "none"
+    packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0
     max_num_seqs: MaxNumSeqs = 64

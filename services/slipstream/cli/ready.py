@@ -20,6 +20,7 @@ class Worker(msgspec.Struct):
     num_blocks: int = 0
     block_bytes: int = 0
     transports: dict[str, Any] | list[str] = []
+    quantization: str = "none"
 
 
 class Node(msgspec.Struct):
@@ -104,7 +105,7 @@ def ready_block(
 ) -> list[str]:  # fmt: skip
     """The lines that tell a person that it runs, what runs, and what to type next."""
     context = f", context {readyz.max_model_len} tokens" if readyz.max_model_len else ""
-    rows = [("Model", f"{readyz.model or model} ({folder}{context})")]
+    rows = [("Model", f"{readyz.model or model} ({folder}{context}{_weights(readyz)})")]
     rows += _wrapped("Processes", [f"{node_id} {pid}" for node_id, pid in pids.items()], "pid ")
     rows += _kv_rows(readyz)
     rows.append(("Transports", _transports(readyz) or transports))
@@ -123,6 +124,17 @@ def ready_block(
     header = "-H 'Content-Type: application/json'"
     curl = f"curl -N {url}/v1/chat/completions {header} -d '{json.dumps(body)}'"
     return [*lines, "", curl, ""]
+
+
+def _weights(readyz: Readyz) -> str:
+    """What was made of the weights, and by whom unless by all."""
+    workers = {node.node_id: node.worker for node in readyz.nodes if node.worker is not None}
+    words = []
+    for kind in sorted({worker.quantization for worker in workers.values()} - {"none"}):
+        having = sorted(name for name, worker in workers.items() if worker.quantization == kind)
+        where = "" if len(having) == len(workers) else " in " + ", ".join(having)
+        words.append(f", {kind} weights{where}")
+    return "".join(words)
 
 
 def _kv_rows(readyz: Readyz) -> list[tuple[str, str]]:

@@ -145,6 +145,7 @@ def _node(node: NodeInfo) -> dict[str, object]:
             "num_blocks": worker.num_blocks,
             "block_bytes": worker.block_bytes,
             "transports": worker.transports,
+            "quantization": worker.quantization,
         },
     }
 

@@ -32,6 +32,21 @@ Dtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16"],
     Meta(description="Type of weights and KV blocks; auto: the checkpoint's."),
 ]
+Quantization: TypeAlias = Annotated[
+    Literal["none", "int8"],
+    Meta(
+        description="Weights of matrix products; none: of type --dtype; int8: made at load time, "
+        "one scale for each output. KV blocks stay of type --dtype."
+    ),
+]
+PackedWeightsDir: TypeAlias = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        description="Folder where packed weights are kept, for the next start and for all workers "
+        "of the host, who share their memory; auto: in the user's cache; none: each packs its own.",
+    ),
+]
 MaxModelLen: TypeAlias = Annotated[
     int,
     Meta(ge=0, le=2**24, description="Longest prompt plus answer, in tokens; 0: the model's."),
@@ -147,6 +162,8 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     model: Annotated[str, Meta(min_length=1, description="Model folder (Hugging Face layout).")]
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
+    quantization: Quantization = "none"
+    packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0
     max_num_seqs: MaxNumSeqs = 64
@@ -224,8 +241,13 @@ def default_run_dir(environ: Mapping[str, str]) -> str:
     )
 
 
+def default_packed_weights_dir(environ: Mapping[str, str]) -> str:
+    cache = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(cache) / "slipstream" / "weights")
+
+
 def resolve(config: S, environ: Mapping[str, str]) -> S:
-    """Fills in what depends on host and process: node id, run directory, addresses."""
+    """Fills in what depends on host, user and process: node id, folders, addresses."""
     host = socket.gethostname()
     run_dir = config.run_dir or default_run_dir(environ)
     node_id = config.node_id or f"{config.role}-{host}-{os.getpid()}"[:64]
@@ -241,6 +263,9 @@ def resolve(config: S, environ: Mapping[str, str]) -> S:
         advertise=advertise,
         scheduler=(advertise if is_scheduler else config.scheduler or home),
     )
+    if isinstance(resolved, WorkerConfig) and resolved.packed_weights_dir == "auto":
+        folder = default_packed_weights_dir(environ)
+        resolved = msgspec.structs.replace(resolved, packed_weights_dir=folder)
     for flag, address in (("--listen", listen), ("--scheduler", resolved.scheduler)):
         _check_address(config.role, flag, address)
     return resolved

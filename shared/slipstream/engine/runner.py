@@ -9,9 +9,10 @@ from torch import Tensor
 
 from slipstream.core.machine import BatchPlan, Row, RowOutput
 from slipstream.engine.batch import Inputs, build_batch
-from slipstream.engine.decoder import Decoder
+from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.history import History
 from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.packed_file import file_name, shared_weights
 from slipstream.engine.sampler import RowError, Sample, sample
 from slipstream.engine.weights import load_weights
 from slipstream.kernels import cpu
@@ -30,16 +31,18 @@ def allocate_pool(layout: KvLayout, num_blocks: int) -> Tensor:
     return torch.zeros((num_blocks, *layout.block_shape), dtype=_DTYPES[layout.dtype])
 
 
-def choose_backend(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+def choose_backend(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, int8: bool = False
+) -> Backend:
     """Compiled kernels where they are, built now if they are not yet; else plain torch."""
     library = cpu.kernels() if device.type == "cpu" else None
     if library is None:
-        return Reference()
+        return Reference(int8)
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
     if any(size % PANEL for size in sizes):
         _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
-        return Reference()
-    return CpuBackend(library, torch.get_num_threads(), dtype)
+        return Reference(int8)
+    return CpuBackend(library, torch.get_num_threads(), dtype, int8)
 
 
 class Runner:
@@ -50,9 +53,16 @@ class Runner:
     """
 
     def __init__(
-        self, model_path: str | Path, dtype: KvDtype, pool: Tensor, threads: int = 0
+        self,
+        model_path: str | Path,
+        dtype: KvDtype,
+        pool: Tensor,
+        threads: int = 0,
+        int8: bool = False,
+        packed_dir: Path | None = None,
     ) -> None:
         """`threads`: CPU threads, 0 leaves torch's choice. The model lives where the pool does.
+        `int8`: of the weights of matrix products. `packed_dir`: where packed weights are kept.
 
         ModelError: see `ModelConfig.read` and `load_weights`. ValueError: the pool has another
         layout.
@@ -64,8 +74,16 @@ class Runner:
         if threads:
             torch.set_num_threads(threads)
         self._pool = pool
-        backend = choose_backend(self.config, pool.dtype, pool.device)
-        weights = load_weights(model_path, self.config, pool.dtype, pool.device, backend)
+        backend = choose_backend(self.config, pool.dtype, pool.device, int8)
+
+        def load() -> DecoderWeights:
+            return load_weights(model_path, self.config, pool.dtype, pool.device, backend)
+
+        if packed_dir is None or not isinstance(backend, CpuBackend):
+            weights = load()
+        else:
+            name = file_name(model_path, self.config, pool.dtype, int8)
+            weights = shared_weights(packed_dir / name, load)
         self._decoder = Decoder(self.config, weights, backend)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: set[tuple[RequestId, int]] = set()

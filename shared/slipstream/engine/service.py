@@ -77,7 +77,7 @@ def run_worker(config: WorkerConfig) -> int:
             machine = WorkerMachine(node, _settings(config, plan.model))
             pool = torch.frombuffer(segment.blocks, dtype=getattr(torch, plan.dtype))
             shape = (plan.num_blocks, *plan.layout.block_shape)
-            runner = Runner(config.model, plan.dtype, pool.view(shape), plan.threads)
+            runner = _runner(config, plan, pool.view(shape))
             _announce(config, plan, segment, transports)
             kv_events = _kv_events(config, node)
             if kv_events is not None:
@@ -90,6 +90,14 @@ def run_worker(config: WorkerConfig) -> int:
             return run_service(config, node, machine, executor)
     except ModelError as error:
         raise StartError(f"slipstream {config.role}: {error}", ExitCode.MODEL) from None
+
+
+def _runner(config: WorkerConfig, plan: _Plan, pool: torch.Tensor) -> Runner:
+    return Runner(
+        *(config.model, plan.dtype, pool, plan.threads),
+        int8=config.quantization == "int8",
+        packed_dir=None if config.packed_weights_dir == "none" else Path(config.packed_weights_dir),
+    )
 
 
 def _leave_in_order(number: int, _frame: object) -> None:
@@ -171,7 +179,7 @@ def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
 
 def _segment(config: WorkerConfig, plan: _Plan, epoch: Epoch) -> Segment:
     header = SegmentHeader(
-        kv_layout_id=plan.layout.layout_id(plan.model.fingerprint),
+        kv_layout_id=plan.layout.layout_id(plan.model.fingerprint, config.quantization),
         epoch=epoch,
         num_blocks=plan.num_blocks,
         block_bytes=plan.layout.block_bytes,
@@ -238,6 +246,7 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
             prefill_budget_tokens=config.prefill_budget_tokens,
             accept_decode=config.accept_decode,
             transports=transports.advertise(),
+            quantization=config.quantization,
             device=_device(plan.threads),
         ),
     )
@@ -277,9 +286,10 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
 
 def _announce(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> None:
     _LOG.info(
-        "model %s, %s, context %d, %d KV blocks of %s (%s in %s), transports %s, %d threads",
+        "model %s, %s%s, context %d, %d KV blocks of %s (%s in %s), transports %s, %d threads",
         config.model,
         plan.dtype,
+        "" if config.quantization == "none" else f", {config.quantization} weights",
         plan.max_model_len,
         plan.num_blocks,
         format_bytes(plan.layout.block_bytes),

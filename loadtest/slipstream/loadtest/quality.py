@@ -1,0 +1,129 @@
+"""What int8 weights cost in quality: one text, its next tokens predicted with and without.
+
+    python -m slipstream.loadtest.quality [--model demo] [--dtype bfloat16] [--text FILE]
+
+Perplexity is of the whole text as one sequence. Agreement is how often both take the same token to
+be the likeliest. Wanted: perplexity at most 1.02 times, agreement at least 95 %; the exit code is 1
+if that is missed. The text that comes with it is ours: stories, a recipe, a letter, a program, a
+table, questions and answers.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from slipstream.core.machine import Row
+from slipstream.engine.batch import build_batch
+from slipstream.engine.decoder import Decoder
+from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.runner import allocate_pool, choose_backend
+from slipstream.engine.weights import load_weights
+from slipstream.kv.layout import KvDtype
+from slipstream.types import BLOCK_TOKENS
+
+TEXT = Path(__file__).with_name("quality.txt")
+PERPLEXITY_RATIO_MAX = 1.02
+AGREEMENT_MIN = 0.95
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of each token but the first."""
+
+    log_probabilities: Tensor
+    """Of the token that the text has: float32 `[T - 1]`."""
+    likeliest: Tensor
+    """int64 `[T - 1]`"""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-float(self.log_probabilities.double().mean()))
+
+
+@dataclass(frozen=True)
+class Quality:
+    plain: Predictions
+    int8: Predictions
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.int8.perplexity / self.plain.perplexity
+
+    @property
+    def agreement(self) -> float:
+        return float((self.int8.likeliest == self.plain.likeliest).float().mean())
+
+    @property
+    def good(self) -> bool:
+        return self.perplexity_ratio <= PERPLEXITY_RATIO_MAX and self.agreement >= AGREEMENT_MIN
+
+
+def measure(folder: Path, dtype: KvDtype, tokens: Sequence[int]) -> Quality:
+    """Both predictions of `tokens`, which have to fit into the model's context."""
+    return Quality(predict(folder, dtype, tokens, False), predict(folder, dtype, tokens, True))
+
+
+def predict(folder: Path, dtype: KvDtype, tokens: Sequence[int], int8: bool) -> Predictions:
+    config = ModelConfig.read(folder)
+    blocks = tuple(range(-(-len(tokens) // BLOCK_TOKENS)))
+    pool = allocate_pool(config.kv_layout(dtype), len(blocks))
+    backend = choose_backend(config, pool.dtype, pool.device, int8)
+    weights = load_weights(folder, config, pool.dtype, pool.device, backend)
+    decoder = Decoder(config, weights, backend)
+    known, likeliest = [], []
+    for start in range(0, len(tokens) - 1, _CHUNK):
+        chunk = tuple(tokens[start : start + _CHUNK])
+        batch = build_batch([Row("text", 1, chunk, start, blocks, True)], [chunk], pool.device)
+        batch = replace(batch, sample_indices=torch.arange(len(chunk)))
+        with torch.inference_mode():
+            logits = decoder.forward(batch, pool)
+            following = torch.tensor(tokens[start + 1 : start + 1 + len(chunk)])
+            logits = logits[: len(following)]
+            chosen = logits.gather(1, following[:, None])[:, 0]
+            known.append(chosen - logits.logsumexp(-1))
+            likeliest.append(logits.argmax(-1))
+    return Predictions(torch.cat(known), torch.cat(likeliest))
+
+
+def prepared(model: str) -> Path:
+    """The folder of what `slipstream serve` would take this for."""
+    command = [sys.executable, "-m", "slipstream.cli.main", "model", "prepare", model]
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(made.stdout.strip())
+
+
+def encode(folder: Path, text: str) -> list[int]:
+    tokens: list[int] = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    return tokens
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="demo", help="as for slipstream serve")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--text", type=Path, default=TEXT)
+    options = parser.parse_args()
+    folder = prepared(options.model)
+    tokens = encode(folder, options.text.read_text(encoding="utf-8"))
+    quality = measure(folder, options.dtype, tokens)
+    print(f"{folder.name}, {options.text.name}, {len(tokens)} tokens")
+    print(f"perplexity {options.dtype:<9}{quality.plain.perplexity:9.4f}")
+    print(f"perplexity {'int8':<9}{quality.int8.perplexity:9.4f}", end="")
+    print(f"  {quality.perplexity_ratio:.4f} times, wanted: at most {PERPLEXITY_RATIO_MAX}")
+    print(f"agreement           {quality.agreement:9.2%}  wanted: at least {AGREEMENT_MIN:.0%}")
+    return 0 if quality.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
