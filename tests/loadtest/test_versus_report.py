@@ -68,7 +68,7 @@ def test_values_targets_and_what_failed(results: Results) -> None:
     assert "| ≥ 1.2 | 1.27 | met |" in row(
         text, "Targets", f"P1 | {LOAD} | output tok/s | slipstream"
     )
-    assert "| ≤ 0.5 | 0.79 | **missed** |" in row(text, "Targets", f"P3 | {LOAD}")
+    assert "| ≤ 0.5 | 0.78 | **missed** |" in row(text, "Targets", f"P3 | {LOAD}")
     assert "| ≤ 15 | 20.00 | **missed** |" in row(text, "Targets", "P5")
     assert "| not measured |" in row(text, "Targets", "P4")
     others = "Start, shared prefix, memory"

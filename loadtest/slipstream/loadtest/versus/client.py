@@ -1,6 +1,7 @@
 """One client for all servers: an OpenAI completion as a stream, timed as it comes in."""
 
 import time
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -32,7 +33,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[msgspec.Raw] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -59,7 +60,9 @@ class Meter:
             except msgspec.DecodeError:
                 raise AnswerError(f"a chunk that cannot be read: {_short(event)}") from None
             if chunk.error is not None:
-                raise AnswerError(f"an error in the stream: {_short(bytes(chunk.error))}")
+                raise AnswerError(
+                    f"an error in the stream: {_short(msgspec.json.encode(chunk.error))}"
+                )
             if chunk.choices:
                 self._last_s = now_s - self._begin_s
                 self._first_s = self._first_s or self._last_s

@@ -97,7 +97,8 @@ async def _closed_loop(load: Load, client: Client, seed: str) -> list[Answer]:
 
 async def _run_prefix(load: PrefixLoad, client: Client, seed: str) -> dict[str, float]:
     """Median TTFT of those that come first, and of those after them."""
-    first_ms, later_ms = [], []
+    first_ms: list[float] = []
+    later_ms: list[float] = []
     for number in range(load.prefixes):
         shared = prompt(f"{seed} {load.name} {number}", load.prefix_tokens)
         for repeat in range(1 + load.repeats):

@@ -51,11 +51,17 @@ class Server:
     def start(self, command: list[str], out: IO[str]) -> None:
         """One program, in a session of its own: Ctrl-C is ours, and we say when it ends.
         PeerMissing: there is none of that name."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
         try:
-            self._roots.append(psutil.Popen(command, start_new_session=True, **pipes))
+            root = psutil.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         except OSError as error:
             raise PeerMissing(f"{command[0]}: {error.strerror}") from None
+        self._roots.append(root)
 
     def require_alive(self) -> None:
         """PeerMissing: one of its programs has ended; the reason is its last line."""
