@@ -88,14 +88,18 @@ def _note(folder: Path, wanted: str) -> None:
 def _begin(folder: Path) -> None:
     """An empty environment, in place of one that is half made or of another version."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _run([sys.executable, "-m", "venv", str(folder)], folder.with_suffix(".log"))
+    _log(folder).parent.mkdir(parents=True, exist_ok=True)
+    _run([sys.executable, "-m", "venv", str(folder)], _log(folder))
 
 
 def _pip(folder: Path, *words: str, settings: tuple[str, ...] = ()) -> None:
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     command = ["env", "-u", "PYTHONPATH", *settings, *pip, "install", *words]
-    _run(command, folder.with_suffix(".log"))
+    _run(command, _log(folder))
+
+
+def _log(folder: Path) -> Path:
+    return folder.parent / "logs" / f"{folder.name}-install.log"
 
 
 def _run(command: list[str], log: Path) -> None:
