@@ -2,17 +2,16 @@
 
 from collections.abc import AsyncIterator
 
-import numpy as np
 import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestServer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest import fake_openai as fake
 from slipstream.loadtest.versus.client import Answer, Client, Meter, model_name, new_session
 from slipstream.loadtest.versus.errors import AnswerError
-from slipstream.loadtest.versus.loads import Load, PrefixLoad, prompt, quantile, run, warm_up
+from slipstream.loadtest.versus.loads import Load, PrefixLoad, prompt, run, warm_up
 
 
 @pytest_asyncio.fixture
@@ -29,6 +28,7 @@ def chunks(tokens_each: list[int]) -> list[bytes]:
     return [*said, usage % sum(tokens_each)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(1, 40))
 def test_time_per_token_whatever_is_in_a_chunk(tokens_each: list[int], piece: int) -> None:
     """A chunk comes each second: tokens after the first share the time from the first to the last,
@@ -71,7 +71,7 @@ async def test_a_closed_loop(client: Client) -> None:
     await warm_up(load, client, "a")
     numbers = await run(load, client, "a")
     assert numbers["requests"] == 7
-    assert 0 < numbers["ttft_ms"] <= numbers["ttft_p99_ms"]
+    assert 0 < numbers["ttft_ms"] < numbers["ttft_p99_ms"]
     assert numbers["output_tok_s"] > 0 and numbers["tpot_ms"] > 0
 
 
@@ -108,8 +108,3 @@ async def test_prefixes_are_shared_and_new() -> None:
 
 def test_prompts_are_the_seeds() -> None:
     assert prompt("a", 50) == prompt("a", 50) != prompt("b", 50)
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
-def test_quantiles_as_numpy_has_them(values: list[float], share: float) -> None:
-    assert quantile(values, share) == pytest.approx(np.quantile(values, share))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import msgspec
+import numpy as np
 
 from slipstream.loadtest.versus.client import Answer, Client
 from slipstream.loadtest.versus.errors import AnswerError
@@ -59,7 +60,7 @@ async def run(load: Load | PrefixLoad, client: Client, seed: str) -> dict[str, f
     return {
         "output_tok_s": sum(answer.tokens for answer in answers) / elapsed_s,
         "ttft_ms": statistics.median(first_ms),
-        "ttft_p99_ms": quantile(first_ms, 0.99),
+        "ttft_p99_ms": float(np.quantile(first_ms, 0.99)),
         "tpot_ms": statistics.median(answer.tpot_s * 1e3 for answer in answers),
         "requests": load.requests,
     }
@@ -107,12 +108,3 @@ async def _run_prefix(load: PrefixLoad, client: Client, seed: str) -> dict[str, 
             (later_ms if repeat else first_ms).append(answer.first_s * 1e3)
     first, later = statistics.median(first_ms), statistics.median(later_ms)
     return {"first_ttft_ms": first, "later_ttft_ms": later, "later_of_first": later / first}
-
-
-def quantile(values: list[float], share: float) -> float:
-    """Between the two nearest values, as numpy's."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
