@@ -17,7 +17,7 @@ import psutil
 
 from slipstream.loadtest.versus.errors import PeerMissing
 
-READY_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 40.0
 ORPHAN_TIMEOUT_S = 3.0
 _POLL_S = 0.05
