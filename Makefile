@@ -5,6 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 200
+BENCH ?=
 comma := ,
 
 # A machine with an NVIDIA driver gets pip's choice of torch; any other one the version of the CPU
@@ -20,7 +21,7 @@ SOURCES := shared kernels services loadtest
 ROOTS := $(wildcard $(SOURCES) tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo dev check test test-all sim docs clean
+.PHONY: help serve demo dev check test test-all sim bench-vs docs clean
 
 help:
 	@echo "make serve      install, prepare the demo model, start everything"
@@ -28,6 +29,7 @@ help:
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-all   all tests"
 	@echo "make sim        the simulator, SEEDS=200"
+	@echo "make bench-vs   against vLLM and llama.cpp, for hours; a part: BENCH='--rounds 1 --loads short'"
 	@echo "make docs       write the generated pages"
 	@echo "make clean      remove what the build and the tests have made"
 
@@ -74,6 +76,10 @@ test-all: dev demo
 
 sim: dev
 	PYTHONPATH=tests $(BIN)/python -m sim --seeds $(SEEDS)
+
+# Installs the other servers under ~/.cache/slipstream/peers and writes docs/benchmarks/versus.md.
+bench-vs: dev demo
+	$(BIN)/python -m slipstream.loadtest.versus $(BENCH)
 
 docs: dev
 	$(BIN)/slipstream config docs > docs/configuration.md

