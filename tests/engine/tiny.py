@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from slipstream.core.machine import Admission, BatchPlan, Row
-from slipstream.engine.batch import build_batch
+from slipstream.engine.batch import Inputs, build_batch
 from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner, allocate_pool, choose_backend
@@ -165,7 +165,9 @@ class Bench:
             Row(f"r{index}", 1, tuple(tokens), start, table, True)
             for index, (tokens, start, table) in enumerate(parts)
         ]
-        batch = build_batch(rows, [row.tokens for row in rows], torch.device("cpu"))
+        batch = build_batch(
+            rows, [Inputs(row.tokens, row.start) for row in rows], torch.device("cpu")
+        )
         with torch.inference_mode():
             return self.decoder.forward(batch, self.pool).clone()
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from slipstream.core.machine import Row
-from slipstream.engine.batch import build_batch
+from slipstream.engine.batch import Inputs, build_batch
 from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import allocate_pool, choose_backend
@@ -82,7 +82,8 @@ def predict(folder: Path, dtype: KvDtype, tokens: Sequence[int], int8: bool) -> 
     known, likeliest = [], []
     for start in range(0, len(tokens) - 1, _CHUNK):
         chunk = tuple(tokens[start : start + _CHUNK])
-        batch = build_batch([Row("text", 1, chunk, start, blocks, True)], [chunk], pool.device)
+        row = Row("text", 1, chunk, start, blocks, True)
+        batch = build_batch([row], [Inputs(chunk, start)], pool.device)
         batch = replace(batch, sample_indices=torch.arange(len(chunk)))
         with torch.inference_mode():
             logits = decoder.forward(batch, pool)

@@ -104,7 +104,7 @@ class IndexReporter:
             return [] if target is None else self.snapshot(target)
         if target is None:
             self._touched.clear()
-        if not self._touched:
+        if target is None or not self._touched:
             return []
         if self._due_s is None:
             self._due_s = now_s + REPORT_DELAY_S
