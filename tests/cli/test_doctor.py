@@ -43,8 +43,18 @@ def test_the_screen_says_what_is_fastest_and_what_is_missing_why(
     assert "364 blocks of 360 KiB" in lines[0] and "memcpy (10.0 GB/s)" in lines[0]
     shm, bus, nixl = lines[4:7]
     assert shm.split()[:5] == ["shm", "8.0", "(80%)", "9.0", "(90%)"]
-    assert shm.endswith("<- fastest here") and "fastest" not in bus
+    assert shm.endswith("<- taken here") and bus.endswith("anywhere")
     assert nixl == "nixl       no: not installed: pip"
+
+
+@pytest.mark.parametrize(("nixl", "note"), [(11.0, "not 1.2 times as fast as shm"), (13.0, "here")])
+def test_what_is_little_faster_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, nixl: float, note: str
+) -> None:
+    rows = [Row("shm", 10.0, 11.0), Row("nixl", nixl, nixl)]
+    monkeypatch.setattr(doctor, "measure_all", lambda *_: (20.0, rows))
+    lines = transports(DoctorConfig()).splitlines()
+    assert lines[5].endswith(note) and lines[4].endswith("here") == ("not" in note)
 
 
 @pytest.mark.parametrize(

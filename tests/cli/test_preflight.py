@@ -110,3 +110,18 @@ def test_every_transport_may_be_asked_for() -> None:
     check_transports(",".join(TRANSPORTS))
     for name in (*TRANSPORTS, "auto"):
         check_transports(name)
+
+
+def test_what_a_killed_run_has_left_does_not_count_as_memory_in_use(
+    refusal: Refusal, short_path: Path
+) -> None:
+    """It is gone by the time anything is held against this machine."""
+    shm, left = short_path / "shm", short_path / "r" / "slipstream-killed"
+    left.mkdir(parents=True, mode=0o700)
+    (left / "lock").touch()
+    shm.mkdir()
+    segment = shm / "slipstream-slipstream-killed-decode-0-1"
+    segment.write_bytes(b"x")
+    code, line = refusal("--shm-dir", str(shm), "--kv-cache-bytes", "900TiB")
+    assert (code, "is too much" in line) == (6, True), line
+    assert not segment.exists() and not left.exists()

@@ -1,5 +1,6 @@
 """A prefill and a decode worker: KV goes from one to the other, or nothing is taken from it."""
 
+import msgspec
 import pytest
 
 from core.builders import decode, prefill
@@ -231,3 +232,19 @@ def test_a_drained_worker_leaves_when_it_is_empty(source: Worker, worker: Worker
     assert not worker.exits, "the end is not heard yet"
     worker.hear(StreamAck(request_id="r", attempt=1), TOKENIZER)
     assert worker.exits
+
+
+def test_a_hand_over_that_is_given_up_at_its_deadline_runs_for_nobody(
+    source: Worker, worker: Worker
+) -> None:
+    """Both are noticed by one tick: it is to be computed here after all, and it is too late."""
+    source.hear(prefill(prompt=PROMPT))
+    while source.plans:
+        source.step()
+        relay(source, worker, KvReady)
+    message = decode(prompt=PROMPT, source="prefill-0")
+    worker.hear(msgspec.structs.replace(message, timeout_s=5.9))
+    worker.pass_time(11.0)
+    assert not (worker.plans or worker.machine.jobs or worker.machine.batcher.running)
+    worker.read(source)
+    assert worker.held == 0 and hello(worker).live == []

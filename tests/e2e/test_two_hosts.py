@@ -121,7 +121,7 @@ def link() -> Iterator[Joined]:
         yield pair
 
 
-@pytest.mark.parametrize("transport", ["nixl", pytest.param("bus", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transport", ["nixl", "bus"])
 async def test_answers_are_exact_with_prefill_here_and_decode_there(
     link: Joined, reference: Reference, transport: str
 ) -> None:

@@ -5,13 +5,16 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.test_runner import WARM, runner_for
 from engine.tiny import VOCAB, admission, generate, greedy, prompt_of
 from slipstream.core.machine import BatchPlan, Row
-from slipstream.engine.drafts import SIZES, Drafts
+from slipstream.engine.drafts import AT_A_TIME, LOOK_BACK, SIZES, Drafts
+from slipstream.engine.history import History
 from slipstream.engine.runner import Runner
+from slipstream.engine.sampler import RowError, sample
 from slipstream.types import SamplingParams
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -46,6 +49,20 @@ def test_what_followed_the_last_time_is_proposed(seed: int) -> None:
 
 def test_a_short_text_proposes_nothing() -> None:
     assert Drafts().propose([7], 4) == () == Drafts().propose([7, 7], 4)
+
+
+def test_what_it_knows_is_bounded_and_learnt_in_pieces() -> None:
+    text = [index % 3000 for index in range(4 * LOOK_BACK)]
+    drafts = Drafts()
+    assert drafts.propose(text[:2900], 1) == (), "they have not stood there before"
+    proposed = 0
+    for end in range(2901, len(text)):
+        found = drafts.propose(text[:end], 4)
+        assert not found or found == tuple(text[end : end + 1])
+        drafts.learn(len(found), 0)
+        proposed += bool(found)
+        assert len(drafts._follows) <= 2 * LOOK_BACK * len(SIZES) + AT_A_TIME
+    assert proposed > 3 * LOOK_BACK
 
 
 STRICT = SamplingParams(
@@ -133,3 +150,24 @@ def test_a_request_of_a_step_that_failed_draws_nothing_any_more(saved: Saved) ->
     outputs = runner.run(BatchPlan(2, (ahead, Row("z", 1, other, 0, (6,), True)),
                                    (admission("z", other, greedy()),)))  # fmt: skip
     assert [output.tokens for output in outputs] == [(), alone[:1]]
+
+
+def test_a_row_that_fails_behind_a_right_draft_draws_nothing(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that such tokens fill could be written again by the step that is planned already."""
+    runner, prompt = runner_for(saved("llama")[0]), prompt_of(20)
+    answer = generate(runner, prompt, greedy(), 4)
+    monkeypatch.setattr(Drafts, "propose", lambda _, tokens, most: answer[1 : 1 + most])
+    first = Row("x", 1, prompt, 0, (1, 2), True)
+    runner.run(BatchPlan(1, (first,), (admission("x", prompt, greedy()),)))
+    calls: list[int] = []
+
+    def failing(logits: Tensor, histories: list[History], eos: frozenset[int]) -> list[object]:
+        calls.append(len(histories))
+        return [RowError("x")] if len(calls) == 2 else [*sample(logits, histories, eos)]
+
+    monkeypatch.setattr("slipstream.engine.runner.sample", failing)
+    row = Row("x", 1, (answer[0],), 20, (1, 2), True, 1, drafts=2)
+    (output,) = runner.run(BatchPlan(2, (row,)))
+    assert output.tokens == () and calls == [1, 1]

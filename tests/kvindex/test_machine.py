@@ -221,6 +221,23 @@ def test_a_worker_that_is_gone_is_forgotten_at_once() -> None:
     assert bench.locate() == located(v=20)
 
 
+@pytest.mark.parametrize("epoch", [5, 6])
+def test_a_worker_that_only_the_scheduler_had_lost_is_asked_what_it_has(epoch: int) -> None:
+    """It may have nothing to report for a long time; a new life reports by itself."""
+    bench = Bench()
+    bench.begin()
+    bench.say(snapshot(1, *HASHES))
+    bench.settle()
+    bench.introduce(gone={"w": 5})
+    bench.settle()
+    bench.sent.clear()
+    bench.introduce(worker_node(epoch=epoch))
+    assert bench.requests() == (epoch == 5)
+    bench.say(snapshot(2, *HASHES, epoch=epoch))
+    bench.settle()
+    assert bench.locate() == located(w=20)
+
+
 def test_batches_of_one_worker_go_one_after_another() -> None:
     bench = Bench()
     bench.begin(worker_node("v"), worker_node("w"))

@@ -198,3 +198,19 @@ def test_what_nobody_has_measured_does_not_fade() -> None:
     before = prices.terms
     prices.fade(1000.0)
     assert prices.terms == before
+
+
+def test_an_odd_report_is_noise_after_a_fade_too() -> None:
+    rng = random.Random(8)
+    prices = StepPrices()
+    for slower in (1.0, 3.0):
+        for _ in range(20):
+            prices.learn(measured(rng, 16, slower), 0.0)
+    for _ in range(20):
+        prices.learn(measured(rng, 16, 3.0, prefills=1.0), FADE_S)
+    prices.fade(FADE_S)  # of decoding, which it does not do any more
+    prompt_s = prices.prompt_s(0, 512)
+    prices.learn(measured(rng, 2, 30.0, prefills=1.0), FADE_S + 1)
+    assert prices.prompt_s(0, 512) == pytest.approx(prompt_s, rel=0.1)
+    prices.learn(measured(rng, 16, 3.0, prefills=1.0), FADE_S + 2)
+    assert prices.prompt_s(0, 512) == pytest.approx(prompt_s, rel=0.1)

@@ -8,6 +8,7 @@ import msgspec
 from slipstream.cli.commands import DoctorConfig
 from slipstream.config import SetupError
 from slipstream.kernels.verified_copy import compiled
+from slipstream.kv.choice import CLEARLY, best_of
 from slipstream.kv.probe import Row, measure_all
 
 REPEATS = 5
@@ -54,15 +55,24 @@ def _screen(report: Report, num_blocks: int, block_kib: int) -> str:
         f"{'transport':<11}{'verified':<15}{'bare':<15}leads to",
     ]
     working = [row for row in report.transports if not row.reason]
-    fastest = max(working, key=lambda row: row.verified, default=None)
+    rates = {row.name: row.verified for row in working}
+    taken = best_of(rates) if rates else ""
     for row in report.transports:
         if row.reason:
             lines.append(f"{row.name:<11}no: {row.reason}")
             continue
-        rates = "".join(
+        measured = "".join(
             f"{f'{rate:.1f} ({rate / report.memcpy:.0%})':<15}" for rate in (row.verified, row.bare)
         )
-        taken = "  <- fastest here" if row is fastest else ""
-        lines.append(f"{row.name:<11}{rates}{_FOR[row.name]}{taken}")
-    lines += ["", "Workers measure their peers in the same way and take the fastest for each."]
+        note = ""
+        if row.name == taken:
+            note = "  <- taken here"
+        elif row.verified > rates[taken]:
+            note = f"  not {CLEARLY:g} times as fast as {taken}"
+        lines.append(f"{row.name:<11}{measured}{_FOR[row.name]}{note}")
+    lines += [
+        "",
+        "Workers measure their peers in the same way and take the first that no later one is "
+        f"{CLEARLY:g} times as fast as.",
+    ]
     return "\n".join(lines)

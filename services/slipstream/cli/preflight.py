@@ -50,9 +50,9 @@ def _check_memory(workers: Sequence[WorkerConfig]) -> None:
     """What all workers ask for together; who asks for nothing takes what it finds."""
     from slipstream.kv.segment import free_bytes
 
-    free = available_memory()
+    free, pools = available_memory(), [worker.kv_cache_bytes for worker in workers]
+    require_pools(_PROG, pools, free, "memory")
     for shm_dir in sorted({worker.shm_dir for worker in workers}):
-        pools = [worker.kv_cache_bytes for worker in workers if worker.shm_dir == shm_dir]
-        require_pools(_PROG, pools, free, shm_dir, free_bytes(shm_dir))
-    tiers = [worker.offload_host_bytes for worker in workers]
-    require_host_tiers(_PROG, tiers, [worker.kv_cache_bytes for worker in workers], free)
+        there = [worker.kv_cache_bytes for worker in workers if worker.shm_dir == shm_dir]
+        require_pools(_PROG, there, free_bytes(shm_dir), shm_dir)
+    require_host_tiers(_PROG, [worker.offload_host_bytes for worker in workers], pools, free)

@@ -22,11 +22,8 @@ _LONGEST_NAME = "/tokenizer-63.sock"
 
 @contextmanager
 def private_run_dir(base: Path, shm_dir: str) -> Iterator[Path]:
-    """A fresh folder in `base`, of mode 0700, that goes away at the end, with this run's segments.
-
-    Also removes what earlier runs of ours that were killed have left in the same places.
-    """
-    sweep(base, shm_dir)
+    """A fresh folder in `base`, of mode 0700, that goes away at the end, with this run's
+    segments."""
     path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     lock = (path / _LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -56,7 +53,7 @@ def run_dir_base(wanted: str, environ: Mapping[str, str]) -> Path:
 
 
 def sweep(base: Path, shm_dir: str) -> None:
-    """Removes folders and segments of runs that no supervisor holds any more."""
+    """Removes folders and segments of runs of ours that no supervisor holds any more."""
     for path in base.glob(f"{_PREFIX}*"):
         try:
             if path.is_symlink() or path.stat().st_uid != os.getuid():

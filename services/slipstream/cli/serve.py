@@ -16,7 +16,7 @@ from slipstream.cli.models import Model, models_dir, prepare
 from slipstream.cli.plan import REDIS, Layout, metrics_ports, plan, redis_binary
 from slipstream.cli.preflight import preflight
 from slipstream.cli.ready import Readyz, reachable, ready_block, until_ready
-from slipstream.cli.run_dir import private_run_dir, run_dir_base
+from slipstream.cli.run_dir import private_run_dir, run_dir_base, sweep
 from slipstream.cli.screen import Screen
 from slipstream.cli.supervisor import Failure, Supervisor
 from slipstream.config import Loaded, StartError
@@ -50,6 +50,7 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
         run_dir=base,
         environ=environ,
     )
+    sweep(base, config.shm_dir)  # or what a killed run has left would count as memory in use
     preflight(plan(layout))  # before the model, which may have to be fetched or converted
     try:
         model = prepare(config.model, models_dir(environ), screen.console)

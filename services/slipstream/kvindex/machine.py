@@ -78,6 +78,8 @@ class KvIndexMachine:
         self.feeds: dict[NodeId, Feed] = {}
         self.lookups: dict[str, _Lookup] = {}
         self._ops: dict[str, Feed] = {}
+        self._gone: dict[NodeId, Epoch] = {}
+        """Whose feed was dropped when they were said to be gone. They may not know."""
         self._probe_id = ""
         self._probe_deadline_s = self._renew_at_s = 0.0
         self._op_number = 0
@@ -102,7 +104,7 @@ class KvIndexMachine:
             case TimerFired(key) if key == TICK_TIMER:
                 effects += self._tick(now_s)
             case Received(_, Peers()):
-                effects += self._forget(before)
+                effects += self._forget(before) + self._welcome(now_s)
             case Received(source, BlockEvents() | Snapshot() as message):
                 effects += self._told(source, message, now_s)
             case Received(source, Locate() as message):
@@ -199,7 +201,20 @@ class KvIndexMachine:
         for worker, epoch in over.items():
             if worker in self.feeds and self.feeds[worker].epoch <= epoch:
                 self._drop_feed(worker)
+                self._gone[worker] = epoch
+        for worker in list(self._gone)[:-FEEDS_MAX]:
+            del self._gone[worker]
         return [StoreForget(worker, epoch) for worker, epoch in over.items()]
+
+    def _welcome(self, now_s: float) -> list[Effect]:
+        """Who is there again, in the life that was said to be over: the scheduler had lost it, not
+        we. What it says when something changes could be long in coming."""
+        effects: list[Effect] = []
+        for worker, epoch in self._epochs().items():
+            if self._gone.pop(worker, None) == epoch and worker not in self.feeds:
+                feed = self._feed(worker, epoch)
+                effects += self._ask(feed, now_s) if feed is not None else []
+        return effects
 
     # --- What schedulers ask ----------------------------------------------------------------------
 

@@ -101,6 +101,22 @@ class Fit:
             self._add(kind, [p * v / y for p, v in zip(self._prior, x, strict=True)])
         self._solve()
 
+    def fade(self, kind: int, factors: Sequence[float]) -> None:
+        """Each term is believed so many times what it was; what this kind has measured counts no
+        more, what the others have does."""
+        prior = tuple(b * f for b, f in zip(self.believed, factors, strict=True))
+        moved = [new / old for new, old in zip(prior, self._prior, strict=True)]
+        for each, squares in enumerate(self._squares):
+            keep = float(each != kind)
+            self._sums[each] = [
+                keep * s * by for s, by in zip(self._sums[each], moved, strict=True)
+            ]
+            for row, by in zip(squares, moved, strict=True):
+                row[:] = [keep * s * by * other for s, other in zip(row, moved, strict=True)]
+        self._seen[kind] = 0
+        self._prior = self.believed = prior
+        self._times = [1.0] * len(prior)
+
     def _ratio(self, samples: Sequence[Sample]) -> float:
         """How many times longer these took than their price."""
         price_s = sum(self.price(x) for _, x, _ in samples)
@@ -164,15 +180,14 @@ class StepPrices:
 
     def fade(self, now_s: float) -> None:
         """To be called now and then."""
-        terms = list(self.terms)
         for kind, best in enumerate(self._best):
             if best is not None and now_s - self._learnt_s[kind] >= FADE_S:
                 self._learnt_s[kind] = now_s
+                factors = [1.0] * len(best)
                 for term in _KINDS[kind].terms:
-                    terms[term] = (terms[term] + best[term]) / 2
-        if terms != list(self.terms):
-            self._fit = Fit(terms, kinds=len(_KINDS))
-            self._set()
+                    factors[term] = (1.0 + best[term] / self.terms[term]) / 2
+                self._fit.fade(kind, factors)
+                self._set()
 
     def prompt_s(self, cached_tokens: int, tokens: int) -> float:
         """Of the tokens alone, without the steps that they are spread over."""

@@ -11,6 +11,7 @@ from typing import Any
 from slipstream.core import machine as m
 from slipstream.core.step_model import sample_of
 from slipstream.kvindex.memory import MemoryStore
+from slipstream.scheduler.prices import OWN_TIER
 from slipstream.simulate.hardware import Hardware
 from slipstream.simulate.tier import HostTier
 from slipstream.types import NodeId
@@ -177,7 +178,9 @@ class Process:
         assert tier is not None
         count = tier.load(effect.block_hashes)
         elapsed_s = tier.up_s(count, world.now_s) - world.now_s
-        done = m.PullDone(effect.pull_id, (DIGEST,) * count, transport="host", elapsed_s=elapsed_s)
+        done = m.PullDone(
+            effect.pull_id, (DIGEST,) * count, transport=OWN_TIER, elapsed_s=elapsed_s
+        )
         self._later(elapsed_s, done)
 
     def _store(self, effect: m.Effect) -> None:

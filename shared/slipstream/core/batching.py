@@ -68,13 +68,14 @@ class Batcher:
 
     def add(self, job: Job) -> None:
         """A new job, to be prefilled here."""
+        assert not job.dropped
         self.waiting.append(job)
         if self.kv_events is not None:
             self.kv_events.cached(job.tokens, job.hashes)  # what was fetched for it
 
     def add_computed(self, job: Job) -> None:
         """A job whose KV is here already, all but the last token's."""
-        assert job.num_computed == len(job.tokens) - 1
+        assert job.num_computed == len(job.tokens) - 1 and not job.dropped
         self.running.append(job)
 
     def remove(self, job: Job) -> None:

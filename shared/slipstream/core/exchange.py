@@ -138,7 +138,7 @@ class Exchange:
         """Jobs that were taken over, and those that have to be computed here after all."""
         ready, self.receiver.ready = self.receiver.ready, []
         recompute, self.receiver.recompute = self.receiver.recompute, []
-        return ready, recompute
+        return [j for j in ready if not j.dropped], [j for j in recompute if not j.dropped]
 
     @property
     def idle(self) -> bool:

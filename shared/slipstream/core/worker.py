@@ -137,6 +137,8 @@ class WorkerMachine:
     def check(self) -> None:
         """Every block reference has an owner, and every owner its references."""
         self.pool.check()
+        for job in (*self.batcher.waiting, *self.batcher.running):
+            assert self.jobs.get(job.request_id) is job, f"{job.request_id} runs for nobody"
         expected = self.exchange.references()
         for job in (*self.jobs.values(), *self.batcher.dropped):
             expected.update(job.block_ids)

@@ -125,16 +125,16 @@ class Runner:
         history = self._histories[key]
         if row.num_tokens == 0:
             raise ValueError(f"{row.request_id}: a row without input tokens")
-        if key in self._failed:
-            return Inputs(row.tokens or (0,), row.start)
-        if row.sample:
+        if row.sample and key not in self._failed:
             if row.position > history.num_output:
                 raise ValueError(
                     f"{row.request_id}: position {row.position} after {history.num_output} outputs"
                 )
             if not row.after_previous:
                 history.truncate(row.position)
-        drafts = history.drafts.propose(history.tokens, row.drafts) if row.drafts else ()
+        drafts: tuple[int, ...] = ()
+        if row.drafts and key not in self._failed:
+            drafts = history.drafts.propose(history.tokens, row.drafts)
         if row.after_previous:
             return Inputs((history.tokens[-1],), len(history.tokens) - 1, drafts)
         return Inputs(row.tokens, row.start, drafts)
@@ -155,6 +155,7 @@ class Runner:
             for index, history, result in zip(going, histories, results, strict=True):
                 if isinstance(result, RowError):
                     self._failed.add(keys[index])
+                    drawn[index] = []
                     _LOG.error("no token: %s", result)
                 elif keys[index] not in self._failed:
                     drafts, count = sampling[index][1].drafts, len(drawn[index])

@@ -28,6 +28,15 @@ LASTING = frozenset({"epoch", "range", "layout"})
 """Causes of failed READs that say nothing about the transport."""
 
 
+def best_of(rates: Mapping[str, float]) -> str:
+    """Of transports in order of preference, with their rates."""
+    best = next(iter(rates))
+    for name, rate in rates.items():
+        if rate > CLEARLY * rates[best]:
+            best = name
+    return best
+
+
 @dataclass(slots=True)
 class _Known:
     """One life of a peer."""
@@ -91,8 +100,9 @@ class Transports:
         TransferError `layout`: its blocks mean something else. `transport`: there is none.
         """
         known = self._life(peer)
-        if known.transport is not None:
-            return known.transport
+        chosen = known.transport  # another thread may take it away
+        if chosen is not None:
+            return chosen
         common = self._common(peer)
         for transport in sorted(common, key=lambda one: one.name in known.failed):
             try:
@@ -135,10 +145,8 @@ class Transports:
             known.due_s = time.monotonic() + known.retry_s
             known.retry_s = min(2 * known.retry_s, RETRY_MAX_S)
             return
-        best = next(one for one in common if one.name in rates)
-        for transport in common:
-            if rates.get(transport.name, 0.0) > CLEARLY * rates[best.name]:
-                best = transport
+        name = best_of(rates)
+        best = next(one for one in common if one.name == name)
         known.transport, known.rates, known.retry_s = best, rates, RETRY_FIRST_S
         known.failed -= rates.keys()
         others = ", ".join(

@@ -26,17 +26,14 @@ def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, min(available, limit - used + files))
 
 
-def require_pools(
-    who: str, pools: Sequence[int], memory_free: int, shm_dir: str, shm_free: int
-) -> None:
+def require_pools(who: str, pools: Sequence[int], free: int, place: str) -> None:
     """StartError: KV pools of so many bytes, one of each worker, do not fit into what is free."""
-    for place, free in (("memory", memory_free), (shm_dir, shm_free)):
-        if sum(pools) > free:
-            raise StartError(
-                f"{who}: --kv-cache-bytes {_sum(pools)} is too much: {format_bytes(free)} are free "
-                f"in {place}; lower it",
-                ExitCode.MEMORY,
-            )
+    if sum(pools) > free:
+        raise StartError(
+            f"{who}: --kv-cache-bytes {_sum(pools)} is too much: {format_bytes(free)} are free in "
+            f"{place}; lower it",
+            ExitCode.MEMORY,
+        )
 
 
 def require_host_tiers(
