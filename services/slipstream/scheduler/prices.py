@@ -72,6 +72,9 @@ class Fit:
         """Samples of each kind since the last new beginning."""
         self._doubts: Sequence[Sample] = []
         """A surprising report: noise, unless the next one says the same."""
+        self._prior: tuple[float, ...]
+        self._squares: list[list[list[float]]]
+        self._sums: list[list[float]]
         self._rebase(1.0)
 
     def price(self, x: Sequence[float]) -> float:
