@@ -269,16 +269,15 @@ def test_a_position_is_sampled_again_the_same_way(runner: Runner) -> None:
         runner.run(BatchPlan(4, (Row("e", 1, (5,), 12, (1, 2), True, 3),)))
 
 
-def test_several_inputs_after_the_previous_sample(runner: Runner) -> None:
-    """Guessed tokens go in behind the latest sample; the draw comes after the last of them."""
+def test_nothing_is_planned_behind_a_sample_that_is_not_known(runner: Runner) -> None:
+    """What may follow it the device proposes itself."""
     prompt = prompt_of(20)
-    made = generate(runner, prompt, greedy(), 4)
     runner.run(
         BatchPlan(0, (Row("s", 1, prompt, 0, (1, 2), True),), (admission("s", prompt, greedy()),))
     )
-    guess = Row("s", 1, made[1:3], 20, (1, 2), True, 1, after_previous=True)
-    (output,) = runner.run(BatchPlan(1, (guess,)))
-    assert output.tokens == made[3:4]
+    guess = Row("s", 1, (7,), 20, (1, 2), True, 1, after_previous=True)
+    with pytest.raises(ValueError, match="s: 1 tokens behind a sample"):
+        runner.run(BatchPlan(1, (guess,)))
 
 
 def test_logprobs_are_those_of_the_raw_logits(saved: Saved, runner: Runner) -> None:

@@ -57,6 +57,11 @@ def start(site: Site, tmp_path: Path) -> Callable[..., Rounds]:
     return start
 
 
+def children() -> set[psutil.Process]:
+    """Other tests of this process may have left theirs."""
+    return set(psutil.Process().children(recursive=True))
+
+
 async def test_what_runs_what_dies_and_what_is_absent(
     start: Callable[..., Rounds], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,10 +70,10 @@ async def test_what_runs_what_dies_and_what_is_absent(
         Peer(DEAD, "", installed, dying_server),
         Peer(ABSENT, "", not_installed, fake_server),
     ]
-    rounds = start()
+    rounds, before = start(), children()
     rounds.install(peers)
     await rounds.run(peers, 2)
-    assert not psutil.Process().children(recursive=True)
+    assert children() <= before
 
     found = kept.load(tmp_path / "versus.json")
     assert found.missing == {
@@ -121,10 +126,11 @@ async def test_a_server_and_its_children_are_weighed_and_ended(tmp_path: Path) -
     )
     url = f"http://127.0.0.1:{port}"
     launch = Launch([Program([sys.executable, "-c", parent], f"{url}/health")], url)
+    before = children()
     async with running(launch, tmp_path / "log") as server:
         async with server.weighing():
             pass
-        processes = psutil.Process().children(recursive=True)
+        processes = children() - before
         assert len(processes) == 2
         own = [process.memory_info().rss for process in processes]
         assert 0.5 * sum(own) < server.peak_bytes <= sum(own)

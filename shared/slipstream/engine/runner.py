@@ -125,6 +125,8 @@ class Runner:
         history = self._histories[key]
         if row.num_tokens == 0:
             raise ValueError(f"{row.request_id}: a row without input tokens")
+        if row.after_previous and row.tokens:
+            raise ValueError(f"{row.request_id}: {len(row.tokens)} tokens behind a sample")
         if row.sample and key not in self._failed:
             if row.position > history.num_output:
                 raise ValueError(
