@@ -20,11 +20,11 @@ def main(journal: Path, role: str, node_id: str, port: int) -> int:
         with (journal / "journal").open("a") as file:
             file.write(f"{word} {node_id} {os.getpid()}\n")
 
-    write("start")
-    print(f"{node_id} says hello", flush=True)
-    if (journal / f"fail-{node_id}").exists():
+    if (journal / f"fail-{node_id}").exists():  # it has never started: else all might be ready
         print(f"slipstream {role}: model.safetensors is damaged", flush=True)
         return FAILS_TO_START
+    write("start")
+    print(f"{node_id} says hello", flush=True)
     if (journal / f"crash-{node_id}").exists():
         return 1
     stop = threading.Event()
