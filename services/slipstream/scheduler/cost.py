@@ -23,6 +23,8 @@ STREAM_STEPS = 32
 """Steps of its decode worker that a stream is taken to pay for."""
 HYSTERESIS = 0.9
 """Apart must be this much cheaper than alone: a transfer has its risks."""
+RISK_S = 0.1
+"""But no more than this: its risks do not grow with what the prompt costs to compute."""
 TIE = 0.02
 """Prices closer than this are the same: then workers share what comes."""
 

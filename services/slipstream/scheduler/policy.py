@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from slipstream.scheduler.cost import HYSTERESIS, Market
+from slipstream.scheduler.cost import HYSTERESIS, RISK_S, Market
 from slipstream.scheduler.demand import Demand, Placement
 from slipstream.scheduler.ledger import WorkerView
 from slipstream.scheduler.prices import TransferPrices
@@ -82,7 +82,8 @@ def _cheaper(
     if alone is None or apart is None:
         either = alone or apart
         return either and either[1]
-    return apart[1] if apart[0] < alone[0] * HYSTERESIS else alone[1]
+    limit = max(alone[0] * HYSTERESIS, alone[0] - RISK_S)
+    return apart[1] if apart[0] < limit else alone[1]
 
 
 def _pair(
