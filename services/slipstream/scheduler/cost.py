@@ -17,7 +17,7 @@ from slipstream.scheduler.ledger import WorkerView
 from slipstream.scheduler.prices import TransferPrices
 from slipstream.types import BLOCK_TOKENS, NodeId
 
-DELAY_WEIGHT = 0.1
+DELAY_WEIGHT = 0.25
 """Of a second that running streams lose, to one that the new one waits."""
 STREAM_STEPS = 32
 """Steps of its decode worker that a stream is taken to pay for."""
