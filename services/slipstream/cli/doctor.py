@@ -72,7 +72,7 @@ def _screen(report: Report, num_blocks: int, block_kib: int) -> str:
         lines.append(f"{row.name:<11}{measured}{_FOR[row.name]}{note}")
     lines += [
         "",
-        "Workers measure their peers in the same way and take the first that no later one is "
-        f"{CLEARLY:g} times as fast as.",
+        "Workers measure their peers in the same way and take the first, unless a later one is "
+        f"more than {CLEARLY:g} times as fast.",
     ]
     return "\n".join(lines)

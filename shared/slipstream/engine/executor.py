@@ -118,7 +118,7 @@ class WorkerExecutor:
         elapsed_s = time.monotonic() - began_s
         self._count("steps_total")
         self._count("draft_tokens_total", sum(output.drafted for output in outputs))
-        right = sum(len(output.tokens) - 1 for output in outputs if output.drafted)
+        right = sum(max(0, len(output.tokens) - 1) for output in outputs if output.drafted)
         self._count("draft_tokens_right_total", right)
         self._count("step_seconds_total", elapsed_s)
         by_block = dict(zip(plan.digest_blocks, digests, strict=True))

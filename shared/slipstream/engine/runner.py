@@ -175,7 +175,8 @@ class Runner:
         self, key: tuple[RequestId, int], inputs: Inputs, samples: list[Sample]
     ) -> RowOutput:
         drafted = len(inputs.drafts)
-        self._histories[key].drafts.learn(drafted, len(samples) - 1)
+        if samples:
+            self._histories[key].drafts.learn(drafted, len(samples) - 1)
         logprobs = tuple(each.logprobs for each in samples if each.logprobs is not None)
         tokens = tuple(each.token for each in samples)
         return RowOutput(*key, tokens, logprobs or None, drafted)
