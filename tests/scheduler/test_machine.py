@@ -395,7 +395,7 @@ def test_how_two_workers_reach_each_other_is_known_while_both_are_there(rig: Rig
     transfers = rig.machine.dispatcher.transfers
 
     def price_s() -> float:
-        return transfers.read_s(DECODE, PREFILL, 4, rig.now_s)
+        return transfers.read_s(DECODE, PREFILL, 4)
 
     best_s = price_s()
     for _ in range(9):

@@ -8,10 +8,11 @@ import msgspec
 import pytest
 
 from scheduler.rig import node
+from slipstream.core.step_model import Prompt
 from slipstream.messages import StepSample, TransferSample
 from slipstream.scheduler.cost import HYSTERESIS, STREAM_STEPS, TIE, Market
 from slipstream.scheduler.demand import Demand, Placement
-from slipstream.scheduler.ledger import Prompt, WorkerView
+from slipstream.scheduler.ledger import WorkerView
 from slipstream.scheduler.policy import Disaggregation, Policy, Rules, place
 from slipstream.scheduler.prices import StepPrices, TransferPrices
 
@@ -36,7 +37,7 @@ def view(
     for number in range(streams):
         made.give_stream(f"{node_id}/{number}", 100)
     if queued:
-        made.give_prompt(f"{node_id}/0", Prompt(0, queued), 0.0)
+        made.give_prompt(f"{node_id}/0", Prompt.of(0, queued), 0.0)
     return made
 
 
@@ -193,7 +194,7 @@ def test_what_lies_below_a_pool_is_loaded_there_and_lent_to_nobody() -> None:
         market.quote(views[1]).first_s
         > Market(known, views, transfers, 0.0).quote(views[1]).first_s
     )
-    assert transfers.read_s(P0, P1, 100, 0.0) < 0.1, "what a disk takes says nothing of a wire"
+    assert transfers.read_s(P0, P1, 100) < 0.1, "what a disk takes says nothing of a wire"
 
 
 def test_what_is_held_by_who_computes_is_not_fetched() -> None:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from slipstream.core.step_model import StepModel, prefill_pairs
+from slipstream.core.step_model import Prompt, StepModel, prefill_pairs
 from slipstream.messages import StepSample, TransferSample
 from slipstream.scheduler.prices import FADE_S, TYPICAL_TRANSFER, StepPrices, TransferPrices
 
@@ -92,10 +92,10 @@ def test_decoding_does_not_make_prompts_forgotten() -> None:
     prices = StepPrices()
     for _ in range(20):
         prices.learn(measured(rng, 16), 0.0)
-    before = prices.prompt_s(1000, 500)
+    before = prices.prompt_s(Prompt.of(1000, 500))
     for _ in range(200):
         prices.learn(measured(rng, 16, prefills=0.0), 0.0)
-    assert prices.prompt_s(1000, 500) == pytest.approx(before, rel=0.1)
+    assert prices.prompt_s(Prompt.of(1000, 500)) == pytest.approx(before, rel=0.1)
 
 
 def test_a_newcomer_is_taken_for_one_of_those_that_are_known() -> None:
@@ -129,7 +129,7 @@ def test_prices_stay_positive_whatever_is_said() -> None:
 
 def test_transfers_are_priced_by_the_transport_that_serves_the_pair() -> None:
     transfers = TransferPrices()
-    assert transfers.read_s("a", "b", 10, 0.0) == pytest.approx(
+    assert transfers.read_s("a", "b", 10) == pytest.approx(
         TYPICAL_TRANSFER[0] + 10 * TYPICAL_TRANSFER[1]
     )
     transfers.sync("abc")
@@ -141,33 +141,39 @@ def test_transfers_are_priced_by_the_transport_that_serves_the_pair() -> None:
                 TransferSample("c", "bus", count, slow),
             ]
             transfers.learn("a", both, 0.0)
-    assert transfers.read_s("a", "b", 30, 0.0) == pytest.approx(1.6e-3, rel=0.2)
-    assert transfers.read_s("a", "c", 30, 0.0) == pytest.approx(64e-3, rel=0.2)
+    assert transfers.read_s("a", "b", 30) == pytest.approx(1.6e-3, rel=0.2)
+    assert transfers.read_s("a", "c", 30) == pytest.approx(64e-3, rel=0.2)
     transfers.sync("ab")
-    assert transfers.read_s("a", "c", 30, 0.0) < 64e-3 / 2, "a new life may have another transport"
-    assert transfers.read_s("a", "b", 30, 0.0) == pytest.approx(1.6e-3, rel=0.2)
+    assert transfers.read_s("a", "c", 30) < 64e-3 / 2, "a new life may have another transport"
+    assert transfers.read_s("a", "b", 30) == pytest.approx(1.6e-3, rel=0.2)
     transfers.learn("a", [TransferSample("c", "bus", 30, 64e-3)] * 9, 0.0)
     transfers.sync("abc")
-    assert transfers.read_s("a", "c", 30, 0.0) < 64e-3 / 2, "told after it had gone"
+    assert transfers.read_s("a", "c", 30) < 64e-3 / 2, "told after it had gone"
 
 
 def test_a_way_that_was_slow_once_is_tried_again() -> None:
     transfers = TransferPrices()
     transfers.sync("ab")
     transfers.learn("a", [TransferSample("b", "shm", 30, 9.0)], 100.0)
-    at = {age: transfers.read_s("a", "b", 30, 100.0 + age) for age in (0.0, 29.0, 90.0, 300.0)}
-    assert at[0.0] == at[29.0] == pytest.approx(9.0, rel=0.1), "what is fresh does not fade"
-    assert at[0.0] / 8 < at[90.0] < at[0.0] / 2 and at[300.0] < at[0.0] / 200
-    assert transfers.read_s("a", "c", 30, 400.0) < 9.0 / 200, "nor the best that is known"
+    at = []
+    for age in range(301):
+        transfers.fade(100.0 + age)
+        at.append(transfers.read_s("a", "b", 30))
+    assert at[0] == at[29] == pytest.approx(9.0, rel=0.1), "what is fresh does not fade"
+    assert at[0] / 9 < at[90] < at[0] / 2 and at[300] < at[0] / 200
+    assert transfers.read_s("a", "c", 30) < 9.0 / 200, "nor the best that is known"
     transfers.learn("a", [TransferSample("b", "shm", 30, 2e-3)], 400.0)
-    assert transfers.read_s("a", "b", 30, 400.0) == pytest.approx(2e-3, rel=0.1)
+    assert transfers.read_s("a", "b", 30) == pytest.approx(2e-3, rel=0.1)
 
 
 def test_a_quick_way_stays_quick_while_nobody_uses_it() -> None:
     transfers = TransferPrices()
     transfers.sync("ab")
     transfers.learn("a", [TransferSample("b", "shm", 30, 1e-4)] * 9, 0.0)
-    assert transfers.read_s("a", "b", 30, 900.0) == transfers.read_s("a", "b", 30, 0.0)
+    before_s = transfers.read_s("a", "b", 30)
+    for _ in range(9):
+        transfers.fade(900.0)
+    assert transfers.read_s("a", "b", 30) == before_s
 
 
 def test_a_worker_that_was_slow_and_is_not_used_is_tried_again() -> None:
@@ -175,21 +181,23 @@ def test_a_worker_that_was_slow_and_is_not_used_is_tried_again() -> None:
     prices = StepPrices()
     for _ in range(20):
         prices.learn(measured(rng, 16), 0.0)
-    usual_s, decode_s = prices.prompt_s(0, 512), prices.step_s(8, 4096)
+    usual_s, decode_s = prices.prompt_s(Prompt.of(0, 512)), prices.step_s(8, 4096)
     for _ in range(20):
         prices.learn(measured(rng, 16, slower=4.0), 10.0)
-    slow_s, slow_decode_s = prices.prompt_s(0, 512), prices.step_s(8, 4096)
+    slow_s, slow_decode_s = prices.prompt_s(Prompt.of(0, 512)), prices.step_s(8, 4096)
     assert slow_s > 3 * usual_s and slow_decode_s > 3 * decode_s
     for second in range(11, 200):
         if second < 10 + FADE_S:
-            assert prices.prompt_s(0, 512) > 0.9 * slow_s, "what is fresh does not fade"
+            assert prices.prompt_s(Prompt.of(0, 512)) > 0.9 * slow_s, "what is fresh does not fade"
         prices.learn(measured(rng, 4, slower=4.0, prefills=0.0), float(second))
         prices.fade(float(second))
-    assert usual_s * 0.9 < prices.prompt_s(0, 512) < usual_s * 1.3, "no prompt for minutes"
+    assert usual_s * 0.9 < prices.prompt_s(Prompt.of(0, 512)) < usual_s * 1.3, (
+        "no prompt for minutes"
+    )
     assert prices.step_s(8, 4096) == pytest.approx(slow_decode_s, rel=0.1), "it decodes, slowly"
     for _ in range(4):
         prices.learn(measured(rng, 16, slower=4.0), 200.0)
-    assert prices.prompt_s(0, 512) == pytest.approx(slow_s, rel=0.15), "it is still slow"
+    assert prices.prompt_s(Prompt.of(0, 512)) == pytest.approx(slow_s, rel=0.15), "it is still slow"
 
 
 def test_what_nobody_has_measured_does_not_fade() -> None:
@@ -209,8 +217,8 @@ def test_an_odd_report_is_noise_after_a_fade_too() -> None:
     for _ in range(20):
         prices.learn(measured(rng, 16, 3.0, prefills=1.0), FADE_S)
     prices.fade(FADE_S)  # of decoding, which it does not do any more
-    prompt_s = prices.prompt_s(0, 512)
+    prompt_s = prices.prompt_s(Prompt.of(0, 512))
     prices.learn(measured(rng, 2, 30.0, prefills=1.0), FADE_S + 1)
-    assert prices.prompt_s(0, 512) == pytest.approx(prompt_s, rel=0.1)
+    assert prices.prompt_s(Prompt.of(0, 512)) == pytest.approx(prompt_s, rel=0.1)
     prices.learn(measured(rng, 16, 3.0, prefills=1.0), FADE_S + 2)
-    assert prices.prompt_s(0, 512) == pytest.approx(prompt_s, rel=0.1)
+    assert prices.prompt_s(Prompt.of(0, 512)) == pytest.approx(prompt_s, rel=0.1)

@@ -8,9 +8,11 @@ Pairs are separable: the best worker to compute and the best to decode are found
 64 workers cost 64 quotes and not 4,096.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 
 from slipstream.scheduler.demand import Demand, Placement
 from slipstream.scheduler.ledger import WorkerView
@@ -27,6 +29,8 @@ RISK_S = 0.1
 """But no more than this: its risks do not grow with what the prompt costs to compute."""
 TIE = 0.02
 """Prices closer than this are the same: then workers share what comes."""
+
+_price, _price_s = itemgetter(0), attrgetter("price_s")
 
 
 @dataclass(slots=True)
@@ -48,11 +52,12 @@ class Market:
     def __init__(
         self, demand: Demand, views: Sequence[WorkerView], transfers: TransferPrices, now_s: float
     ):
-        self.demand, self.views = demand, views
-        self.transfers, self.now_s = transfers, now_s
+        self.demand, self.now_s, self._read_s = demand, now_s, transfers.read_s
         self.holder, self.held_blocks = _holder(demand, views)
+        self._whole, self._rest = demand.prompt(), demand.prompt(self.held_blocks)
         self._streams_beside = _streams_by_device(views)
         self._quotes: dict[NodeId, Quote] = {}
+        self._stream_s: dict[NodeId, float] = {}
 
     def quote(self, view: WorkerView) -> Quote:
         known = self._quotes.get(view.node_id)
@@ -61,41 +66,43 @@ class Market:
         return known
 
     def _quote(self, view: WorkerView) -> Quote:
-        demand, prices = self.demand, view.prices
-        own = demand.cached_blocks(view.node_id)
-        tokens, wait_s, fetch_blocks = demand.num_tokens - own * BLOCK_TOKENS, 0.0, 0
-        below = demand.lower.get(view.node_id, 0)
-        if below:
-            wait_s = self._read_s(view.node_id, view.node_id, below)
-        compute_s = prices.prompt_s(own * BLOCK_TOKENS, tokens)
-        if self.holder is not None and self.held_blocks > own:
-            rest = demand.num_tokens - self.held_blocks * BLOCK_TOKENS
-            rest_s = prices.prompt_s(self.held_blocks * BLOCK_TOKENS, rest)
-            read_s = self._read_s(view.node_id, self.holder, self.held_blocks - own)
+        prices, node_id = view.prices, view.node_id
+        own = self.demand.cached_blocks(node_id)
+        prompt, wait_s, fetch_blocks = self._whole, 0.0, 0
+        if own:
+            prompt = self.demand.prompt(own)
+            if below := self.demand.lower.get(node_id, 0):
+                wait_s = self._read_s(node_id, node_id, below)
+        compute_s = prices.prompt_s(prompt)
+        if own < self.held_blocks:
+            assert self.holder is not None
+            rest_s = prices.prompt_s(self._rest)
+            read_s = self._read_s(node_id, self.holder, self.held_blocks - own)
             if read_s + rest_s < compute_s:
-                tokens, compute_s, wait_s = rest, rest_s, wait_s + read_s
+                prompt, compute_s, wait_s = self._rest, rest_s, wait_s + read_s
                 fetch_blocks = self.held_blocks
+        step_s, backlog_s = view.costs(self.now_s)
         # Blocks are fetched while what came before is computed.
-        first_s = max(wait_s, view.backlog_s(self.now_s)) + compute_s
-        first_s += view.chunks(tokens) * view.step_s()
-        beside = self._streams_beside[view.device]
-        return Quote(view, first_s, first_s + DELAY_WEIGHT * beside * compute_s, fetch_blocks)
+        first_s = (backlog_s if backlog_s > wait_s else wait_s) + compute_s
+        first_s += math.ceil(prompt.tokens / view.chunk_tokens) * step_s
+        lost_s = self._streams_beside[view.device] * compute_s
+        return Quote(view, first_s, first_s + DELAY_WEIGHT * lost_s, fetch_blocks)
 
     def stream_s(self, view: WorkerView) -> float:
         """What a stream pays for decoding there."""
-        context = view.context_tokens + self.demand.num_tokens
-        return STREAM_STEPS * view.prices.step_s(len(view.streams) + 1, context)
+        known = self._stream_s.get(view.node_id)
+        if known is None:
+            context = view.context_tokens + self.demand.num_tokens
+            known = STREAM_STEPS * view.prices.step_s(len(view.streams) + 1, context)
+            self._stream_s[view.node_id] = known
+        return known
 
     def handover_s(self, source: WorkerView, target: WorkerView) -> float:
         """What is left of the transfer when the prompt is computed: chunks before the last one
         travel meanwhile."""
-        demand = self.demand
-        missing = demand.num_blocks - demand.cached_blocks(target.node_id)
-        chunk = max(1, source.worker.prefill_budget_tokens // BLOCK_TOKENS)
+        missing = self.demand.num_blocks - self.demand.cached_blocks(target.node_id)
+        chunk = source.chunk_tokens // BLOCK_TOKENS
         return self._read_s(target.node_id, source.node_id, min(missing, chunk))
-
-    def _read_s(self, reader: NodeId, source: NodeId, num_blocks: int) -> float:
-        return self.transfers.read_s(reader, source, num_blocks, self.now_s)
 
     def alone(self, hosts: Sequence[WorkerView]) -> tuple[float, Placement] | None:
         """The cheapest worker that does both, and its price."""
@@ -106,40 +113,39 @@ class Market:
         return price_s, self._placement(self.quote(view), None)
 
     def apart(
-        self, sources: Sequence[WorkerView], hosts: Sequence[WorkerView]
+        self, sources: Sequence[WorkerView], hosts: Sequence[WorkerView], limit_s: float = math.inf
     ) -> tuple[float, Placement] | None:
-        """The cheapest pair, and its price."""
-        offers = sorted((self.stream_s(view), index) for index, view in enumerate(hosts))
-        quotes = sorted(map(self.quote, sources), key=lambda quote: quote.price_s)
+        """The cheapest pair, and its price, if that is below `limit_s`."""
+        offers = sorted(((self.stream_s(view), view) for view in hosts), key=_price)
+        quotes = sorted(map(self.quote, sources), key=_price_s)
         best: tuple[float, Placement] | None = None
-        # The second one counts where the first is also the best to decode.
-        for quote in quotes[:2]:
-            source = quote.view
-            found = self._cheapest(source, [(price, hosts[index]) for price, index in offers])
-            if found is not None and (best is None or quote.price_s + found[0] < best[0]):
-                placement = self._placement(quote, found[1].node_id)
-                best = quote.price_s + found[0], placement
+        for quote in quotes:
+            found = self._cheapest(quote.view, offers, limit_s - quote.price_s)
+            if found is not None and quote.price_s + found[0] < limit_s:
+                limit_s = quote.price_s + found[0]
+                best = limit_s, self._placement(quote, found[1].node_id)
+            if best is not None and quote.view is not offers[0][1]:
+                break  # else the next one may be better: the best to decode is free for it
         return best
 
     def _cheapest(
-        self, source: WorkerView, offers: Sequence[tuple[float, WorkerView]]
+        self, source: WorkerView, offers: Sequence[tuple[float, WorkerView]], limit_s: float
     ) -> tuple[float, WorkerView] | None:
         """Of those who could decode, cheapest steps first: with the transfer, who is it?"""
         layout = source.worker.kv_layout_id
         priced: list[tuple[float, WorkerView]] = []
-        limit = float("inf")
         for stream_s, view in offers:
-            if stream_s > limit:
+            if stream_s > limit_s:
                 break  # and all that follow, whatever their transfer costs
             if view is not source and view.worker.kv_layout_id == layout:
                 price_s = stream_s + self.handover_s(source, view)
-                limit = min(limit, price_s * (1.0 + TIE))
+                limit_s = min(limit_s, price_s * (1.0 + TIE))
                 priced.append((price_s, view))
         return self._best(priced) if priced else None
 
     def _best(self, priced: Sequence[tuple[float, WorkerView]]) -> tuple[float, WorkerView]:
         """The least price; among equals, who has least to do, then as the name falls."""
-        limit = min(price for price, _ in priced) * (1.0 + TIE)
+        limit = min(map(_price, priced)) * (1.0 + TIE)
         near = [each for each in priced if each[0] <= limit]
         if len(near) == 1:
             return near[0]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slipstream.scheduler.ledger import Prompt
+from slipstream.core.step_model import Prompt
 from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
 
 
@@ -29,9 +29,9 @@ class Demand:
         known = self.hints.get(node_id, 0)
         return min(known, (self.num_tokens - 1) // BLOCK_TOKENS) if known else 0
 
-    def prompt(self, cached_blocks: int) -> Prompt:
+    def prompt(self, cached_blocks: int = 0) -> Prompt:
         cached = cached_blocks * BLOCK_TOKENS
-        return Prompt(cached, self.num_tokens - cached)
+        return Prompt.of(cached, self.num_tokens - cached)
 
 
 @dataclass(slots=True, frozen=True)

@@ -63,6 +63,7 @@ class Dispatcher:
         """To be called about once a second: prices of what is not used fade, roles shift. Who asks
         for no prices has no use for other roles."""
         self.ledger.fade(now_s)
+        self.transfers.fade(now_s)
         if self.rules != Rules("cost", "auto"):
             return []
         shift = self.roles.shift(list(self.ledger.views.values()), len(self.queue), now_s)
@@ -118,7 +119,7 @@ class Dispatcher:
         computes = self.ledger.views[placement.computes]
         prompt = demand.prompt(cached)
         computes.give_prompt(request.request_id, prompt, now_s)
-        work_s = computes.prices.prompt_s(prompt.cached_tokens, prompt.tokens)
+        work_s = computes.prices.prompt_s(prompt)
         self.roles.demand.add(work_s, now_s)
         request.decision = self.decisions.note(
             demand,

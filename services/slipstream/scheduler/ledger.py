@@ -1,22 +1,15 @@
 """What each worker has been given and not finished: the scheduler's own account, true at once."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from slipstream.core.step_model import prefill_pairs
+from slipstream.core.step_model import Prompt
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.scheduler.prices import StepPrices
 from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
 
 PRICES_MAX = 1024
-
-
-@dataclass(slots=True, frozen=True)
-class Prompt:
-    """A prompt as work: `tokens` to compute on top of `cached_tokens`."""
-
-    cached_tokens: int
-    tokens: int
 
 
 @dataclass(slots=True, eq=False)
@@ -44,17 +37,22 @@ class WorkerView:
     device: tuple[str, str] = field(init=False)
     """Workers of one host that name the same compete for it."""
 
-    known_costs: tuple[tuple[float, ...], tuple[float, float, float]] | None = None
-    """The prices of the last look, and what it found."""
+    prefills: bool = field(init=False)
+    chunk_tokens: int = field(init=False)
+    """Of a prompt, that a step computes."""
+    known_costs: tuple[tuple[float, ...], float, float, float] | None = None
+    """What the last look at the prices found."""
 
     def __post_init__(self) -> None:
         self.node_id = self.node.node_id
-        named = self.worker.device
-        self.device = (self.node.host, named) if named else (self.node_id, "")
+        self.sync(self.node, self.worker)
 
-    @property
-    def prefills(self) -> bool:
-        return self.worker.prefill_budget_tokens > 0
+    def sync(self, node: NodeInfo, worker: WorkerInfo) -> None:
+        """What it says of itself now."""
+        self.node, self.worker, self.known_costs = node, worker, None
+        self.device = (node.host, worker.device) if worker.device else (self.node_id, "")
+        self.prefills = worker.prefill_budget_tokens > 0
+        self.chunk_tokens = max(BLOCK_TOKENS, worker.prefill_budget_tokens)
 
     def admits(self, num_blocks: int) -> bool:
         """Whether one more request may go there now. An idle worker takes what fits it at all."""
@@ -72,7 +70,7 @@ class WorkerView:
             self.since_s = now_s
         self.prompts[request_id] = prompt
         self.prompt_tokens += prompt.tokens
-        self.prompt_pairs += prefill_pairs(prompt.cached_tokens, prompt.tokens)
+        self.prompt_pairs += prompt.pairs
         self.known_costs = None
 
     def give_stream(self, request_id: RequestId, context_tokens: int) -> None:
@@ -86,7 +84,7 @@ class WorkerView:
         if prompt is not None:
             self.since_s = now_s
             self.prompt_tokens -= prompt.tokens
-            self.prompt_pairs -= prefill_pairs(prompt.cached_tokens, prompt.tokens)
+            self.prompt_pairs -= prompt.pairs
             self.known_costs = None
 
     def take_back(self, request_id: RequestId, now_s: float) -> None:
@@ -96,35 +94,26 @@ class WorkerView:
         self.context_tokens -= self.streams.pop(request_id, 0)
         self.known_costs = None
 
-    def step_s(self) -> float:
-        """A decode step of what runs here."""
-        return self._costs()[0]
-
-    def chunks(self, tokens: int) -> int:
-        """Steps that a prompt of so many tokens takes."""
-        return -(-tokens // max(BLOCK_TOKENS, self.worker.prefill_budget_tokens))
-
-    def backlog_s(self, now_s: float) -> float:
-        """Until all prompts that wait here are computed."""
-        if not self.prompts:
-            return 0.0
-        _, work_s, first_s = self._costs()
+    def costs(self, now_s: float) -> tuple[float, float]:
+        """Seconds of a decode step of what runs here, and until all prompts that wait here are
+        computed."""
+        known = self.known_costs
+        # Each request looks at each worker, and few of them have changed since the last one did.
+        if known is None or known[0] is not self.prices.terms:
+            known = self.known_costs = self._costs()
+        _, step_s, work_s, first_s = known
         # What has been done of the first one; the last bit is done when we hear of it.
-        return work_s - min(max(0.0, now_s - self.since_s), 0.9 * first_s)
+        return step_s, work_s and work_s - min(max(0.0, now_s - self.since_s), 0.9 * first_s)
 
-    def _costs(self) -> tuple[float, float, float]:
-        """Seconds of a step, of all prompts, of the first one. Each request looks at each worker,
-        and few of them have changed since the last one did."""
+    def _costs(self) -> tuple[tuple[float, ...], float, float, float]:
+        """The prices; seconds of a step, of all prompts, of the first one."""
         prices = self.prices
-        if self.known_costs is not None and self.known_costs[0] is prices.terms:
-            return self.known_costs[1]
         step_s = prices.step_s(len(self.streams), self.context_tokens)
-        work_s = prices.token_s * self.prompt_tokens + prices.pair_s * self.prompt_pairs
-        work_s += self.chunks(self.prompt_tokens) * step_s
+        work_s = prices.prompt_s(Prompt(self.prompt_tokens, self.prompt_pairs))
+        work_s += math.ceil(self.prompt_tokens / self.chunk_tokens) * step_s
         first = next(iter(self.prompts.values()), None)
-        first_s = 0.0 if first is None else prices.prompt_s(first.cached_tokens, first.tokens)
-        self.known_costs = prices.terms, (step_s, work_s, first_s + step_s)
-        return self.known_costs[1]
+        first_s = 0.0 if first is None else prices.prompt_s(first) + step_s
+        return prices.terms, step_s, work_s, first_s
 
     def check(self, held: Mapping[RequestId, int]) -> None:
         """`held`: what requests say that they have here, in blocks."""
@@ -132,9 +121,10 @@ class WorkerView:
         assert self.prompts.keys() <= held.keys() and self.streams.keys() <= held.keys()
         assert self.blocks == sum(held.values())
         assert self.prompt_tokens == sum(prompt.tokens for prompt in self.prompts.values())
+        assert self.prompt_pairs == sum(prompt.pairs for prompt in self.prompts.values())
         assert self.context_tokens == sum(self.streams.values())
-        costs, self.known_costs = self._costs(), None
-        assert costs == self._costs()
+        costs, self.known_costs = self.costs(0.0), None
+        assert costs == self.costs(0.0)
 
 
 class Ledger:
@@ -153,8 +143,8 @@ class Ledger:
             view = known.get(node.node_id)
             if view is None or view.node.epoch != node.epoch:
                 view = WorkerView(node, node.worker, self._price_of(node))
-            view.node, view.worker, view.taking = node, node.worker, node.node_id in taking
-            view.known_costs = None
+            view.sync(node, node.worker)
+            view.taking = node.node_id in taking
             self.views[node.node_id] = view
 
     def fade(self, now_s: float) -> None:

@@ -3,6 +3,7 @@
 `cost` is how the system is meant to run; the others are what it is compared with.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,18 +49,19 @@ def place(
         market = Market(demand, views, transfers, now_s)
         if rules.disaggregation == "auto":
             sources = [view for view in room if view.prefills]
-            return _cheaper(market.alone(alone), market.apart(sources, free))
+            found = market.alone(alone)
+            return _placed(market.apart(sources, free, _worth(found)) or found)
     if rules.disaggregation != "never":
         hosts = [view for view in taking if view.worker.accept_decode]
         if any(_is_partner(view, hosts) for view in taking):
             sources = [view for view in room if _is_partner(view, hosts)]
             if rules.policy == "cost":
-                return _cheaper(None, market.apart(sources, free))
+                return _placed(market.apart(sources, free))
             return _pair(sources, free, _order(rules.policy, demand, turn))
     if not alone:
         return None
     if rules.policy == "cost":
-        return _cheaper(market.alone(alone), None)
+        return _placed(market.alone(alone))
     return Placement(_order(rules.policy, demand, turn)(alone).node_id)
 
 
@@ -76,14 +78,13 @@ def _fit(source: WorkerView, target: WorkerView) -> bool:
     return source.worker.kv_layout_id == target.worker.kv_layout_id
 
 
-def _cheaper(
-    alone: tuple[float, Placement] | None, apart: tuple[float, Placement] | None
-) -> Placement | None:
-    if alone is None or apart is None:
-        either = alone or apart
-        return either and either[1]
-    limit = max(alone[0] * HYSTERESIS, alone[0] - RISK_S)
-    return apart[1] if apart[0] < limit else alone[1]
+def _placed(found: tuple[float, Placement] | None) -> Placement | None:
+    return found and found[1]
+
+
+def _worth(alone: tuple[float, Placement] | None) -> float:
+    """What a pair has to cost less than."""
+    return math.inf if alone is None else max(alone[0] * HYSTERESIS, alone[0] - RISK_S)
 
 
 def _pair(

@@ -6,11 +6,10 @@ So it is without units, terms that nobody measures keep their proportion to thos
 worker that becomes three times slower is believed three times slower in everything at once.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from slipstream.core.step_model import StepModel, prefill_pairs
+from slipstream.core.step_model import Prompt, StepModel
 from slipstream.messages import StepSample, TransferSample
 from slipstream.types import NodeId
 
@@ -192,9 +191,9 @@ class StepPrices:
                 self._fit.fade(kind, factors)
                 self._set()
 
-    def prompt_s(self, cached_tokens: int, tokens: int) -> float:
+    def prompt_s(self, prompt: Prompt) -> float:
         """Of the tokens alone, without the steps that they are spread over."""
-        return self.token_s * tokens + self.pair_s * prefill_pairs(cached_tokens, tokens)
+        return self.token_s * prompt.tokens + self.pair_s * prompt.pairs
 
     def step_s(self, streams: int, context_tokens: int) -> float:
         """Of a step that decodes these and nothing else."""
@@ -206,30 +205,28 @@ class StepPrices:
 
 
 class _Way:
-    """One transport. What is believed of it fades while nobody uses it: a READ that took seconds
-    once would keep it from being used, and so from being known, for good."""
+    """One transport."""
 
-    def __init__(self, now_s: float) -> None:
-        self._fit, self._learnt_s = Fit(TYPICAL_TRANSFER), now_s
+    def __init__(self) -> None:
+        self._fit, self._learnt_s = Fit(TYPICAL_TRANSFER), 0.0
+        self._set()
 
     def learn(self, reads: Sequence[TransferSample], now_s: float) -> None:
-        if now_s - self._learnt_s > FADE_S:
-            self._fit = Fit(self._believed(now_s))
-        self._learnt_s = now_s
         self._fit.learn([(0, (1.0, read.num_blocks), read.elapsed_s) for read in reads])
+        self._learnt_s = now_s
+        self._set()
 
-    def read_s(self, num_blocks: int, now_s: float) -> float:
-        first_s, block_s = self._believed(now_s)
-        return first_s + block_s * num_blocks
+    def fade(self, now_s: float) -> None:
+        """Towards a typical price, if it is above: a READ that took seconds once would keep the
+        transport from being used, and so from being known, for good."""
+        if now_s - self._learnt_s >= FADE_S:
+            self._learnt_s = now_s
+            pairs = zip(TYPICAL_TRANSFER, self._fit.believed, strict=True)
+            self._fit.fade(0, [(1.0 + min(1.0, usual / b)) / 2 for usual, b in pairs])
+            self._set()
 
-    def _believed(self, now_s: float) -> Sequence[float]:
-        """After FADE_S what is above a typical price is halved, and again each FADE_S."""
-        age = (now_s - self._learnt_s) / FADE_S
-        if age <= 1.0:
-            return self._fit.believed
-        left = 0.5 ** (age - 1.0)
-        pairs = zip(self._fit.believed, TYPICAL_TRANSFER, strict=True)
-        return [min(b, usual + (b - usual) * left) for b, usual in pairs]
+    def _set(self) -> None:
+        self.first_s, self.block_s = self._fit.believed
 
 
 class TransferPrices:
@@ -239,34 +236,44 @@ class TransferPrices:
     def __init__(self) -> None:
         self._there: frozenset[NodeId] = frozenset()
         self._ways: dict[str, _Way] = {}
-        self._of_pair: dict[tuple[NodeId, NodeId], str] = {}
-        self._best = _Way(-math.inf)
+        self._of_pair: dict[tuple[NodeId, NodeId], _Way] = {}
+        self._best = _Way()
 
     def sync(self, node_ids: Iterable[NodeId]) -> None:
         """Who is there now."""
         there = frozenset(node_ids)
         if not self._there <= there:
             known = self._of_pair.items()
-            self._of_pair = {pair: name for pair, name in known if there.issuperset(pair)}
+            self._of_pair = {pair: way for pair, way in known if there.issuperset(pair)}
         self._there = there
 
     def learn(self, reader: NodeId, samples: Sequence[TransferSample], now_s: float) -> None:
-        for sample in samples:  # of a source that has just gone, too: it has been read from
-            if self._there.issuperset((reader, sample.source)):
-                self._of_pair[reader, sample.source] = sample.transport
         for transport in sorted({sample.transport for sample in samples}):
             reads = [sample for sample in samples if sample.transport == transport]
-            self._ways.setdefault(transport, _Way(now_s)).learn(reads, now_s)
+            way = self._ways.setdefault(transport, _Way())
+            way.learn(reads, now_s)
+            for read in reads:  # of a source that has just gone, too: it has been read from
+                if self._there.issuperset((reader, read.source)):
+                    self._of_pair[reader, read.source] = way
         if samples:
-            # A load from a tier of its own leads to no peer.
-            ways = [way for name, way in self._ways.items() if name != OWN_TIER]
-            if ways:
-                self._best = min(ways, key=lambda way: way.read_s(USUAL_BLOCKS, now_s))
+            self._choose()
 
-    def read_s(self, reader: NodeId, source: NodeId, num_blocks: int, now_s: float) -> float:
+    def fade(self, now_s: float) -> None:
+        """To be called now and then."""
+        for way in self._ways.values():
+            way.fade(now_s)
+        self._choose()
+
+    def read_s(self, reader: NodeId, source: NodeId, num_blocks: int) -> float:
         # Else the best that is known: whoever is never tried is never known.
-        way = self._ways.get(self._of_pair.get((reader, source), ""), self._best)
-        return way.read_s(num_blocks, now_s)
+        way = self._of_pair.get((reader, source), self._best)
+        return way.first_s + way.block_s * num_blocks
+
+    def _choose(self) -> None:
+        # A load from a tier of its own leads to no peer.
+        ways = [way for name, way in self._ways.items() if name != OWN_TIER]
+        if ways:
+            self._best = min(ways, key=lambda way: way.first_s + USUAL_BLOCKS * way.block_s)
 
 
 def _sum(terms: Sequence[float], x: Sequence[float]) -> float:

@@ -91,9 +91,7 @@ class Roles:
         elif full:
             why = f"workers that take streams are {fullness(hosts):.0%} full"
         if sources and (full or len(sources) - wanted >= FEWER):
-            return min(
-                sources, key=lambda v: (v.node.role is Role.PREFILL, v.backlog_s(now_s))
-            ), why
+            return min(sources, key=lambda v: (v.node.role is Role.PREFILL, v.costs(now_s)[1])), why
         if len(hosts) > 1 and not full and wanted - len(sources) >= MORE:
             able = [view for view in hosts if view.prefills]
             return min(

@@ -7,6 +7,7 @@ steps that mix prefill and decode.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,6 +33,18 @@ class StepModel(msgspec.Struct, frozen=True):
             + self.decode_row_s * step.decode_rows
             + self.decode_context_s * step.decode_context
         )
+
+
+class Prompt(NamedTuple):
+    """A prompt as work: what is not cached of it."""
+
+    tokens: int
+    pairs: int
+
+    @classmethod
+    def of(cls, cached_tokens: int, tokens: int) -> "Prompt":
+        """`tokens` on top of those that are cached."""
+        return cls(tokens, prefill_pairs(cached_tokens, tokens))
 
 
 def prefill_pairs(cached_tokens: int, tokens: int) -> int:
