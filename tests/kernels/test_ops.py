@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import cpu
-from slipstream.kernels.build import default_cache_dir
+from slipstream.kernels.build import (
+    LEVELS,
+    VARIABLE,
+    chosen_level,
+    cpu_features,
+    default_cache_dir,
+)
 from slipstream.kernels.ops import Backend, ForwardBatch, Heads, Model
 from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
@@ -29,13 +35,16 @@ Case: TypeAlias = tuple[Callable[[Backend], Model], ForwardBatch, Tensor, Tensor
 """A model on a backend, and one step's arguments: batch, cosine, sine, pool."""
 
 
-@pytest.fixture(scope="session", params=["native", "portable"])
+@pytest.fixture(scope="session", params=[level.name for level in LEVELS])
 def compiled(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """For this CPU, and for one that has nothing of what this one may have."""
+    """For each kind of CPU that this one can stand for."""
     if cpu.kernels() is None:
-        pytest.skip("no C++ compiler here")
+        pytest.skip("no C++ compiler here, or no kernels wanted")
+    level = next(level for level in LEVELS if level.name == request.param)
+    if missing := level.features - cpu_features():
+        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIPSTREAM_CPU_KERNELS", request.param)
+        patch.setenv(VARIABLE, request.param)
         return cpu.load(default_cache_dir())
 
 
@@ -345,15 +354,53 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_failed_build_is_loud_and_falls_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv("SLIPSTREAM_CPU_KERNELS", raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cpu.kernels.__wrapped__() is None
     assert "SLOW" in caplog.text
 
 
+def test_what_is_built_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = cpu.load(tmp_path / "cache")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cpu.load(tmp_path / "cache")._name == built._name
+
+
+@pytest.mark.parametrize(
+    ("features", "name"),
+    [
+        ("avx avx2 fma f16c bmi1 bmi2", "portable"),
+        ("avx avx2 fma f16c bmi1 bmi2 movbe", "avx2"),
+        ("avx avx2 fma f16c bmi1 bmi2 movbe avx512f", "avx2"),
+        (" ".join(LEVELS[1].features), "avx512"),
+        (" ".join(LEVELS[0].features), "avx512-bf16"),
+        ("", "portable"),
+    ],
+)
+def test_a_cpu_gets_the_best_it_can_run(
+    features: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(
+        "slipstream.kernels.build.cpu_features", lambda: frozenset(features.split())
+    )
+    assert chosen_level().name == name
+
+
+def test_a_level_that_this_cpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.kernels.build.cpu_features", lambda: LEVELS[1].features)
+    monkeypatch.setenv(VARIABLE, "avx512-bf16")
+    with pytest.raises(cpu.BuildError, match="has no avx512_bf16, avx512_vnni"):
+        chosen_level()
+    monkeypatch.setenv(VARIABLE, "avx1024")
+    with pytest.raises(cpu.BuildError, match="'avx1024'; it can be 0, avx512-bf16"):
+        chosen_level()
+
+
 def test_kernels_can_be_switched_off() -> None:
     script = "from slipstream.kernels import cpu; assert cpu.kernels() is None; print('off')"
-    environment = {**os.environ, "SLIPSTREAM_CPU_KERNELS": "0", "PYTHONPATH": ":".join(sys.path)}
+    environment = {**os.environ, VARIABLE: "0", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )

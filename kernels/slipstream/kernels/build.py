@@ -1,5 +1,6 @@
 """C++ beside these files, built once by the system's compiler and found again; needs no torch."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -8,10 +9,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno")
-PORTABLE = "portable"
-"""As `SLIPSTREAM_CPU_KERNELS`: for any CPU of this kind, without what this one has beyond that."""
+VARIABLE = "SLIPSTREAM_CPU_KERNELS"
+"""In the environment: the name of a level instead of the best one; 0: no compiled kernels."""
 _TIMEOUT_S = 120
 
 
@@ -19,13 +21,61 @@ class BuildError(RuntimeError):
     """The kernels could not be compiled or loaded; one line that says why."""
 
 
-def march() -> tuple[str, ...]:
-    return () if os.environ.get("SLIPSTREAM_CPU_KERNELS") == PORTABLE else ("-march=native",)
+class Level(NamedTuple):
+    """A build for CPUs that have at least these features, in the words of /proc/cpuinfo."""
+
+    name: str
+    flags: tuple[str, ...]
+    features: frozenset[str]
+
+
+_V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+LEVELS = (
+    Level(
+        "avx512-bf16",
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+        _V4 | {"avx512_bf16", "avx512_vnni"},
+    ),
+    Level("avx512", ("-march=x86-64-v4",), _V4),
+    Level("avx2", ("-march=x86-64-v3",), _V3),
+    Level("portable", (), frozenset()),
+)
+"""Best first. The last one runs on any CPU, with the vectors that its kind always has."""
+
+
+def chosen_level() -> Level:
+    """The best one that this CPU can run, or the one that the environment names.
+
+    BuildError: there is no such level, or not for this CPU.
+    """
+    here = cpu_features()
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return next(level for level in LEVELS if level.features <= here)
+    level = next((level for level in LEVELS if level.name == name), None)
+    if level is None:
+        names = ", ".join(level.name for level in LEVELS)
+        raise BuildError(f"{VARIABLE} is {name!r}; it can be 0, {names}")
+    if missing := sorted(level.features - here):
+        raise BuildError(f"{VARIABLE} is {name!r}, but this CPU has no {', '.join(missing)}")
+    return level
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """As the kernel names them; none where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    words = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    return frozenset(words.split())
 
 
 def wanted() -> bool:
     """Not with `SLIPSTREAM_CPU_KERNELS=0`."""
-    return os.environ.get("SLIPSTREAM_CPU_KERNELS") != "0"
+    return os.environ.get(VARIABLE) != "0"
 
 
 def default_cache_dir() -> Path:
@@ -39,19 +89,23 @@ def build(
     headers: Sequence[Path],
     flags: Sequence[str],
     link: Sequence[str],
+    level: Level | None = None,
 ) -> Path:
     """The shared library of `source`, made unless `cache_dir` has this build already.
 
+    `level`: for which CPUs; None: `chosen_level()`.
+
     BuildError: no compiler, or it failed. OSError: the folder cannot be written.
     """
+    level = level or chosen_level()
+    flags, link = (*FLAGS, *level.flags, *flags), ("-shared", *link)
+    key = _build_key((source, *headers), (*flags, *link))
+    path = cache_dir / f"{source.stem}-{level.name}-{key}.so"
+    if path.exists():
+        return path
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         raise BuildError("no C++ compiler (g++) in PATH")
-    flags, link = (*FLAGS, *march(), *flags), ("-shared", *link)
-    key = _build_key(compiler, (source, *headers), (*flags, *link))
-    path = cache_dir / f"{source.stem.removesuffix('_kernels')}-{key}.so"
-    if path.exists():
-        return path
     cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Several workers may start at once: each builds in its own folder, and the rename is atomic.
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
@@ -68,22 +122,11 @@ def _compile(command: list[str]) -> None:
         raise BuildError(f"{command[0]} failed: {one_line(done.stderr)}")
 
 
-def _build_key(compiler: str, files: Sequence[Path], flags: Sequence[str]) -> str:
-    """Changes with anything that changes the machine code: source, compiler, flags, this CPU."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=10, check=True
-    ).stdout
-    parts = [*(file.read_text() for file in files), version, *flags, _cpu_features()]
+def _build_key(files: Sequence[Path], flags: Sequence[str]) -> str:
+    """Changes with what is compiled and how. Which compiler it is does not count: a host that has
+    none uses what was built elsewhere."""
+    parts = [*(file.read_text() for file in files), *flags, platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-
-
-def _cpu_features() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    names = ("flags", "Features", "model name", "cpu family", "model\t")
-    return platform.machine() + "".join(sorted({x for x in lines if x.startswith(names)}))
 
 
 def one_line(message: object) -> str:

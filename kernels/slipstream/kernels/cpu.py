@@ -24,7 +24,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "team_delete": (None, (_P,)),
     "program_new": (_P, (_P, _P, _I)),
     "program_delete": (None, (_P,)),
-    "program_run": (None, (_P, _P)),
+    "program_run": (None, (_P, _P, _P)),
 }
 
 

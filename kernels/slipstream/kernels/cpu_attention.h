@@ -13,7 +13,6 @@ namespace {
 constexpr int kBlockTokens = 16;   // one vector of keys is one KV block
 constexpr int kSpanBlocks = 4;     // blocks between two corrections of the running maximum
 constexpr int kSpanTokens = kSpanBlocks * kBlockTokens;
-constexpr int kWidenRows = 8;      // from more on values are widened to float32 once for all
 constexpr int kTileQueries = 32;   // query rows (positions x heads of one group) that share a K block
 
 template <typename T>
@@ -38,7 +37,8 @@ struct Tile {
 // Of one thread; grows to what its largest tile needs.
 struct Scratch {
   std::vector<uint32_t> query;  // [rows][words of a head]
-  std::vector<float> scores, accumulated, values, top, total;
+  std::vector<float> scores, accumulated, top, total;  // weights take the place of scores
+  std::vector<vec> values;  // of a span, in words of several tokens: [words][dim]
   std::vector<vec> keys;  // one block, transposed: [words of a head][16 tokens]
   std::vector<float> row;  // of what is quantized
 
@@ -46,7 +46,7 @@ struct Scratch {
     query.resize(rows * dim);
     scores.resize(rows * kSpanTokens);
     accumulated.assign(rows * dim, 0.0f);
-    values.resize(kBlockTokens * dim);
+    values.resize(kSpanTokens * dim / kLanes);
     keys.resize(dim + kLanes);
     top.assign(rows, -INFINITY);
     total.assign(rows, 0.0f);
@@ -82,41 +82,70 @@ void load_keys(const T* block, int64_t dim, vec* keys) {
   }
 }
 
+// Of a block that will be wanted: all at once the requests would fill the core's queue, and it would wait.
+// So it is asked for line by line, between the arithmetic; into the second cache, for a span's fill the first.
+inline void ask_for(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // scores[m][0..16) = query[m] . key[0..16)
 template <typename T>
-void score_block(const T* query, const vec* keys, float* scores, int64_t rows, int64_t dim) {
+void score_block(const T* query, const vec* keys, float* scores, int64_t rows, int64_t dim,
+                 const T* ahead) {
   constexpr int G = 4 / sizeof(T);
   for_row_groups<8>(rows, 0, [&](auto size, int64_t m) {
     constexpr int R = decltype(size)::value;
     vec total[R] = {};
-    for (int64_t d = 0; d < dim; d += G)
+    for (int64_t d = 0; d < dim; d += G) {
+      ask_for(ahead + d * kBlockTokens);
       for (int r = 0; r < R; r++)
         total[r] = dot(total[r], query + (m + r) * dim + d,
                        reinterpret_cast<const T*>(keys + d / G));
+    }
     for (int r = 0; r < R; r++) store(scores + (m + r) * kSpanTokens, total[r]);
   });
 }
 
-// accumulated[m] += weights[m][0..tokens) @ values[0..tokens)
+// Words of G tokens, from the values of these tokens; of the last ones some may not be there.
+inline void load_values(const float* block, int64_t dim, int64_t, vec* values, const float* ahead) {
+  for (int64_t d = 0; d < kBlockTokens * dim; d += kLanes) {
+    ask_for(ahead + d);
+    values[d / kLanes] = load(block + d);
+  }
+}
+inline void load_values(const bf16* block, int64_t dim, int64_t tokens, vec* values,
+                        const bf16* ahead) {
+  for (int64_t token = 0; token < tokens; token += 2)
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const hvec_u* first = reinterpret_cast<const hvec_u*>(block + token * dim + d);
+      const hvec_u* second = reinterpret_cast<const hvec_u*>(block + (token + 1) * dim + d);
+      ask_for(ahead + (token * dim + 2 * d));
+      *values++ = (vec)by_turns(*first, token + 1 < tokens ? hvec(*second) : hvec{});
+    }
+}
+
+// accumulated[m] += weights[m] . values, over so many words of tokens
 template <int V, typename T>
-void add_values(const float* weights, const T* values, float* accumulated, int64_t rows,
-                int64_t dim, int64_t tokens) {
+void add_values(const T* weights, const vec* values, float* accumulated, int64_t rows, int64_t dim,
+                int64_t words) {
+  constexpr int G = 4 / sizeof(T);
   for_row_groups<4>(rows, 0, [&](auto size, int64_t m) {
     constexpr int R = decltype(size)::value;
     vec total[R][V];
     for (int r = 0; r < R; r++)
       for (int v = 0; v < V; v++) total[r][v] = load(accumulated + (m + r) * dim + v * kLanes);
-    for (int64_t token = 0; token < tokens; token++)
+    for (int64_t word = 0; word < words; word++)
       for (int v = 0; v < V; v++) {
-        const vec value = load(values + token * dim + v * kLanes);
-        for (int r = 0; r < R; r++) total[r][v] += weights[(m + r) * kSpanTokens + token] * value;
+        const T* value = reinterpret_cast<const T*>(values + word * dim / kLanes + v);
+        for (int r = 0; r < R; r++)
+          total[r][v] = dot(total[r][v], weights + (m + r) * G * kSpanTokens + word * G, value);
       }
     for (int r = 0; r < R; r++)
       for (int v = 0; v < V; v++) store(accumulated + (m + r) * dim + v * kLanes, total[r][v]);
   });
 }
 
-// One span of the online softmax for one query row: scores become weights. `visible` tokens count.
+// One span of the online softmax for one query row: scores become weights of T, in the same place.
+// `visible` tokens count. What is added up is what values are multiplied with.
+template <typename T>
 void soften(float* scores, float scale, float* accumulated, float& top, float& total,
             int64_t visible, int64_t dim) {
   visible = std::clamp<int64_t>(visible, 0, kSpanTokens);
@@ -131,9 +160,8 @@ void soften(float* scores, float scale, float* accumulated, float& top, float& t
   const float new_top = std::max(top, maximum(highest));
   vec weights{};
   for (int64_t t = 0; t < kSpanTokens; t += kLanes) {
-    const vec weight =
-        (lane < int32_t(visible - t)) ? exp(load(scores + t) - new_top) : splat(0.0f);
-    store(scores + t, weight);
+    vec weight = (lane < int32_t(visible - t)) ? exp(load(scores + t) - new_top) : splat(0.0f);
+    weight = store_rounded(reinterpret_cast<T*>(scores) + t, weight);
     weights += weight;
   }
   if (new_top != top) {
@@ -146,32 +174,28 @@ void soften(float* scores, float scale, float* accumulated, float& top, float& t
 }
 
 template <typename T>
-void add_block(const float* weights, const T* values, float* accumulated, int64_t rows, int64_t dim,
-               int64_t tokens) {
+void add_span(const T* weights, const vec* values, float* accumulated, int64_t rows, int64_t dim,
+              int64_t words) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= dim; d += 4 * kLanes)
-    add_values<4>(weights, values + d, accumulated + d, rows, dim, tokens);
+    add_values<4>(weights, values + d / kLanes, accumulated + d, rows, dim, words);
   for (; d < dim; d += kLanes)
-    add_values<1>(weights, values + d, accumulated + d, rows, dim, tokens);
-}
-
-template <typename T>
-inline void prefetch(const T* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+    add_values<1>(weights, values + d / kLanes, accumulated + d, rows, dim, words);
 }
 
 // One KV head's queries meet one span. `first`: their first row in the scratch. Blocks lie anywhere:
-// those of the next span, up to `context`, are asked for one by one while these are computed.
+// those of the next span, up to `context`, are asked for while these are computed.
 template <typename T>
 void attend_span(const Attention<T>& a, const int32_t* table, int64_t kv_head, int64_t start,
                  int64_t context, int64_t first_position, int64_t first, int64_t rows,
                  Scratch& s) {
+  constexpr int G = 4 / sizeof(T);
   const int64_t end = std::min(context, start + kSpanTokens);
   const auto at = [&](const T* base, int64_t t) {
     return base + table[t / kBlockTokens] * a.block_stride;
   };
-  const auto ask_for = [&](const T* base, int64_t t) {
-    if (t < context) prefetch(at(base, t), kBlockTokens * a.dim);
+  const auto ahead = [&](const T* base, int64_t t) {
+    return at(base, t + kSpanTokens < context ? t + kSpanTokens : t);
   };
   const int64_t head_stride = kBlockTokens * a.dim;
   const T* keys = a.pool + a.layer_offset + kv_head * head_stride;
@@ -179,26 +203,18 @@ void attend_span(const Attention<T>& a, const int32_t* table, int64_t kv_head, i
   const T* queries = reinterpret_cast<const T*>(s.query.data()) + first * a.dim;
   float* accumulated = &s.accumulated[first * a.dim];
   for (int64_t t = start; t < end; t += kBlockTokens) {
-    ask_for(keys, t + kSpanTokens);
     load_keys(at(keys, t), a.dim, s.keys.data());
-    score_block(queries, s.keys.data(), s.scores.data() + (t - start), rows, a.dim);
+    score_block(queries, s.keys.data(), s.scores.data() + (t - start), rows, a.dim, ahead(keys, t));
   }
   for (int64_t m = 0; m < rows; m++)
-    soften(&s.scores[m * kSpanTokens], a.scale, accumulated + m * a.dim, s.top[first + m],
-           s.total[first + m], first_position + m / a.group() + 1 - start, a.dim);
-  for (int64_t t = start; t < end; t += kBlockTokens) {
-    // Never touch values beyond the context: the slots may hold anything, and 0 * NaN is NaN.
-    const int64_t tokens = std::min<int64_t>(kBlockTokens, end - t);
-    const T* block = at(values, t);
-    ask_for(values, t + kSpanTokens);
-    const float* weights = s.scores.data() + (t - start);
-    if (sizeof(T) == sizeof(float) || rows <= kWidenRows) {
-      add_block(weights, block, accumulated, rows, a.dim, tokens);
-      continue;
-    }
-    for (int64_t i = 0; i < tokens * a.dim; i += kLanes) store(&s.values[i], load(block + i));
-    add_block(weights, s.values.data(), accumulated, rows, a.dim, tokens);
-  }
+    soften<T>(&s.scores[m * kSpanTokens], a.scale, accumulated + m * a.dim, s.top[first + m],
+              s.total[first + m], first_position + m / a.group() + 1 - start, a.dim);
+  // Never touch values beyond the context: the slots may hold anything, and 0 * NaN is NaN.
+  for (int64_t t = start; t < end; t += kBlockTokens)
+    load_values(at(values, t), a.dim, std::min<int64_t>(kBlockTokens, end - t),
+                &s.values[(t - start) / G * a.dim / kLanes], ahead(values, t));
+  add_span(reinterpret_cast<const T*>(s.scores.data()), s.values.data(), accumulated, rows, a.dim,
+           (end - start + G - 1) / G);
 }
 
 template <typename T>

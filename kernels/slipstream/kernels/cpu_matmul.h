@@ -4,10 +4,6 @@
 
 #pragma once
 
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
-
 #include "cpu_vector.h"
 
 namespace {

@@ -235,7 +235,7 @@ class Program final : public Work {
   Program(Team& team, const Op* ops, int64_t count)
       : team_(team), ops_(ops, ops + count), scratch_(team.threads()) {}
 
-  void run(const Step& step) {
+  void run(const Step& step, int64_t* clock_ns) {
     step_ = step;
     tiles_.clear();
     for (const Op& op : ops_)
@@ -243,7 +243,7 @@ class Program final : public Work {
         tiles_[{op.heads, op.kv_heads}] = tiles_of(step.query_starts, step.rows,
                                                    op.heads / op.kv_heads, op.kv_heads,
                                                    kTilesPerThread * team_.threads());
-    team_.run(*this, int64_t(ops_.size()));
+    team_.run(*this, int64_t(ops_.size()), clock_ns);
   }
 
   int64_t chunks(int64_t phase) const override {
@@ -306,5 +306,7 @@ void* program_new(void* team, const Op* ops, int64_t count) {
   return new Program(*static_cast<Team*>(team), ops, count);
 }
 void program_delete(void* program) { delete static_cast<Program*>(program); }
-void program_run(void* program, const Step* step) { static_cast<Program*>(program)->run(*step); }
+void program_run(void* program, const Step* step, int64_t* clock_ns) {
+  static_cast<Program*>(program)->run(*step, clock_ns);
+}
 }

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <cstdint>
 #include <memory>
@@ -18,6 +19,7 @@
 
 namespace {
 
+constexpr std::chrono::nanoseconds kNanosecond{1};
 constexpr int kSpins = 2000;  // at a phase's end, before the core is offered to others
 
 inline void relax() {
@@ -53,8 +55,11 @@ class Team {
 
   int threads() const { return int(helpers_.size()) + 1; }
 
-  // Returns when all is done. One caller at a time.
-  void run(const Work& work, int64_t phases) {
+  // Returns when all is done. One caller at a time. `clock_ns`, for measurements: when this began, and
+  // when each phase had ended.
+  void run(const Work& work, int64_t phases, int64_t* clock_ns = nullptr) {
+    clock_ns_ = clock_ns;
+    note(0);
     const uint32_t turn = turn_.load(std::memory_order_relaxed) + 1;
     work_.store(&work, std::memory_order_relaxed);
     phases_.store(phases, std::memory_order_relaxed);
@@ -95,7 +100,13 @@ class Team {
         if (turn_.load(std::memory_order_relaxed) != turn) return;
         if (spins < kSpins) relax(); else sched_yield();
       }
+      if (thread == 0) note(phase + 1);
     }
+  }
+
+  void note(int64_t index) {
+    if (clock_ns_)
+      clock_ns_[index] = std::chrono::steady_clock::now().time_since_epoch() / kNanosecond;
   }
 
   void help(int thread) {
@@ -118,6 +129,7 @@ class Team {
 
   std::unique_ptr<Progress[]> progress_;
   std::atomic<const Work*> work_{nullptr};
+  int64_t* clock_ns_ = nullptr;  // the caller's own
   std::atomic<int64_t> phases_{0};
   std::atomic<uint32_t> turn_{0};
   std::atomic<bool> stopping_{false};

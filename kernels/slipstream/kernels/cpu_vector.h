@@ -3,6 +3,10 @@
 
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -25,12 +29,21 @@ struct bf16 {
   uint16_t bits;
 };
 
+// GCC takes these apart into halves.
+#if defined(__AVX512BW__)
+inline uvec widen(hvec x) { return (uvec)_mm512_cvtepu16_epi32((__m256i)x); }
+inline hvec lower_halves(uvec x) { return (hvec)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+inline uvec widen(hvec x) { return __builtin_convertvector(x, uvec); }
+inline hvec lower_halves(uvec x) { return __builtin_convertvector(x, hvec); }
+#endif
+
+// Words of one half of each: a's are the lower ones.
+inline uvec by_turns(hvec a, hvec b) { return widen(a) | widen(b) << 16; }
+
 inline vec splat(float x) { return x - vec{}; }
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
-inline vec load(const bf16* p) {
-  const hvec half = *reinterpret_cast<const hvec_u*>(p);
-  return (vec)(__builtin_convertvector(half, uvec) << 16);
-}
+inline vec load(const bf16* p) { return (vec)(widen(*reinterpret_cast<const hvec_u*>(p)) << 16); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
 
 // Round to nearest even, as torch does; a NaN stays a NaN.
@@ -38,12 +51,23 @@ inline hvec narrow(vec x) {
   const uvec bits = (uvec)x;
   const uvec rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const uvec quiet = uvec{} + 0x7FC0u;
-  return __builtin_convertvector((x == x) ? rounded : quiet, hvec);
+  return lower_halves((x == x) ? rounded : quiet);
 }
 inline void store(bf16* p, vec x) { *reinterpret_cast<hvec_u*>(p) = narrow(x); }
 inline vec round_to(vec x, const float*) { return x; }
 inline vec round_to(vec x, const bf16*) {
-  return (vec)(__builtin_convertvector(narrow(x), uvec) << 16);
+  return (vec)(widen(narrow(x)) << 16);
+}
+
+// Stored, and as it is read back.
+inline vec store_rounded(float* p, vec x) {
+  store(p, x);
+  return x;
+}
+inline vec store_rounded(bf16* p, vec x) {
+  const hvec half = narrow(x);
+  *reinterpret_cast<hvec_u*>(p) = half;
+  return (vec)(widen(half) << 16);
 }
 
 // A product that is not fused with an addition behind it: the compiler would do so for some numbers of

@@ -229,6 +229,10 @@ class Program:
         self._memory: list[Tensor] = []
         self._pointers = (_P * len(self._slots))()
         self._capacity = 0
+        self.clock_ns: ctypes.Array[ctypes.c_int64] | None = None
+        """For measurements, of a length one more than `ops`: by the monotonic clock, when a call
+        began and when each operation had ended."""
+        self.ops = recorder.ops
         ops = (_Op * len(recorder.ops))(*(self._op(fields) for fields in recorder.ops))
         self._handle = backend.library.program_new(backend.team, ops, len(ops))
 
@@ -255,7 +259,7 @@ class Program:
             layer_stride=pool.stride(1),
             buffers=ctypes.addressof(self._pointers),
         )
-        self._backend.library.program_run(self._handle, ctypes.byref(step))
+        self._backend.library.program_run(self._handle, ctypes.byref(step), self.clock_ns)
         rows = tokens if self._result.rows is Rows.TOKENS else samples
         return self._memory[self._result.slot][:rows]
 

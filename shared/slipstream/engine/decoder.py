@@ -41,7 +41,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights, backend: Backend) -> None:
         self._config, self._weights = config, weights
         self._rope = Rope(config.rope, config.head_dim, weights.norm.device)
-        self._forward = backend.compile(self._logits)
+        self.program = backend.compile(self._logits)
 
     def forward(self, batch: ForwardBatch, pool: Tensor) -> Tensor:
         """Runs all tokens of the batch, writes their keys and values into `pool`.
@@ -51,7 +51,7 @@ class Decoder:
         pool: `[blocks, layers, 2, kv_heads, BLOCK_TOKENS, head_dim]` in the weights' dtype.
         """
         cosine, sine = self._rope.angles(batch.positions)
-        return self._forward(batch, cosine, sine, pool)
+        return self.program(batch, cosine, sine, pool)
 
     def _logits(self, ops: Ops) -> Value:
         config, weights = self._config, self._weights

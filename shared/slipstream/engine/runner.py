@@ -84,7 +84,7 @@ class Runner:
         else:
             name = file_name(model_path, self.config, pool.dtype, int8)
             weights = shared_weights(packed_dir / name, load)
-        self._decoder = Decoder(self.config, weights, backend)
+        self.decoder = Decoder(self.config, weights, backend)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: set[tuple[RequestId, int]] = set()
 
@@ -110,7 +110,7 @@ class Runner:
             with torch.inference_mode():
                 inputs = [self._inputs(row) for row in plan.rows]
                 batch = build_batch(plan.rows, inputs, self._pool.device)
-                logits = self._decoder.forward(batch, self._pool)
+                logits = self.decoder.forward(batch, self._pool)
                 sampling = [
                     (row, each) for row, each in zip(plan.rows, inputs, strict=True) if row.sample
                 ]
