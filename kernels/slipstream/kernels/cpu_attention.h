@@ -13,6 +13,7 @@ namespace {
 constexpr int kBlockTokens = 16;   // one vector of keys is one KV block
 constexpr int kSpanBlocks = 4;     // blocks between two corrections of the running maximum
 constexpr int kSpanTokens = kSpanBlocks * kBlockTokens;
+constexpr float kLog2E = 1.44269504088896341f;  // the softmax is one of powers of 2
 constexpr int kTileQueries = 32;   // query rows (positions x heads of one group) that share a K block
 
 template <typename T>
@@ -145,32 +146,42 @@ void add_values(const T* weights, const vec* values, float* accumulated, int64_t
 
 // One span of the online softmax for one query row: scores become weights of T, in the same place.
 // `visible` tokens count. What is added up is what values are multiplied with.
-template <typename T>
-void soften(float* scores, float scale, float* accumulated, float& top, float& total,
-            int64_t visible, int64_t dim) {
-  visible = std::clamp<int64_t>(visible, 0, kSpanTokens);
+template <bool all, typename T>
+inline void soften_span(float* scores, float scale, float* accumulated, float& top, float& total,
+                        int64_t visible, int64_t dim) {
+  constexpr bool coarse = sizeof(T) == 2;
   const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  vec highest = splat(-INFINITY);
-  for (int64_t t = 0; t < visible; t += kLanes) {
-    const vec score = load(scores + t) * scale;
-    store(scores + t, score);
-    const vec seen = (lane < int32_t(visible - t)) ? score : splat(-INFINITY);
-    highest = (seen > highest) ? seen : highest;
+  vec score[kSpanBlocks], highest = splat(-INFINITY);
+  for (int b = 0; b < kSpanBlocks; b++) {
+    score[b] = load(scores + b * kLanes) * scale;
+    if (!all) score[b] = lane < int32_t(visible - b * kLanes) ? score[b] : splat(-INFINITY);
+    highest = larger(highest, score[b]);
   }
   const float new_top = std::max(top, maximum(highest));
   vec weights{};
-  for (int64_t t = 0; t < kSpanTokens; t += kLanes) {
-    vec weight = (lane < int32_t(visible - t)) ? exp(load(scores + t) - new_top) : splat(0.0f);
-    weight = store_rounded(reinterpret_cast<T*>(scores) + t, weight);
-    weights += weight;
+  for (int b = 0; b < kSpanBlocks; b++) {
+    vec weight = exp2<coarse>(score[b] - new_top);
+    if (!all) weight = lane < int32_t(visible - b * kLanes) ? weight : splat(0.0f);
+    weights += store_rounded(reinterpret_cast<T*>(scores) + b * kLanes, weight);
   }
   if (new_top != top) {
-    const float shrink = exp(splat(top - new_top))[0];
+    const float shrink = exp2<false>(splat(top - new_top))[0];
     total *= shrink;
     for (int64_t d = 0; d < dim; d += kLanes) store(accumulated + d, load(accumulated + d) * shrink);
   }
   total += sum(weights);
   top = new_top;
+}
+
+template <typename T>
+void soften(float* scores, float scale, float* accumulated, float& top, float& total,
+            int64_t visible, int64_t dim) {
+  if (visible >= kSpanTokens)
+    soften_span<true, T>(scores, scale, accumulated, top, total, visible, dim);
+  else if (visible > 0)
+    soften_span<false, T>(scores, scale, accumulated, top, total, visible, dim);
+  else
+    std::memset(scores, 0, kSpanTokens * sizeof(T));
 }
 
 template <typename T>
@@ -207,7 +218,7 @@ void attend_span(const Attention<T>& a, const int32_t* table, int64_t kv_head, i
     score_block(queries, s.keys.data(), s.scores.data() + (t - start), rows, a.dim, ahead(keys, t));
   }
   for (int64_t m = 0; m < rows; m++)
-    soften<T>(&s.scores[m * kSpanTokens], a.scale, accumulated + m * a.dim, s.top[first + m],
+    soften<T>(&s.scores[m * kSpanTokens], a.scale * kLog2E, accumulated + m * a.dim, s.top[first + m],
               s.total[first + m], first_position + m / a.group() + 1 - start, a.dim);
   // Never touch values beyond the context: the slots may hold anything, and 0 * NaN is NaN.
   for (int64_t t = start; t < end; t += kBlockTokens)

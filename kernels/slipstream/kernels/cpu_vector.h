@@ -65,7 +65,11 @@ inline vec store_rounded(float* p, vec x) {
   return x;
 }
 inline vec store_rounded(bf16* p, vec x) {
+#if defined(__AVX512BF16__)
+  const hvec half = (hvec)_mm512_cvtneps_pbh((__m512)x);
+#else
   const hvec half = narrow(x);
+#endif
   *reinterpret_cast<hvec_u*>(p) = half;
   return (vec)(widen(half) << 16);
 }
@@ -123,6 +127,46 @@ inline vec exp(vec x) {
   y = y * (r * r) + r + 1.0f;
   const ivec exponent = (__builtin_convertvector(n, ivec) + 127) << 23;
   return y * (vec)exponent;
+}
+
+// b if either is no number.
+inline vec larger(vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^x of what is at most 0, to about 1 ulp; with `coarse` to 1e-5, enough for bfloat16.
+template <bool coarse>
+inline vec exp2(vec x) {
+  x = larger(splat(-126.0f), x);  // a NaN stays one
+#if defined(__AVX512F__)
+  const vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vec magic = splat(12582912.0f);  // adding it rounds to an integer
+  const vec n = (x + magic) - magic;
+#endif
+  const vec r = x - n;  // of 2^r, the series of e^(r ln 2)
+  vec y;
+  if constexpr (coarse) {
+    y = splat(9.6181291e-3f);
+  } else {
+    y = splat(1.5252734e-5f);
+    y = y * r + 1.5403530e-4f;
+    y = y * r + 1.3333558e-3f;
+    y = y * r + 9.6181291e-3f;
+  }
+  y = y * r + 5.5504109e-2f;
+  y = y * r + 2.4022651e-1f;
+  y = y * r + 6.9314718e-1f;
+  y = y * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  return y * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+#endif
 }
 
 // 16 x 16 transpose: four rounds, each zips row i with row i + 8.
