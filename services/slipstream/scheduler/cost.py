@@ -55,7 +55,7 @@ class Market:
         self.demand, self.now_s, self._read_s = demand, now_s, transfers.read_s
         self.holder, self.held_blocks = _holder(demand, views)
         self._whole, self._rest = demand.prompt(), demand.prompt(self.held_blocks)
-        self._streams_beside = _streams_by_device(views)
+        self._devices = _devices(views, now_s)
         self._quotes: dict[NodeId, Quote] = {}
         self._stream_s: dict[NodeId, float] = {}
 
@@ -82,10 +82,14 @@ class Market:
                 prompt, compute_s, wait_s = self._rest, rest_s, wait_s + read_s
                 fetch_blocks = self.held_blocks
         step_s, backlog_s = view.costs(self.now_s)
+        device = self._devices[view.device]
+        if device.shared:
+            # One queue, whichever of its workers they wait at, and each in turn makes a step.
+            backlog_s, step_s = device.backlog_s, device.round_s + (0.0 if view.streams else step_s)
         # Blocks are fetched while what came before is computed.
         first_s = (backlog_s if backlog_s > wait_s else wait_s) + compute_s
         first_s += math.ceil(prompt.tokens / view.chunk_tokens) * step_s
-        lost_s = self._streams_beside[view.device] * compute_s
+        lost_s = device.streams * compute_s
         return Quote(view, first_s, first_s + DELAY_WEIGHT * lost_s, fetch_blocks)
 
     def stream_s(self, view: WorkerView) -> float:
@@ -93,8 +97,11 @@ class Market:
         known = self._stream_s.get(view.node_id)
         if known is None:
             context = view.context_tokens + self.demand.num_tokens
-            known = STREAM_STEPS * view.prices.step_s(len(view.streams) + 1, context)
-            self._stream_s[view.node_id] = known
+            step_s = view.prices.step_s(len(view.streams) + 1, context)
+            device = self._devices[view.device]
+            if device.shared:  # others take their turns between its steps
+                step_s += device.round_s - (view.costs(self.now_s)[0] if view.streams else 0.0)
+            known = self._stream_s[view.node_id] = STREAM_STEPS * step_s
         return known
 
     def handover_s(self, source: WorkerView, target: WorkerView) -> float:
@@ -175,8 +182,32 @@ def _holder(demand: Demand, views: Sequence[WorkerView]) -> tuple[NodeId | None,
     return (best.node_id, blocks) if blocks else (None, 0)
 
 
-def _streams_by_device(views: Sequence[WorkerView]) -> dict[tuple[str, str], int]:
-    found: dict[tuple[str, str], int] = {}
+@dataclass(slots=True)
+class _Device:
+    """What workers that compete for one device have to do together."""
+
+    streams: int = 0
+    shared: bool = False
+    round_s: float = 0.0
+    """Where it is shared: a step of each worker that has streams."""
+    backlog_s: float = 0.0
+    """Where it is shared: until all prompts that wait are computed."""
+
+
+def _devices(views: Sequence[WorkerView], now_s: float) -> dict[tuple[str, str], _Device]:
+    found: dict[tuple[str, str], _Device] = {}
+    shared: set[tuple[str, str]] = set()
     for view in views:
-        found[view.device] = found.get(view.device, 0) + len(view.streams)
+        device = found.get(view.device)
+        if device is None:
+            found[view.device] = _Device(len(view.streams))
+        else:
+            device.streams += len(view.streams)
+            shared.add(view.device)
+    for view in views if shared else ():
+        if view.device in shared:
+            device, (step_s, backlog_s) = found[view.device], view.costs(now_s)
+            device.shared = True
+            device.backlog_s += backlog_s
+            device.round_s += step_s if view.streams else 0.0
     return found

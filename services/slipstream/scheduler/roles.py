@@ -93,11 +93,16 @@ class Roles:
         if sources and (full or len(sources) - wanted >= FEWER):
             return min(sources, key=lambda v: (v.node.role is Role.PREFILL, v.costs(now_s)[1])), why
         if len(hosts) > 1 and not full and wanted - len(sources) >= MORE:
-            able = [view for view in hosts if view.prefills]
+            able = [view for view in hosts if view.prefills and spares(view, hosts)]
             return min(
                 able, key=lambda v: (v.node.role is Role.DECODE, len(v.streams)), default=None
             ), why
         return None, why
+
+
+def spares(view: WorkerView, hosts: Sequence[WorkerView]) -> bool:
+    """Whether streams elsewhere go on undisturbed while it computes: not those on its own device."""
+    return all(other is view or other.device != view.device for other in hosts)
 
 
 def fullness(hosts: Sequence[WorkerView]) -> float:
