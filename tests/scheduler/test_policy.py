@@ -162,6 +162,25 @@ def test_auto_computes_where_it_decodes_until_that_harms_others() -> None:
     assert where(placed(demand(2000), dead, "auto")) == (None, D0), "nobody else is left"
 
 
+@pytest.mark.parametrize("mode", ["auto", "never"])
+def test_workers_of_one_device_are_one_queue_and_their_streams_stay_together(
+    mode: Disaggregation,
+) -> None:
+    room = {"num_blocks": 400, "max_num_seqs": 64}
+    as_one = [view(P0, device="0", **room), view(D0, device="0", streams=20, **room)]
+    assert where(placed(demand(2000), as_one, mode)) == (None, D0), "nobody is spared by leaving"
+    own = [view(D0, **room), view(D1, streams=3, **room)]
+    shared = [view(D0, device="0", **room), view(D1, device="0", streams=3, **room)]
+    assert where(placed(demand(), own, mode)) == (None, D0)
+    assert where(placed(demand(), shared, mode)) == (None, D1), "two rounds where one would do"
+    waits = [view(D0, device="0", **room), view(D1, device="0", queued=3000, **room)]
+    quotes = [Market(demand(), waits, TransferPrices(), 0.0).quote(each) for each in waits]
+    assert quotes[0].first_s == pytest.approx(quotes[1].first_s, rel=0.05), "one queue"
+    away = [view(D0, **room), waits[1]]
+    quotes = [Market(demand(), away, TransferPrices(), 0.0).quote(each) for each in away]
+    assert quotes[0].first_s < quotes[1].first_s / 3
+
+
 def test_a_prefix_is_fetched_where_that_is_cheaper_than_to_compute_it() -> None:
     views = [view(P0), view(P1, queued=3000, num_blocks=400), view(D0)]
     wanted = demand(2000, prefill_1=100)

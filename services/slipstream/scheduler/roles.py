@@ -101,7 +101,7 @@ class Roles:
 
 
 def spares(view: WorkerView, hosts: Sequence[WorkerView]) -> bool:
-    """Whether streams elsewhere go on undisturbed while it computes: not those on its own device."""
+    """Whether streams elsewhere go on undisturbed while it computes: not those on its device."""
     return all(other is view or other.device != view.device for other in hosts)
 
 
