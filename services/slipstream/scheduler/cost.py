@@ -10,12 +10,13 @@ Pairs are separable: the best worker to compute and the best to decode are found
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
 from slipstream.scheduler.demand import Demand, Placement
-from slipstream.scheduler.ledger import WorkerView
+from slipstream.scheduler.ledger import Device, WorkerView
 from slipstream.scheduler.prices import TransferPrices
 from slipstream.types import BLOCK_TOKENS, NodeId
 
@@ -55,7 +56,8 @@ class Market:
         self.demand, self.now_s, self._read_s = demand, now_s, transfers.read_s
         self.holder, self.held_blocks = _holder(demand, views)
         self._whole, self._rest = demand.prompt(), demand.prompt(self.held_blocks)
-        self._devices = _devices(views, now_s)
+        self._streams_beside = _streams_by_device(views)
+        self._shared = _shared_devices(views, self._streams_beside, now_s)
         self._quotes: dict[NodeId, Quote] = {}
         self._stream_s: dict[NodeId, float] = {}
 
@@ -82,14 +84,13 @@ class Market:
                 prompt, compute_s, wait_s = self._rest, rest_s, wait_s + read_s
                 fetch_blocks = self.held_blocks
         step_s, backlog_s = view.costs(self.now_s)
-        device = self._devices[view.device]
-        if device.shared:
+        if shared := self._shared.get(view.device):
             # One queue, whichever of its workers they wait at, and each in turn makes a step.
-            backlog_s, step_s = device.backlog_s, device.round_s + (0.0 if view.streams else step_s)
+            backlog_s, step_s = shared.backlog_s, shared.round_s + (0.0 if view.streams else step_s)
         # Blocks are fetched while what came before is computed.
         first_s = (backlog_s if backlog_s > wait_s else wait_s) + compute_s
         first_s += math.ceil(prompt.tokens / view.chunk_tokens) * step_s
-        lost_s = device.streams * compute_s
+        lost_s = self._streams_beside[view.device] * compute_s
         return Quote(view, first_s, first_s + DELAY_WEIGHT * lost_s, fetch_blocks)
 
     def stream_s(self, view: WorkerView) -> float:
@@ -98,9 +99,8 @@ class Market:
         if known is None:
             context = view.context_tokens + self.demand.num_tokens
             step_s = view.prices.step_s(len(view.streams) + 1, context)
-            device = self._devices[view.device]
-            if device.shared:  # others take their turns between its steps
-                step_s += device.round_s - (view.costs(self.now_s)[0] if view.streams else 0.0)
+            if shared := self._shared.get(view.device):  # others' turns come between its steps
+                step_s += shared.round_s - (view.costs(self.now_s)[0] if view.streams else 0.0)
             known = self._stream_s[view.node_id] = STREAM_STEPS * step_s
         return known
 
@@ -182,32 +182,35 @@ def _holder(demand: Demand, views: Sequence[WorkerView]) -> tuple[NodeId | None,
     return (best.node_id, blocks) if blocks else (None, 0)
 
 
-@dataclass(slots=True)
-class _Device:
+def _streams_by_device(views: Sequence[WorkerView]) -> dict[Device, int]:
+    found: dict[Device, int] = {}
+    for view in views:
+        found[view.device] = found.get(view.device, 0) + len(view.streams)
+    return found
+
+
+class _Shared(NamedTuple):
     """What workers that compete for one device have to do together."""
 
-    streams: int = 0
-    shared: bool = False
-    round_s: float = 0.0
-    """Where it is shared: a step of each worker that has streams."""
-    backlog_s: float = 0.0
-    """Where it is shared: until all prompts that wait are computed."""
+    round_s: float
+    """A step of each that has streams."""
+    backlog_s: float
+    """Until all prompts that wait are computed."""
 
 
-def _devices(views: Sequence[WorkerView], now_s: float) -> dict[tuple[str, str], _Device]:
-    found: dict[tuple[str, str], _Device] = {}
-    shared: set[tuple[str, str]] = set()
+def _shared_devices(
+    views: Sequence[WorkerView], devices: Collection[Device], now_s: float
+) -> dict[Device, _Shared]:
+    """Of all `devices` those that several workers have."""
+    if len(devices) == len(views):
+        return {}
+    workers: dict[Device, list[WorkerView]] = {}
     for view in views:
-        device = found.get(view.device)
-        if device is None:
-            found[view.device] = _Device(len(view.streams))
-        else:
-            device.streams += len(view.streams)
-            shared.add(view.device)
-    for view in views if shared else ():
-        if view.device in shared:
-            device, (step_s, backlog_s) = found[view.device], view.costs(now_s)
-            device.shared = True
-            device.backlog_s += backlog_s
-            device.round_s += step_s if view.streams else 0.0
+        workers.setdefault(view.device, []).append(view)
+    found = {}
+    for device, together in workers.items():
+        if len(together) > 1:
+            costs = [(view, *view.costs(now_s)) for view in together]
+            round_s = sum(step_s for view, step_s, _ in costs if view.streams)
+            found[device] = _Shared(round_s, sum(backlog_s for _, _, backlog_s in costs))
     return found

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from slipstream.core.step_model import Prompt
 from slipstream.messages import NodeInfo, WorkerInfo
@@ -10,6 +11,9 @@ from slipstream.scheduler.prices import StepPrices
 from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
 
 PRICES_MAX = 1024
+
+Device: TypeAlias = tuple[str, str]
+"""A host and what workers there call it; of a worker that names none: its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +38,7 @@ class WorkerView:
     since_s: float = 0.0
     """When the first of `prompts` began, as far as we know."""
     node_id: NodeId = field(init=False)
-    device: tuple[str, str] = field(init=False)
+    device: Device = field(init=False)
     """Workers of one host that name the same compete for it."""
 
     prefills: bool = field(init=False)

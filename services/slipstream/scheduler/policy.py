@@ -41,8 +41,7 @@ def place(
     when none does, the decode workers do it all. `auto` leaves it to the prices; the other policies
     have none, and do as with `always`.
     """
-    taking = [view for view in views if view.taking]
-    room = [view for view in taking if view.admits(demand.num_blocks)]
+    room = [view for view in views if view.taking and view.admits(demand.num_blocks)]
     free = [view for view in room if view.worker.accept_decode]
     alone = [view for view in free if view.prefills]
     if rules.policy == "cost":
@@ -52,6 +51,7 @@ def place(
             found = market.alone(alone)
             return _placed(market.apart(sources, free, _worth(found)) or found)
     if rules.disaggregation != "never":
+        taking = [view for view in views if view.taking]
         hosts = [view for view in taking if view.worker.accept_decode]
         if any(_is_partner(view, hosts) for view in taking):
             sources = [view for view in room if _is_partner(view, hosts)]
