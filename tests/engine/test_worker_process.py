@@ -71,7 +71,7 @@ def test_it_says_what_it_is_and_leaves_nothing(start: Start) -> None:
     worker = start()
     said = worker.listening()
     assert "float32, context 512, 85 KV blocks of 12KiB" in said
-    assert "transports shm,nixl,bus, 1 threads" in said
+    assert "transports shm,nixl,bus, 1 thread on" in said
     (segment,) = worker.segments
     assert segment.startswith("slipstream-run-d-")
     assert (worker.run / "d.kv.sock").exists()

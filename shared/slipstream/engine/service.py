@@ -269,6 +269,13 @@ def _device(threads: int) -> str:
     return f"cpu {','.join(map(str, cores))}" if threads >= len(cores) else ""
 
 
+def _computes_with(threads: int) -> str:
+    """For the log."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    how = "all" if _device(threads) else "any"
+    return f"{threads} thread{'s' * (threads > 1)} on {how} of the cores {cores}"
+
+
 def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
     return WorkerSettings(
         eos_token_ids=tuple(sorted(model.eos_token_ids)),
@@ -286,7 +293,7 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
 
 def _announce(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> None:
     _LOG.info(
-        "model %s, %s%s, context %d, %d KV blocks of %s (%s in %s), transports %s, %d threads",
+        "model %s, %s%s, context %d, %d KV blocks of %s (%s in %s), transports %s, %s",
         config.model,
         plan.dtype,
         "" if config.quantization == "none" else f", {config.quantization} weights",
@@ -296,7 +303,7 @@ def _announce(config: WorkerConfig, plan: _Plan, segment: Segment, transports: T
         format_bytes(segment.header.file_bytes),
         segment.pages,
         ",".join(transports.advertise()),
-        plan.threads,
+        _computes_with(plan.threads),
     )
     for name, reason in transports.absent.items():
         _LOG.info("no transport %s: %s", name, reason)
