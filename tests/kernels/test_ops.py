@@ -3,6 +3,7 @@
 import ctypes
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -362,6 +363,8 @@ def test_a_failed_build_is_loud_and_falls_back(
 
 
 def test_what_is_built_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler here")
     built = cpu.load(tmp_path / "cache")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cpu.load(tmp_path / "cache")._name == built._name
@@ -371,9 +374,10 @@ def test_what_is_built_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.Mon
     ("features", "name"),
     [
         ("avx avx2 fma f16c bmi1 bmi2", "portable"),
-        ("avx avx2 fma f16c bmi1 bmi2 movbe", "avx2"),
-        ("avx avx2 fma f16c bmi1 bmi2 movbe avx512f", "avx2"),
-        (" ".join(LEVELS[1].features), "avx512"),
+        (" ".join(LEVELS[3].features), "avx2"),
+        (" ".join(LEVELS[3].features | {"avx512f"}), "avx2"),
+        (" ".join(LEVELS[2].features), "avx512"),
+        (" ".join(LEVELS[1].features), "avx512-vnni"),
         (" ".join(LEVELS[0].features), "avx512-bf16"),
         ("", "portable"),
     ],
@@ -391,7 +395,7 @@ def test_a_cpu_gets_the_best_it_can_run(
 def test_a_level_that_this_cpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slipstream.kernels.build.cpu_features", lambda: LEVELS[1].features)
     monkeypatch.setenv(VARIABLE, "avx512-bf16")
-    with pytest.raises(cpu.BuildError, match="has no avx512_bf16, avx512_vnni"):
+    with pytest.raises(cpu.BuildError, match=r"has no avx512_bf16$"):
         chosen_level()
     monkeypatch.setenv(VARIABLE, "avx1024")
     with pytest.raises(cpu.BuildError, match="'avx1024'; it can be 0, avx512-bf16"):

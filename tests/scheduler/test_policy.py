@@ -169,6 +169,8 @@ def test_workers_of_one_device_are_one_queue_and_their_streams_stay_together(
     room = {"num_blocks": 400, "max_num_seqs": 64}
     as_one = [view(P0, device="0", **room), view(D0, device="0", streams=20, **room)]
     assert where(placed(demand(2000), as_one, mode)) == (None, D0), "nobody is spared by leaving"
+    late = [view(D0, device="0", streams=20, queued=200_000, **room), view(D1, device="0", **room)]
+    assert where(placed(demand(2000), late, mode)) == (None, D0), "nor when much waits"
     own = [view(D0, **room), view(D1, streams=3, **room)]
     shared = [view(D0, device="0", **room), view(D1, device="0", streams=3, **room)]
     assert where(placed(demand(), own, mode)) == (None, D0)
@@ -179,6 +181,19 @@ def test_workers_of_one_device_are_one_queue_and_their_streams_stay_together(
     away = [view(D0, **room), waits[1]]
     quotes = [Market(demand(), away, TransferPrices(), 0.0).quote(each) for each in away]
     assert quotes[0].first_s < quotes[1].first_s / 3
+
+
+def test_who_is_cheapest_to_compute_may_be_hard_to_reach() -> None:
+    views = [view(P0), view(P1, queued=200, num_blocks=400), view(D0)]
+    transfers = TransferPrices()
+    transfers.sync([P0, P1, D0])
+    for _ in range(9):
+        transfers.learn(D0, [TransferSample(P0, "bus", 30, 0.9)], 0.0)
+        transfers.learn(D0, [TransferSample(P1, "shm", 30, 1e-3)], 0.0)
+    found = place(demand(1000), views, transfers, Rules("cost", "always"), 0, 0.0)
+    assert where(found) == (P1, D0)
+    other = [view(P0, kv_layout_id=OTHER), view(P1, queued=200, num_blocks=400), view(D0)]
+    assert where(placed(demand(1000), other, "always")) == (P1, D0), "the first fits nobody"
 
 
 def test_a_prefix_is_fetched_where_that_is_cheaper_than_to_compute_it() -> None:

@@ -171,8 +171,8 @@ def test_a_quick_way_stays_quick_while_nobody_uses_it() -> None:
     transfers.sync("ab")
     transfers.learn("a", [TransferSample("b", "shm", 30, 1e-4)] * 9, 0.0)
     before_s = transfers.read_s("a", "b", 30)
-    for _ in range(9):
-        transfers.fade(900.0)
+    for times in range(9):
+        transfers.fade(900.0 + 2 * FADE_S * times)
     assert transfers.read_s("a", "b", 30) == before_s
 
 

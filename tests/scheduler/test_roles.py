@@ -41,7 +41,9 @@ def roles(wanted: float, at_s: float = 0.0) -> Roles:
         # Who computes no prompts at all takes streams all the same.
         ([view(P0), view(D0, prefill_budget_tokens=0)], 0.7, None),
         ([shifted(view(P0)), view(D0, prefill_budget_tokens=0)], 0.7, Shift(P0, False)),
-        # It would spare nobody on its own device.
+        # It would spare nobody on its own device, however many prompts there are.
+        ([view(P0, device="0"), view(D0, device="0")], 0.7, Shift(P0, True)),
+        ([view(P0, device="0"), view(D0, device="0"), view(D1)], 9.0, Shift(P0, True)),
         ([shifted(view(P0, device="0")), view(D0, device="0")], 9.0, None),
         ([shifted(view(P0, device="0")), view(D0, device="0"), view(D1)], 0.9, Shift(D1, False)),
         # Somebody has to take streams, and has to have room for them.

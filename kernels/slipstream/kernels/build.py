@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-strict-aliasing")
+"""Words of several numbers are stored as one type of vector and read as another."""
 VARIABLE = "SLIPSTREAM_CPU_KERNELS"
 """In the environment: the name of a level instead of the best one; 0: no compiled kernels."""
 _TIMEOUT_S = 120
@@ -29,7 +30,7 @@ class Level(NamedTuple):
     features: frozenset[str]
 
 
-_V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+_V3 = frozenset({"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS = (
     Level(
@@ -37,6 +38,7 @@ LEVELS = (
         ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
         _V4 | {"avx512_bf16", "avx512_vnni"},
     ),
+    Level("avx512-vnni", ("-march=x86-64-v4", "-mavx512vnni"), _V4 | {"avx512_vnni"}),
     Level("avx512", ("-march=x86-64-v4",), _V4),
     Level("avx2", ("-march=x86-64-v3",), _V3),
     Level("portable", (), frozenset()),
@@ -51,7 +53,7 @@ def chosen_level() -> Level:
     """
     here = cpu_features()
     name = os.environ.get(VARIABLE)
-    if not name:
+    if not name or not wanted():
         return next(level for level in LEVELS if level.features <= here)
     level = next((level for level in LEVELS if level.name == name), None)
     if level is None:
@@ -123,9 +125,10 @@ def _compile(command: list[str]) -> None:
 
 
 def _build_key(files: Sequence[Path], flags: Sequence[str]) -> str:
-    """Changes with what is compiled and how. Which compiler it is does not count: a host that has
-    none uses what was built elsewhere."""
-    parts = [*(file.read_text() for file in files), *flags, platform.machine()]
+    """Changes with what is compiled, how and for which C library, not with the compiler's version:
+    a host that has none uses what was built elsewhere."""
+    built_for = platform.machine(), *platform.libc_ver(), os.environ.get("CXX", "")
+    parts = [*(file.read_text() for file in files), *flags, *built_for]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -138,7 +138,7 @@ inline vec larger(vec a, vec b) {
 #endif
 }
 
-// 2^x of what is at most 0, to about 1 ulp; with `coarse` to 1e-5, enough for bfloat16.
+// 2^x of what is at most 0, to about 1 ulp; with `coarse` to 6e-5, enough for bfloat16.
 template <bool coarse>
 inline vec exp2(vec x) {
   x = larger(splat(-126.0f), x);  // a NaN stays one

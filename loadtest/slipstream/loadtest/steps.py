@@ -150,7 +150,7 @@ class Steps:
             Row(
                 f"row-{number}",
                 1,
-                tuple(range(300, 300 + shape.tokens)),
+                tuple(index % self.config.vocab_size for index in range(300, 300 + shape.tokens)),
                 shape.context,
                 tuple(range(number * table, (number + 1) * table)),
                 True,

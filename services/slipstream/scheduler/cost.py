@@ -28,8 +28,10 @@ HYSTERESIS = 0.9
 """Apart must be this much cheaper than alone: a transfer has its risks."""
 RISK_S = 0.1
 """But no more than this: its risks do not grow with what the prompt costs to compute."""
-TIE = 0.02
-"""Prices closer than this are the same: then workers share what comes."""
+TIE, TIE_S = 0.02, 0.05
+"""Prices closer than this, and than these seconds, are the same: then workers share what comes."""
+SOURCES = 2
+"""So many of the cheapest to compute are tried with all who decode: one may be hard to reach."""
 
 _price, _price_s = itemgetter(0), attrgetter("price_s")
 
@@ -54,6 +56,8 @@ class Market:
         self, demand: Demand, views: Sequence[WorkerView], transfers: TransferPrices, now_s: float
     ):
         self.demand, self.now_s, self._read_s = demand, now_s, transfers.read_s
+        self._least_s = transfers.least_s
+        self._most_cached = max(map(demand.cached_blocks, demand.hints), default=0)
         self.holder, self.held_blocks = _holder(demand, views)
         self._whole, self._rest = demand.prompt(), demand.prompt(self.held_blocks)
         self._streams_beside = _streams_by_device(views)
@@ -111,28 +115,35 @@ class Market:
         chunk = source.chunk_tokens // BLOCK_TOKENS
         return self._read_s(target.node_id, source.node_id, min(missing, chunk))
 
+    def _least_handover_s(self, source: WorkerView) -> float:
+        """To whoever has most of it, by the best transport that is known."""
+        missing = self.demand.num_blocks - self._most_cached
+        return self._least_s(min(missing, source.chunk_tokens // BLOCK_TOKENS))
+
     def alone(self, hosts: Sequence[WorkerView]) -> tuple[float, Placement] | None:
-        """The cheapest worker that does both, and its price."""
+        """A worker that does both as cheaply as any, and the least price."""
         if not hosts:
             return None
         priced = [(self.quote(view).price_s + self.stream_s(view), view) for view in hosts]
-        price_s, view = self._best(priced)
-        return price_s, self._placement(self.quote(view), None)
+        _, view = self._best(priced)
+        return min(map(_price, priced)), self._placement(self.quote(view), None)
 
     def apart(
         self, sources: Sequence[WorkerView], hosts: Sequence[WorkerView], limit_s: float = math.inf
     ) -> tuple[float, Placement] | None:
         """The cheapest pair, and its price, if that is below `limit_s`."""
         offers = sorted(((self.stream_s(view), view) for view in hosts), key=_price)
-        quotes = sorted(map(self.quote, sources), key=_price_s)
         best: tuple[float, Placement] | None = None
-        for quote in quotes:
+        tried = 0
+        for quote in sorted(map(self.quote, sources), key=_price_s) if offers else ():
+            least_s = quote.price_s + offers[0][0] + self._least_handover_s(quote.view)
+            if tried == SOURCES or least_s >= limit_s:
+                break
             found = self._cheapest(quote.view, offers, limit_s - quote.price_s)
+            tried += found is not None
             if found is not None and quote.price_s + found[0] < limit_s:
                 limit_s = quote.price_s + found[0]
                 best = limit_s, self._placement(quote, found[1].node_id)
-            if best is not None and quote.view is not offers[0][1]:
-                break  # else the next one may be better: the best to decode is free for it
         return best
 
     def _cheapest(
@@ -146,13 +157,13 @@ class Market:
                 break  # and all that follow, whatever their transfer costs
             if view is not source and view.worker.kv_layout_id == layout:
                 price_s = stream_s + self.handover_s(source, view)
-                limit_s = min(limit_s, price_s * (1.0 + TIE))
+                limit_s = min(limit_s, _tied(price_s))
                 priced.append((price_s, view))
         return self._best(priced) if priced else None
 
     def _best(self, priced: Sequence[tuple[float, WorkerView]]) -> tuple[float, WorkerView]:
         """The least price; among equals, who has least to do, then as the name falls."""
-        limit = min(map(_price, priced)) * (1.0 + TIE)
+        limit = _tied(min(map(_price, priced)))
         near = [each for each in priced if each[0] <= limit]
         if len(near) == 1:
             return near[0]
@@ -180,6 +191,10 @@ def _holder(demand: Demand, views: Sequence[WorkerView]) -> tuple[NodeId | None,
     best = max(holders, key=lambda v: (demand.lendable_blocks(v.node_id), -len(v.held)))
     blocks = demand.lendable_blocks(best.node_id)
     return (best.node_id, blocks) if blocks else (None, 0)
+
+
+def _tied(price_s: float) -> float:
+    return min(price_s * (1.0 + TIE), price_s + TIE_S)
 
 
 def _streams_by_device(views: Sequence[WorkerView]) -> dict[Device, int]:

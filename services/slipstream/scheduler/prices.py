@@ -269,6 +269,10 @@ class TransferPrices:
         way = self._of_pair.get((reader, source), self._best)
         return way.first_s + way.block_s * num_blocks
 
+    def least_s(self, num_blocks: int) -> float:
+        """By the best transport that is known."""
+        return self._best.first_s + self._best.block_s * num_blocks
+
     def _choose(self) -> None:
         # A load from a tier of its own leads to no peer.
         ways = [way for name, way in self._ways.items() if name != OWN_TIER]

@@ -81,6 +81,10 @@ class Roles:
         now_s: float,
     ) -> tuple[WorkerView | None, str]:
         """And why."""
+        views = [*hosts, *sources]
+        spoil = [view for view in sources if not spares(view, views)]
+        if spoil:
+            return spoil[0], "streams run on its device"
         wanted = self.demand.workers(now_s)
         full = bool(waiting) or fullness(hosts) >= FULL
         why = f"prompts would fill {wanted:.1f} workers, {len(sources)} keep to them"
@@ -93,16 +97,17 @@ class Roles:
         if sources and (full or len(sources) - wanted >= FEWER):
             return min(sources, key=lambda v: (v.node.role is Role.PREFILL, v.costs(now_s)[1])), why
         if len(hosts) > 1 and not full and wanted - len(sources) >= MORE:
-            able = [view for view in hosts if view.prefills and spares(view, hosts)]
+            able = [view for view in hosts if view.prefills and spares(view, views)]
             return min(
                 able, key=lambda v: (v.node.role is Role.DECODE, len(v.streams)), default=None
             ), why
         return None, why
 
 
-def spares(view: WorkerView, hosts: Sequence[WorkerView]) -> bool:
-    """Whether streams elsewhere go on undisturbed while it computes: not those on its device."""
-    return all(other is view or other.device != view.device for other in hosts)
+def spares(view: WorkerView, views: Sequence[WorkerView]) -> bool:
+    """Whether others' streams go on undisturbed while it computes: not those on its device."""
+    beside = (other for other in views if other is not view and other.device == view.device)
+    return not any(other.streams or other.worker.accept_decode for other in beside)
 
 
 def fullness(hosts: Sequence[WorkerView]) -> float:
