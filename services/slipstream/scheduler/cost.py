@@ -150,10 +150,10 @@ class Market:
         self, source: WorkerView, offers: Sequence[tuple[float, WorkerView]], limit_s: float
     ) -> tuple[float, WorkerView] | None:
         """Of those who could decode, cheapest steps first: with the transfer, who is it?"""
-        layout = source.worker.kv_layout_id
+        layout, least_s = source.worker.kv_layout_id, self._least_handover_s(source)
         priced: list[tuple[float, WorkerView]] = []
         for stream_s, view in offers:
-            if stream_s > limit_s:
+            if stream_s + least_s > limit_s:
                 break  # and all that follow, whatever their transfer costs
             if view is not source and view.worker.kv_layout_id == layout:
                 price_s = stream_s + self.handover_s(source, view)
