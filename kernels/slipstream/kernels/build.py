@@ -91,15 +91,12 @@ def build(
     headers: Sequence[Path],
     flags: Sequence[str],
     link: Sequence[str],
-    level: Level | None = None,
 ) -> Path:
     """The shared library of `source`, made unless `cache_dir` has this build already.
 
-    `level`: for which CPUs; None: `chosen_level()`.
-
-    BuildError: no compiler, or it failed. OSError: the folder cannot be written.
+    BuildError: no compiler, or it failed; see `chosen_level` too. OSError: the folder is read-only.
     """
-    level = level or chosen_level()
+    level = chosen_level()
     flags, link = (*FLAGS, *level.flags, *flags), ("-shared", *link)
     key = _build_key((source, *headers), (*flags, *link))
     path = cache_dir / f"{source.stem}-{level.name}-{key}.so"

@@ -74,14 +74,14 @@ def best_s(work: Callable[[], object], times: int = 7) -> float:
     return min(once() for _ in range(times))
 
 
-def measure_machine(int8: bool) -> Machine:
+def measure_machine(dtype: KvDtype, int8: bool) -> Machine:
     memory = torch.ones(1 << 27)
     size = 2048
     if int8:
         left, right = (torch.ones(size, size, dtype=torch.int8) for _ in range(2))
         product_s = best_s(lambda: torch._int_mm(left, right))
     else:
-        wide = torch.ones(size, size, dtype=torch.bfloat16)
+        wide = torch.ones(size, size, dtype=getattr(torch, dtype))
         product_s = best_s(lambda: wide @ wide)
     return Machine(memory.nbytes / best_s(memory.sum), 2 * size**3 / product_s)
 
@@ -234,7 +234,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=21)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = measure_machine(options.quantization == "int8")
+    int8 = options.quantization == "int8"
+    machine = measure_machine(options.dtype, int8)
     print(
         f"{options.threads} threads: {machine.bytes_per_s / 1e9:.1f} GB/s read, "
         f"{machine.operations_per_s / 1e9:.0f} GFLOP/s in products\n"
@@ -244,13 +245,7 @@ def main() -> None:
     room = max(
         shape.rows * (shape.context + shape.tokens + BLOCK_TOKENS) for shape in decodes + prompts
     )
-    steps = Steps(
-        prepared(options.model),
-        options.dtype,
-        options.threads,
-        options.quantization == "int8",
-        room,
-    )
+    steps = Steps(prepared(options.model), options.dtype, options.threads, int8, room)
     for shape in decodes:
         title = f"decode, {shape.rows} rows, context {shape.context}"
         print(table(title, steps.run(shape, options.times), machine), end="\n\n", flush=True)
