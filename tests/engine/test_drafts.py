@@ -3,16 +3,15 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.test_runner import WARM, runner_for
 from engine.tiny import VOCAB, admission, generate, greedy, prompt_of
 from slipstream.core.machine import BatchPlan, Row
 from slipstream.engine.drafts import AT_A_TIME, LOOK_BACK, SIZES, Drafts
-from slipstream.engine.history import History
 from slipstream.engine.runner import Runner
 from slipstream.engine.sampler import RowError, sample
 from slipstream.types import SamplingParams
@@ -163,9 +162,9 @@ def test_a_row_that_fails_behind_a_right_draft_draws_nothing(
     runner.run(BatchPlan(1, (first,), (admission("x", prompt, greedy()),)))
     calls: list[int] = []
 
-    def failing(logits: Tensor, histories: list[History], eos: frozenset[int]) -> list[object]:
-        calls.append(len(histories))
-        return [RowError("x")] if len(calls) == 2 else [*sample(logits, histories, eos)]
+    def failing(*arguments: Any) -> list[object]:
+        calls.append(len(arguments[2]))
+        return [RowError("x")] if len(calls) == 2 else [*sample(*arguments)]
 
     monkeypatch.setattr("slipstream.engine.runner.sample", failing)
     row = Row("x", 1, (answer[0],), 20, (1, 2), True, 1, drafts=2)

@@ -10,11 +10,17 @@ import torch
 
 from engine.tiny import admission
 from slipstream.engine.history import History
-from slipstream.engine.sampler import RowError, Sample, sample, uniform
+from slipstream.engine import sampler
+from slipstream.engine.sampler import RowError, Sample, uniform
+from slipstream.kernels import cpu
+from slipstream.kernels.ops import Backend
+from slipstream.kernels.program import CpuBackend
+from slipstream.kernels.reference import Reference
 from slipstream.types import SamplingParams
 
 VOCAB = 3000
 EOS = frozenset({2})
+BACKEND: Backend = Reference()
 
 
 def params(**changes: Any) -> SamplingParams:
@@ -29,6 +35,22 @@ def history(
 
 def logits_of(seed: int, scale: float = 3.0, vocab: int = VOCAB) -> torch.Tensor:
     return scale * torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True, params=["compiled", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test draws with both."""
+    library = cpu.kernels()
+    if request.param == "compiled" and library is None:
+        pytest.skip("no compiled kernels here")
+    made = Reference() if request.param == "reference" else CpuBackend(library, 2, torch.float32)
+    monkeypatch.setattr(f"{__name__}.BACKEND", made)
+
+
+def sample(
+    rows: torch.Tensor, histories: list[History], eos: frozenset[int]
+) -> list[Sample | RowError]:
+    return sampler.sample(BACKEND, rows, range(len(rows)), histories, eos)
 
 
 def draw(row: torch.Tensor, one: History) -> int:

@@ -1,6 +1,7 @@
 """The compiled operations against the reference, over shapes that people do not think of."""
 
 import ctypes
+import math
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from slipstream.kernels.build import (
     cpu_features,
     default_cache_dir,
 )
+from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Backend, ForwardBatch, Heads, Model
 from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
@@ -82,7 +84,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Draw:
+class Shapes:
     """A small model around one operation, and random arguments, from one seed."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
@@ -197,7 +199,7 @@ class Draw:
         return build, batch, angles.cos(), angles.sin(), pool
 
 
-CASES = [name for name in vars(Draw) if name not in ("normal", "tokens", "size", "plain")]
+CASES = [name for name in vars(Shapes) if name not in ("normal", "tokens", "size", "plain")]
 CASES = [name for name in CASES if not name.startswith("_")]
 
 
@@ -219,7 +221,7 @@ def test_compiled_operations_agree_with_the_reference(
     relative, absolute = TOLERANCE[dtype]
     backend = CpuBackend(compiled, threads, dtype, int8)
     for seed in SEEDS:
-        case = getattr(Draw(seed, dtype), name)()
+        case = getattr(Shapes(seed, dtype), name)()
         expected, actual = outcome(Reference(int8), case), outcome(backend, case)
         for one, other in zip(expected, actual, strict=True):
             torch.testing.assert_close(
@@ -234,10 +236,44 @@ def test_compiled_operations_agree_with_the_reference(
             assert not actual[0].isnan().any(), f"seed {seed}: garbage beyond a context leaked in"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_draw_agrees_with_the_reference(compiled: ctypes.CDLL, threads: int) -> None:
+    """Or, where weights that are rounded otherwise decide, with the token beside it."""
+    backend = CpuBackend(compiled, threads, torch.float32)
+    for seed in SEEDS:
+        make = Shapes(seed, torch.float32)
+        some = make.random
+        vocab = some.choice([1, 15, 16, 17, 255, 256, 257, 5000, 49152, 50257])
+        logits = some.choice([0.0, 0.3, 3.0, 30.0]) * make.normal(some.choice([1, 2, 9]), vocab)
+        logits[0, some.randrange(vocab)] = some.choice([-math.inf, 0.0, 60.0, math.inf, math.nan])
+        draws = [
+            Draw(
+                row=some.randrange(len(logits)),
+                temperature=some.choice([0.0, 1e-50, 1e-9, 0.3, 1.0, 2.0]),
+                top_k=some.choice([0, 0, 1, 2, 40, vocab, vocab + 1]),
+                top_p=some.choice([1.0, 1.0, 0.0, 0.1, 0.9, 0.9999]),
+                min_p=some.choice([0.0, 0.0, 0.05, 1.0]),
+                point=some.choice([0.0, some.random(), some.random(), 1 - 2**-53]),
+            )
+            for _ in range(some.choice([1, 2, 40]))
+        ]
+        for wanted, one, other in zip(
+            draws, Reference().draw(logits, draws), backend.draw(logits, draws), strict=True
+        ):
+            told = f"seed {seed}, {wanted}: {one}, {other}"
+            assert one.top == other.top or math.isnan(one.top) and math.isnan(other.top), told
+            if math.isfinite(one.top) and one.token != other.token:
+                points = (max(wanted.point - 1e-5, 0.0), wanted.point + 1e-5)
+                near = [wanted._replace(point=point) for point in points]
+                low, high = (each.token for each in Reference().draw(logits, near))
+                last = vocab if points[1] >= 1 else high
+                assert wanted.temperature and low <= other.token <= last, told
+
+
 @pytest.mark.parametrize("inputs", [16, 48, 576, 1024, 1536])
 def test_int8_products_are_near_the_plain_ones(inputs: int) -> None:
     """With channels a hundred times as large as the others too, as models have them."""
-    draw = Draw(inputs, torch.float32)
+    draw = Shapes(inputs, torch.float32)
     x, weight = draw.normal(40, inputs), draw.normal(96, inputs)
     for outliers in ([], [3], [inputs - 1, inputs // 2]):
         x[:, outliers] *= 100
@@ -255,7 +291,7 @@ def test_int8_does_not_hide_what_is_no_number(compiled: ctypes.CDLL, number: flo
         packed = backend.table(x), backend.pack(torch.ones(3, 48))
         return lambda ops: ops.linear(ops.embed(packed[0]), packed[1])
 
-    case = Draw(0, torch.float32).plain(build, 2)
+    case = Shapes(0, torch.float32).plain(build, 2)
     for backend in (CpuBackend(compiled, 1, torch.float32, True), Reference(True)):
         result, _ = outcome(backend, case)
         assert result[0].isfinite().all() and not result[1].isfinite().any()
@@ -270,7 +306,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     """Bit by bit, alone and in the batch."""
     backend = CpuBackend(compiled, 2, dtype, int8)
     for seed in SEEDS:
-        build, batch, *rest = getattr(Draw(seed, dtype), name)()
+        build, batch, *rest = getattr(Shapes(seed, dtype), name)()
         forward = backend.compile(build(backend))
         together = forward(batch, *rest).clone()
         for row in range(0, len(batch.tokens), 7):
@@ -282,7 +318,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
 def test_threads_that_come_late_change_nothing(compiled: ctypes.CDLL) -> None:
     """Many short turns by more threads than cores: a helper is often one or more turns behind."""
     backend = CpuBackend(compiled, 6, torch.float32)
-    build, batch, *rest = Draw(4, torch.float32).linear()
+    build, batch, *rest = Shapes(4, torch.float32).linear()
     forward = backend.compile(build(backend))
     wanted = forward(batch, *rest).clone()
     for _ in range(3000):

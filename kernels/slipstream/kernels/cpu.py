@@ -14,7 +14,7 @@ from slipstream.kernels.build import BuildError, build, default_cache_dir, one_l
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu_program.cpp")
-_PARTS = ("vector", "hadamard", "matmul", "attention", "team")
+_PARTS = ("vector", "hadamard", "matmul", "attention", "team", "draw")
 _HEADERS = tuple(_SOURCE.with_name(f"cpu_{n}.h") for n in _PARTS)
 _FLAGS = ("-ffp-contract=fast", "-fopenmp-simd", "-pthread")
 
@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "program_new": (_P, (_P, _P, _I)),
     "program_delete": (None, (_P,)),
     "program_run": (None, (_P, _P, _P)),
+    "draw": (None, (_P, _P, _I, _P, _I)),
 }
 
 

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "cpu_attention.h"
+#include "cpu_draw.h"
 #include "cpu_hadamard.h"
 #include "cpu_team.h"
 
@@ -308,5 +309,8 @@ void* program_new(void* team, const Op* ops, int64_t count) {
 void program_delete(void* program) { delete static_cast<Program*>(program); }
 void program_run(void* program, const Step* step, int64_t* clock_ns) {
   static_cast<Program*>(program)->run(*step, clock_ns);
+}
+void draw(void* team, const float* logits, int64_t vocab, Draw* draws, int64_t count) {
+  static_cast<Team*>(team)->run(Draws(logits, vocab, draws, count), 1);
 }
 }

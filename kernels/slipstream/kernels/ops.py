@@ -5,12 +5,14 @@ nothing faster does. `program` writes them down once and has them run by compile
 are float32 or bfloat16 throughout; sums are float32, and each result is rounded once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from slipstream.kernels.draw import Draw, Drawn
 
 Value: TypeAlias = Any
 """What an operation yields: a tensor, or the promise of one; rows are tokens or samples."""
@@ -154,3 +156,6 @@ class Backend(Protocol):
 
     def compile(self, model: Model) -> Forward:
         """`model` is called now, or at each step; what it does must not depend on which."""
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[Drawn]:
+        """A token for each draw, out of float32 `[rows, vocab]`; see `draw`."""

@@ -5,6 +5,7 @@ The call leaves the interpreter lock alone and goes through all operations with 
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.kernels.draw import Draw, Drawn
 from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
 
 PANEL = 16
@@ -22,6 +24,7 @@ _ROWS_AT_A_TIME = 4096
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_D, _F = ctypes.c_double, ctypes.c_float
 
 
 class Kind(IntEnum):
@@ -48,7 +51,7 @@ class _Op(ctypes.Structure):
         *((name, _N) for name in ("input", "residual", "output")),
         *((name, _P) for name in ("weight", "second", "scale", "sums")),
         *((name, _I) for name in ("inputs", "outputs", "heads", "kv_heads", "head_dim", "layer")),
-        ("number", ctypes.c_float),
+        ("number", _F),
     ]
 
 
@@ -62,6 +65,17 @@ class _Step(ctypes.Structure):
         *((name, _P) for name in ("cosine", "sine", "pool")),
         *((name, _I) for name in ("block_stride", "layer_stride")),
         ("buffers", _P),
+    ]
+
+
+class _Draw(ctypes.Structure):
+    """Mirrors `Draw` in `cpu_draw.h`."""
+
+    _fields_ = [
+        *((name, _I) for name in ("row", "top_k")),
+        *((name, _D) for name in ("point", "top_p")),
+        *((name, _F) for name in ("temperature", "min_p")),
+        *(("token", _I), ("top", _F)),
     ]
 
 
@@ -348,3 +362,9 @@ class CpuBackend:
     def compile(self, model: Model) -> Forward:
         recorder = Recorder(self.dtype)
         return Program(self, recorder, model(recorder))
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+        assert logits.is_contiguous() and logits.dtype == torch.float32
+        wanted = (_Draw * len(draws))(*(_Draw(**each._asdict()) for each in draws))
+        self.library.draw(self.team, logits.data_ptr(), logits.shape[1], wanted, len(draws))
+        return [Drawn(each.token, each.top) for each in wanted]

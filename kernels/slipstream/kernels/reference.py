@@ -1,12 +1,14 @@
 """Every operation in plain torch, written to be read: the specification, the oracle of the tests,
 and what serves where no faster kernel exists. Shapes and layouts are described in `ops`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slipstream.kernels.draw import Draw, Drawn, draw
 from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
 
 
@@ -48,6 +50,9 @@ class Reference:
             return result
 
         return forward
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+        return draw(logits, draws)
 
 
 class ReferenceOps:

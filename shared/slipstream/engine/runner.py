@@ -1,6 +1,7 @@
 """Runs batch plans: the model, its pool of KV blocks, and what is known of each request."""
 
 import logging
+import os
 from itertools import accumulate
 from pathlib import Path
 
@@ -32,9 +33,16 @@ def allocate_pool(layout: KvLayout, num_blocks: int) -> Tensor:
 
 
 def choose_backend(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, int8: bool = False
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    int8: bool = False,
+    threads: int = 0,
 ) -> Backend:
-    """Compiled kernels where they are, built now if they are not yet; else plain torch."""
+    """Compiled kernels where they are, built now if they are not yet; else plain torch.
+
+    `threads`: of compiled kernels, 0 for one on each core.
+    """
     library = cpu.kernels() if device.type == "cpu" else None
     if library is None:
         return Reference(int8)
@@ -42,7 +50,7 @@ def choose_backend(
     if any(size % PANEL for size in sizes):
         _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
         return Reference(int8)
-    return CpuBackend(library, torch.get_num_threads(), dtype, int8)
+    return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, int8)
 
 
 class Runner:
@@ -61,7 +69,7 @@ class Runner:
         int8: bool = False,
         packed_dir: Path | None = None,
     ) -> None:
-        """`threads`: CPU threads, 0 leaves torch's choice. The model lives where the pool does.
+        """`threads`: CPU threads, 0 for one on each core. The model lives where the pool does.
         `int8`: of the weights of matrix products. `packed_dir`: where packed weights are kept.
 
         ModelError: see `ModelConfig.read` and `load_weights`. ValueError: the pool has another
@@ -74,7 +82,7 @@ class Runner:
         if threads:
             torch.set_num_threads(threads)
         self._pool = pool
-        backend = choose_backend(self.config, pool.dtype, pool.device, int8)
+        backend = choose_backend(self.config, pool.dtype, pool.device, int8, threads)
 
         def load() -> DecoderWeights:
             return load_weights(model_path, self.config, pool.dtype, pool.device, backend)
@@ -84,6 +92,11 @@ class Runner:
         else:
             name = file_name(model_path, self.config, pool.dtype, int8)
             weights = shared_weights(packed_dir / name, load)
+        if isinstance(backend, CpuBackend):
+            # What is left for torch is small. Its threads would wait for each other at every
+            # operation, on cores that others share for as long as the kernel lets those run.
+            torch.set_num_threads(1)
+        self._backend = backend
         self.decoder = Decoder(self.config, weights, backend)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: set[tuple[RequestId, int]] = set()
@@ -151,8 +164,7 @@ class Runner:
         while going:
             rows = [firsts[index] + len(drawn[index]) for index in going]
             histories = [self._histories[keys[index]] for index in going]
-            some = logits if len(rows) == len(logits) else logits[rows]
-            results = sample(some, histories, self.config.eos_token_ids)
+            results = sample(self._backend, logits, rows, histories, self.config.eos_token_ids)
             ahead = []
             for index, history, result in zip(going, histories, results, strict=True):
                 if isinstance(result, RowError):
