@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine.tiny import admission
-from slipstream.engine.history import History
 from slipstream.engine import sampler
+from slipstream.engine.history import History
 from slipstream.engine.sampler import RowError, Sample, uniform
 from slipstream.kernels import cpu
 from slipstream.kernels.ops import Backend

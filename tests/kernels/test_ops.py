@@ -261,7 +261,7 @@ def test_the_compiled_draw_agrees_with_the_reference(compiled: ctypes.CDLL, thre
             draws, Reference().draw(logits, draws), backend.draw(logits, draws), strict=True
         ):
             told = f"seed {seed}, {wanted}: {one}, {other}"
-            assert one.top == other.top or math.isnan(one.top) and math.isnan(other.top), told
+            assert one.top == other.top or (math.isnan(one.top) and math.isnan(other.top)), told
             if math.isfinite(one.top) and one.token != other.token:
                 points = (max(wanted.point - 1e-5, 0.0), wanted.point + 1e-5)
                 near = [wanted._replace(point=point) for point in points]

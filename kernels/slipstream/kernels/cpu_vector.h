@@ -48,6 +48,9 @@ inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
 
 // Round to nearest even, as torch does; a NaN stays a NaN.
 inline hvec narrow(vec x) {
+#if defined(__AVX512BF16__)
+  return (hvec)_mm512_cvtneps_pbh((__m512)x);  // what is below 1e-38 becomes 0
+#endif
   const uvec bits = (uvec)x;
   const uvec rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const uvec quiet = uvec{} + 0x7FC0u;
@@ -65,11 +68,7 @@ inline vec store_rounded(float* p, vec x) {
   return x;
 }
 inline vec store_rounded(bf16* p, vec x) {
-#if defined(__AVX512BF16__)
-  const hvec half = (hvec)_mm512_cvtneps_pbh((__m512)x);
-#else
   const hvec half = narrow(x);
-#endif
   *reinterpret_cast<hvec_u*>(p) = half;
   return (vec)(widen(half) << 16);
 }

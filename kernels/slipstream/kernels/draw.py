@@ -60,9 +60,9 @@ def _draw(logits: Tensor, wanted: Draw) -> Drawn:
 def _invert(row: Probabilities, point: float) -> int:
     """First token at which the cumulative sum exceeds `point`'s share of the total.
 
-    In order of token id, not of probability: two workers whose logits differ by rounding would order
-    near-equal tokens differently and draw different ones, while sums in order of id move by rounding
-    only. Sums spans of the vocabulary first, and runs through one span only.
+    In order of token id, not of probability: two workers whose logits differ by rounding would
+    order near-equal tokens differently and draw different ones, while sums in order of id move by
+    rounding only. Sums spans of the vocabulary first, and runs through one span only.
     """
     starts = np.arange(0, row.shape[0], _SPAN)
     cumulative = np.add.reduceat(row, starts, dtype=np.float64).cumsum()

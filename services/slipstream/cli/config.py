@@ -58,7 +58,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0
     max_num_seqs: MaxNumSeqs = 64
-    prefill_budget_tokens: PrefillBudget = 512
+    prefill_budget_tokens: PrefillBudget = 256
     speculative: Speculative = ""
 
     prefill: Annotated[WorkerCount, Meta(description="Prefill workers.")] = 1

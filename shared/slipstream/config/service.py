@@ -167,7 +167,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0
     max_num_seqs: MaxNumSeqs = 64
-    prefill_budget_tokens: PrefillBudget = 512
+    prefill_budget_tokens: PrefillBudget = 256
     accept_decode: Annotated[bool, Meta(description="Take requests for decoding.")] = True
     lease_s: Annotated[
         Seconds, Meta(description="How long computed blocks are kept for a peer without renewal.")

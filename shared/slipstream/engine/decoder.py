@@ -67,10 +67,11 @@ class Decoder:
             else:
                 x = ops.rms_norm(delta, layer.attention_norm, epsilon, stream)
             qkv = ops.linear(x, layer.qkv)
-            delta = ops.linear(
-                ops.attention(qkv, heads, index, layer.head_norms, epsilon), layer.output
-            )
+            attended = ops.attention(qkv, heads, index, layer.head_norms, epsilon)
+            if index == len(weights.layers) - 1:  # behind its keys and values samples alone count
+                attended, stream = ops.take(attended), ops.take(stream)
+            delta = ops.linear(attended, layer.output)
             x = ops.rms_norm(delta, layer.mlp_norm, epsilon, stream)
             delta = ops.linear(ops.gated(x, layer.gate_up), layer.down)
-        x = ops.rms_norm(ops.take(delta), weights.norm, epsilon, ops.take(stream))
+        x = ops.rms_norm(delta, weights.norm, epsilon, stream)
         return ops.linear(x, weights.lm_head, wide=True)
