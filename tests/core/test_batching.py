@@ -119,6 +119,15 @@ def test_prompts_share_the_budget_and_streams_are_not_held_up_by_it() -> None:
     assert bench.step() == {"a": (32, 33), "b": (60, 61)}
 
 
+def test_prompts_have_the_budget_to_themselves() -> None:
+    bench = Bench(budget_tokens=32)
+    for name in "ab":
+        bench.add(name, prompt_of(10, ord(name)), ignore_eos=True)
+    assert bench.step() == {"a": (0, 10), "b": (0, 10)}
+    bench.add("c", prompt_of(32, 3), ignore_eos=True)
+    assert bench.step() == {"a": (10, 11), "b": (10, 11), "c": (0, 32)}
+
+
 def test_one_step_at_a_time() -> None:
     bench = Bench()
     bench.add("a", prompt_of(5))

@@ -24,7 +24,7 @@ import torch
 from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
-from slipstream.kernels.program import Kind, Program
+from slipstream.kernels.program import Kind, Program, Rows
 from slipstream.kv.layout import ELEMENT_BYTES, KvDtype
 from slipstream.kv.segment import SegmentHeader, create_segment
 from slipstream.loadtest.quality import prepared
@@ -190,8 +190,7 @@ class Steps:
 
     def _operations(self, fields: dict[str, Any], shape: Shape) -> float:
         kind = Kind(fields["kind"])
-        last = fields is self.program.ops[-1]
-        tokens = shape.rows * (1 if last else shape.tokens)
+        tokens = shape.rows * (1 if fields["rows"] == Rows.SAMPLES else shape.tokens)
         if kind in _PRODUCTS:
             outputs = fields["outputs"] * (2 if kind is Kind.GATED else 1)
             return float(2 * tokens * outputs * fields["inputs"])
