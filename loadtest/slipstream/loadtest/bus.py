@@ -29,12 +29,14 @@ import uvloop
 from slipstream.cli.config import ServeConfig
 from slipstream.cli.plan import ChildSpec, Layout, plan
 from slipstream.cli.ready import ask
+from slipstream.loadtest import first_token
 from slipstream.loadtest.fake_worker import TEXT
 from slipstream.loadtest.sse_client import Connection, Counted, connect, post
 from slipstream.types import Role
 
 READY_S = 60.0
 STAMPS = "stamps"
+RECORDINGS = "recordings"
 FIRST_TOKENS = 8
 """Of an answer whose first token is waited for."""
 
@@ -43,7 +45,7 @@ class Stack:
     """The processes, and what they have used of the CPUs."""
 
     def __init__(self, folder: Path, children: list[ChildSpec]):
-        self.stamps = folder / STAMPS
+        self.stamps, self.recordings = folder / STAMPS, folder / RECORDINGS
         self._folder, self._children = folder, children
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -102,6 +104,9 @@ def stack(arguments: argparse.Namespace, step_ms: float) -> Iterator[Stack]:
     given = {"max_num_seqs", "prefill_budget_tokens", "log_level"}
     with tempfile.TemporaryDirectory(prefix="slip-bus-") as name:
         folder = Path(name)
+        if arguments.legs:
+            settings = msgspec.structs.replace(settings, record=str(folder / RECORDINGS))
+            given.add("record")
         layout = Layout(
             config=settings,
             given=given,
@@ -153,7 +158,7 @@ async def connected(port: int, count: int, counted: Counted) -> AsyncIterator[li
 
 async def first_tokens(arguments: argparse.Namespace, running: Stack) -> None:
     """Requests one after another: what was added before and after the model's step."""
-    before_ms, after_ms = [], []
+    before_ms, after_ms, spans_s = [], [], []
     async with connected(arguments.port, 1, Counted()) as (connection,):
         for number in range(arguments.requests + arguments.warm_up):
             if number == arguments.warm_up:
@@ -164,6 +169,7 @@ async def first_tokens(arguments: argparse.Namespace, running: Stack) -> None:
             if number >= arguments.warm_up:
                 before_ms.append((begun_s - sent_s) * 1e3)
                 after_ms.append((connection.first_s - over_s) * 1e3)
+                spans_s.append((sent_s, connection.first_s))
             await asyncio.sleep(arguments.pause_ms / 1e3)
     added_ms = [sum(pair) for pair in zip(before_ms, after_ms, strict=True)]
     print(f"added TTFT, one request at a time ({arguments.requests}): {_spread(added_ms)}")
@@ -172,6 +178,10 @@ async def first_tokens(arguments: argparse.Namespace, running: Stack) -> None:
     used_us = {name: (now_s - cpu_s[name]) * 1e6 for name, now_s in running.cpu_s().items()}
     shares = [f"{name} {us / arguments.requests:.0f}" for name, us in used_us.items()]
     print(f"  CPU us/request of {FIRST_TOKENS} tokens: {', '.join(shares)}", flush=True)
+    if arguments.legs:
+        print(
+            first_token.table(first_token.legs_ms(first_token.passed(running.recordings), spans_s))
+        )
 
 
 def _spread(values_ms: list[float]) -> str:
@@ -218,6 +228,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--warm-up", type=int, default=30)
     parser.add_argument("--pause-ms", type=float, default=10.0, help="between two requests")
+    legs = "record all processes, and show where the time to the first token goes"
+    parser.add_argument("--legs", action="store_true", help=legs)
     parser.add_argument("--streams", type=int, nargs="*", default=[32, 128, 256])
     parser.add_argument("--tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--step-ms", type=float, default=0.0, help="of the fake model")
