@@ -34,9 +34,8 @@ def test_each_leg_is_the_time_since_the_station_before() -> None:
 
 
 def test_what_comes_after_the_first_event_is_no_station_of_it() -> None:
-    (leg, *others) = legs_ms(request_at(1.0), [(1.0, 1.0015)]).items()
-    assert leg == ("HTTP, checks", pytest.approx([1.0]))
-    assert others == [(LAST_LEG, pytest.approx([0.5]))]
+    legs = legs_ms(request_at(1.0), [(1.0, 1.0015)])
+    assert legs == {"HTTP, checks": pytest.approx([1.0]), LAST_LEG: pytest.approx([0.5])}
 
 
 def test_recordings_of_all_processes_are_merged(tmp_path: Path) -> None:
