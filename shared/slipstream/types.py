@@ -45,6 +45,12 @@ class Role(StrEnum):
     KVINDEX = "kvindex"
 
 
+def role_of(node_id: NodeId) -> Role | None:
+    """By its name, which is the role's, or begins with it and a dash; None for any other name."""
+    name = node_id.partition("-")[0]
+    return Role(name) if name in list(Role) else None
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"

@@ -29,7 +29,7 @@ from slipstream.messages import (
     StreamEnded,
     Tokenize,
 )
-from slipstream.types import SamplingParams
+from slipstream.types import Role, SamplingParams
 
 FRONTEND, TOKENIZER = "frontend-0", "tokenizer-0"
 
@@ -88,7 +88,7 @@ class Wire:
             elif action.address in self.nodes:
                 node = self.nodes[action.address]
                 header = encode_header(action.header)
-                pending += node.receive(header, action.payload, self.now_s)
+                pending += node.receive(header, action.payload, None, self.now_s)
                 node.check()
             if not pending:
                 for node in self.nodes.values():
@@ -162,7 +162,7 @@ def header(**changes: object) -> bytes:
 def test_a_malformed_header_is_counted_and_dropped(wire: Wire, frame: bytes) -> None:
     node = wire.nodes[TOKENIZER]
     assert msgspec.msgpack.decode(header(), type=FrameHeader), "well formed but for the change"
-    assert node.receive(frame, b"", wire.now_s) == []
+    assert node.receive(frame, b"", None, wire.now_s) == []
     assert node.frames_malformed == 1 and not wire.machines[TOKENIZER].events
 
 
@@ -277,3 +277,11 @@ def test_a_word_to_a_peer_that_is_just_being_lost_is_lost_with_it(wire: Wire) ->
     wire.now_s += 10.0
     wire.say(FRONTEND, "tokenizer-1", words("new"))
     assert wire.machines["tokenizer-1"].heard() == ["a", "new"]
+
+
+def test_a_frame_bears_the_name_of_the_role_that_was_proved(wire: Wire) -> None:
+    node = wire.nodes[TOKENIZER]
+    assert node.receive(header(), b"", Role.DECODE, wire.now_s) == []
+    assert node.frames_malformed == 1
+    node.receive(header(), b"", Role.FRONTEND, wire.now_s)
+    assert node.frames_malformed == 1

@@ -18,6 +18,7 @@ from e2e.client import MODEL, Client
 from e2e.reference import MAX_TOKENS, Reference
 from e2e.stack import PATIENCE_S, free_port, until
 from netns import Joined, joined, refusal
+from slipstream import curve
 from slipstream.cli.config import ServeConfig
 from slipstream.cli.plan import REDIS, ChildSpec, Layout, plan
 
@@ -28,7 +29,7 @@ BLOCK_BYTES = 720 << 10
 
 
 class TwoHosts:
-    """The processes of `slipstream serve`, with addresses of TCP, one of them in the other
+    """The processes of `slipstream serve`, with addresses of TCP and keys, one of them in the other
     namespace. Both share the host's memory, so `transports` leaves `shm` out."""
 
     def __init__(self, link: Joined, folder: str, transports: str):
@@ -58,6 +59,7 @@ class TwoHosts:
                 "UCX_TLS": "tcp",  # one kernel: cma would see through the namespaces
             },
         )
+        curve.generate(self.base / "keys")
         scheduler = f"tcp://{link.ours}:{free_port()}"
         self.processes: list[subprocess.Popen[bytes]] = []
         for spec in plan(layout):
@@ -83,6 +85,7 @@ class TwoHosts:
             own = f"tcp://{host}:{free_port()}"
             listen = scheduler if spec.role == "scheduler" else own
             argv += ["--listen", listen, "--scheduler", scheduler]
+            argv += ["--keys-dir", str(self.base / "keys")]
             environ = environ | {"UCX_NET_DEVICES": link.there if away else link.interface}
         wrap = link.wrap if away else ()
         return subprocess.Popen(

@@ -1,7 +1,6 @@
 """The compiled operations against the reference, over shapes that people do not think of."""
 
 import ctypes
-import math
 import os
 import random
 import shutil
@@ -20,10 +19,7 @@ from slipstream.kernels.build import (
     LEVELS,
     VARIABLE,
     chosen_level,
-    cpu_features,
-    default_cache_dir,
 )
-from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Backend, ForwardBatch, Heads, Model
 from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
@@ -36,19 +32,6 @@ EPSILON = 1e-5
 
 Case: TypeAlias = tuple[Callable[[Backend], Model], ForwardBatch, Tensor, Tensor, Tensor]
 """A model on a backend, and one step's arguments: batch, cosine, sine, pool."""
-
-
-@pytest.fixture(scope="session", params=[level.name for level in LEVELS])
-def compiled(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """For each kind of CPU that this one can stand for."""
-    if cpu.kernels() is None:
-        pytest.skip("no C++ compiler here, or no kernels wanted")
-    level = next(level for level in LEVELS if level.name == request.param)
-    if missing := level.features - cpu_features():
-        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, request.param)
-        return cpu.load(default_cache_dir())
 
 
 def batch_of(num_tokens: int, samples: list[int], **tensors: Tensor) -> ForwardBatch:
@@ -234,40 +217,6 @@ def test_compiled_operations_agree_with_the_reference(
             )
         if name == "attention":
             assert not actual[0].isnan().any(), f"seed {seed}: garbage beyond a context leaked in"
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_compiled_draw_agrees_with_the_reference(compiled: ctypes.CDLL, threads: int) -> None:
-    """Or, where weights that are rounded otherwise decide, with the token beside it."""
-    backend = CpuBackend(compiled, threads, torch.float32)
-    for seed in SEEDS:
-        make = Shapes(seed, torch.float32)
-        some = make.random
-        vocab = some.choice([1, 15, 16, 17, 255, 256, 257, 5000, 49152, 50257])
-        logits = some.choice([0.0, 0.3, 3.0, 30.0]) * make.normal(some.choice([1, 2, 9]), vocab)
-        logits[0, some.randrange(vocab)] = some.choice([-math.inf, 0.0, 60.0, math.inf, math.nan])
-        draws = [
-            Draw(
-                row=some.randrange(len(logits)),
-                temperature=some.choice([0.0, 1e-50, 1e-9, 0.3, 1.0, 2.0]),
-                top_k=some.choice([0, 0, 1, 2, 40, vocab, vocab + 1]),
-                top_p=some.choice([1.0, 1.0, 0.0, 0.1, 0.9, 0.9999]),
-                min_p=some.choice([0.0, 0.0, 0.05, 1.0]),
-                point=some.choice([0.0, some.random(), some.random(), 1 - 2**-53]),
-            )
-            for _ in range(some.choice([1, 2, 40]))
-        ]
-        for wanted, one, other in zip(
-            draws, Reference().draw(logits, draws), backend.draw(logits, draws), strict=True
-        ):
-            told = f"seed {seed}, {wanted}: {one}, {other}"
-            assert one.top == other.top or (math.isnan(one.top) and math.isnan(other.top)), told
-            if math.isfinite(one.top) and one.token != other.token:
-                points = (max(wanted.point - 1e-5, 0.0), wanted.point + 1e-5)
-                near = [wanted._replace(point=point) for point in points]
-                low, high = (each.token for each in Reference().draw(logits, near))
-                last = vocab if points[1] >= 1 else high
-                assert wanted.temperature and low <= other.token <= last, told
 
 
 @pytest.mark.parametrize("inputs", [16, 48, 576, 1024, 1536])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slipstream import curve
 from slipstream.kv import nixl_reads
 from slipstream.kv.bus import BusTransport, bus_address
 from slipstream.kv.nixl import NixlTransport
@@ -80,8 +81,11 @@ def make_segment(tmp_path: Path) -> Iterator[MakeSegment]:
 
 @pytest.fixture
 def make_transport(tmp_path: Path) -> Iterator[MakeTransport]:
-    """`shm`, `nixl`, or the bus over `ipc` or `tcp`."""
+    """`shm`, `nixl`, or the bus over `ipc` or `tcp`, or over `curve`: tcp with keys."""
     made: list[Transport] = []
+    keys_dir = tmp_path / "keys"
+    curve.generate(keys_dir)
+    keys = curve.load(str(keys_dir), Role.PREFILL)
 
     def build(kind: str, segment: Segment, name: str = "a") -> Transport:
         epoch = segment.header.epoch
@@ -91,9 +95,10 @@ def make_transport(tmp_path: Path) -> Iterator[MakeTransport]:
             case "nixl":
                 made.append(NixlTransport(NixlAgent(f"{name}@{epoch}"), segment.blocks))
             case _:
-                listen = "tcp://127.0.0.1:1" if kind == "tcp" else "ipc:///x"
+                listen = "ipc:///x" if kind == "ipc" else "tcp://127.0.0.1:1"
                 bind = bus_address(listen, str(tmp_path), name)
-                made.append(BusTransport(segment.blocks, epoch, bind))
+                shown = keys if kind == "curve" else None
+                made.append(BusTransport(segment.blocks, epoch, bind, keys=shown))
         return made[-1]
 
     yield build
@@ -101,7 +106,7 @@ def make_transport(tmp_path: Path) -> Iterator[MakeTransport]:
         transport.close()
 
 
-@pytest.fixture(params=["shm", "ipc", "tcp", "nixl"])
+@pytest.fixture(params=["shm", "ipc", "tcp", "curve", "nixl"])
 def pair(
     request: pytest.FixtureRequest,
     make_transport: MakeTransport,

@@ -78,7 +78,7 @@ async def test_a_closed_loop(client: Client) -> None:
 async def test_one_bad_answer_spoils_its_measurement(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bad_third(seed: str, tokens: int) -> list[int]:
+    def bad_third(seed: str, tokens: int, period: int) -> list[int]:
         return [fake.TOO_SHORT if seed.endswith(" 2") else 9] * tokens
 
     monkeypatch.setattr("slipstream.loadtest.versus.loads.prompt", bad_third)

@@ -101,7 +101,7 @@ async def test_a_server_that_refuses_is_a_failure(
     start: Callable[..., Rounds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "slipstream.loadtest.versus.loads.prompt", lambda seed, n: [fake_openai.REFUSED] * n
+        "slipstream.loadtest.versus.loads.prompt", lambda seed, n, period: [fake_openai.REFUSED] * n
     )
     await start().run([Peer(WELL, "", installed, fake_server)], 1)
     found = kept.load(tmp_path / "versus.json")

@@ -32,7 +32,8 @@ from slipstream.core.machine import (
 from slipstream.core.membership import Membership
 from slipstream.errors import ErrorCode, ExitCode, Problem
 from slipstream.messages import Failed, Hello, NodeInfo, Peers, StreamEnded, TextPrompt
-from slipstream.runtime.shell import Executor, host_identity, new_epoch, run_service
+from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.shell import Executor, run_service
 from slipstream.types import NodeId, Role
 
 WINDOW = 1000

@@ -23,10 +23,10 @@ from slipstream.core.machine import (
     Send,
 )
 from slipstream.messages import KvReady, Release
+from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.log import set_up
 from slipstream.runtime.metrics import metrics
 from slipstream.runtime.record import Recorder, read
-from slipstream.runtime.shell import host_identity, new_epoch
 from slipstream.runtime.timers import Timers
 
 KEYS = st.sampled_from("abc")

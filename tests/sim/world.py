@@ -136,7 +136,7 @@ class Process:
         self._run(lambda now_s: self.node.handle(event, now_s))
 
     def receive(self, header: bytes, payload: bytes) -> None:
-        self._run(lambda now_s: self.node.receive(header, payload, now_s))
+        self._run(lambda now_s: self.node.receive(header, payload, None, now_s))
 
     def later(self, delay_s: float, event: Event) -> None:
         self.world.at(self.world.now_s + delay_s, lambda: self.post(event))

@@ -25,6 +25,7 @@ struct Draw {
   int64_t token;  // found
   float top;      // found: the largest logit, no number if one of the row is none
 };
+static_assert(sizeof(Draw) == 56, "as `program.py` has it");
 
 // Of one thread, as long as it lives: fresh pages would cost more than what is done in them.
 struct Weights {

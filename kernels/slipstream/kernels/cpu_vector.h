@@ -46,15 +46,17 @@ inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
 inline vec load(const bf16* p) { return (vec)(widen(*reinterpret_cast<const hvec_u*>(p)) << 16); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec_u*>(p) = x; }
 
-// Round to nearest even, as torch does; a NaN stays a NaN.
+// Round to nearest even, as torch does; a NaN stays a NaN. The instruction takes what is below 1e-38,
+// where a float32 has fewer digits, for 0.
 inline hvec narrow(vec x) {
 #if defined(__AVX512BF16__)
-  return (hvec)_mm512_cvtneps_pbh((__m512)x);  // what is below 1e-38 becomes 0
-#endif
+  return (hvec)_mm512_cvtneps_pbh((__m512)x);
+#else
   const uvec bits = (uvec)x;
   const uvec rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const uvec quiet = uvec{} + 0x7FC0u;
   return lower_halves((x == x) ? rounded : quiet);
+#endif
 }
 inline void store(bf16* p, vec x) { *reinterpret_cast<hvec_u*>(p) = narrow(x); }
 inline vec round_to(vec x, const float*) { return x; }

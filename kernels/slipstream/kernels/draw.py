@@ -41,20 +41,23 @@ class Drawn(NamedTuple):
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     """A token for each draw, out of float32 `[rows, vocab]`."""
-    return [_draw(logits[each.row], each) for each in draws]
+    tops, tokens = logits.max(-1)  # a NaN is the largest
+    found = [Drawn(int(tokens[each.row]), float(tops[each.row])) for each in draws]
+    return [
+        Drawn(_random(logits[wanted.row], wanted, top), top)
+        if np.float32(wanted.temperature) and math.isfinite(top)
+        else Drawn(token, top)
+        for wanted, (token, top) in zip(draws, found, strict=True)
+    ]
 
 
-def _draw(logits: Tensor, wanted: Draw) -> Drawn:
-    token = int(logits.argmax())  # a NaN is the largest
-    top = float(logits[token])
-    temperature = float(np.float32(wanted.temperature))
-    if temperature == 0.0 or not math.isfinite(top):
-        return Drawn(token, top)
+def _random(logits: Tensor, wanted: Draw, top: float) -> int:
     # The maximum goes first, so that no temperature, however small, overflows.
-    row: Probabilities = torch.softmax((logits - top) / temperature, -1).cpu().numpy()
-    if cutoff := _cutoff(row, wanted):
-        row[row < cutoff] = 0.0
-    return Drawn(_invert(row, wanted.point), top)
+    scaled = (logits - top) / float(np.float32(wanted.temperature))
+    row: Probabilities = torch.softmax(scaled, -1).cpu().numpy()
+    if least := cutoff(row, wanted):
+        row[row < least] = 0.0
+    return _invert(row, wanted.point)
 
 
 def _invert(row: Probabilities, point: float) -> int:
@@ -75,17 +78,21 @@ def _invert(row: Probabilities, point: float) -> int:
     return int(starts[span]) + min(found, int(inside.nonzero()[0][-1]))
 
 
-def _cutoff(row: Probabilities, wanted: Draw) -> float:
+def cutoff(row: Probabilities, wanted: Draw) -> float:
     """The least probability that passes min-p, top-k and top-p, in this order; ties pass together.
 
-    top-p is a share of what min-p and top-k have left.
+    top-p is a share of what min-p and top-k have left. Sorts the few tokens that can matter only: a
+    full sort of a vocabulary takes milliseconds.
     """
-    cutoff = np.float32(wanted.min_p) * row.max() if wanted.min_p else np.float32(0.0)
+    least = np.float32(wanted.min_p) * row.max() if wanted.min_p else np.float32(0.0)
     if 0 < wanted.top_k < row.shape[0]:
-        cutoff = max(cutoff, np.partition(row, -wanted.top_k)[-wanted.top_k])
+        least = max(least, np.partition(row, -wanted.top_k)[-wanted.top_k])
     if wanted.top_p >= 1.0:
-        return float(cutoff)
-    ranked = np.sort(row[row >= cutoff])[::-1].astype(np.float64)
-    cumulative = ranked.cumsum()
-    last = int(np.searchsorted(cumulative, wanted.top_p * cumulative[-1]))
+        return float(least)
+    kept = row[row >= least] if least > 0.0 else row
+    total = kept.sum(dtype=np.float64)
+    # All tokens below this bound together weigh less than what top-p cuts off.
+    bound = (1.0 - wanted.top_p) * total / row.shape[0]
+    ranked = np.sort(kept[kept >= bound])[::-1].astype(np.float64)
+    last = int(np.searchsorted(ranked.cumsum(), wanted.top_p * total))
     return float(ranked[min(last, ranked.shape[0] - 1)])

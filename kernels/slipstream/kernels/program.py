@@ -365,6 +365,7 @@ class CpuBackend:
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
         assert logits.is_contiguous() and logits.dtype == torch.float32
+        assert all(0 <= each.row < len(logits) for each in draws)
         wanted = (_Draw * len(draws))(*(_Draw(**each._asdict()) for each in draws))
         self.library.draw(self.team, logits.data_ptr(), logits.shape[1], wanted, len(draws))
         return [Drawn(each.token, each.top) for each in wanted]

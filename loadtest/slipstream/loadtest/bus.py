@@ -172,7 +172,8 @@ async def first_tokens(arguments: argparse.Namespace, running: Stack) -> None:
                 spans_s.append((sent_s, connection.first_s))
             await asyncio.sleep(arguments.pause_ms / 1e3)
     added_ms = [sum(pair) for pair in zip(before_ms, after_ms, strict=True)]
-    print(f"added TTFT, one request at a time ({arguments.requests}): {_spread(added_ms)}")
+    how = ", recorded" if arguments.legs else ""
+    print(f"added TTFT, one request at a time ({arguments.requests}{how}): {_spread(added_ms)}")
     print(f"  request sent to step begun: {_spread(before_ms)}")
     print(f"  step over to first event:   {_spread(after_ms)}")
     used_us = {name: (now_s - cpu_s[name]) * 1e6 for name, now_s in running.cpu_s().items()}
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--warm-up", type=int, default=30)
     parser.add_argument("--pause-ms", type=float, default=10.0, help="between two requests")
-    legs = "record all processes, and show where the time to the first token goes"
+    legs = "record all processes, and show where the time to a first token goes; no streams then"
     parser.add_argument("--legs", action="store_true", help=legs)
     parser.add_argument("--streams", type=int, nargs="*", default=[32, 128, 256])
     parser.add_argument("--tokens", type=int, default=256, help="of an answer")
@@ -238,7 +239,7 @@ def main() -> None:
     with stack(arguments, arguments.step_ms) as running:
         if arguments.requests:
             uvloop.run(first_tokens(arguments, running))
-        for streams in arguments.streams:
+        for streams in () if arguments.legs else arguments.streams:
             uvloop.run(throughput(arguments, running, streams))
 
 

@@ -18,7 +18,8 @@ from slipstream.decode.config import DecodeConfig
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.kv.choice import Transports
 from slipstream.messages import NodeInfo, TextPrompt, WorkerInfo
-from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.shell import run_service
 from slipstream.tokenizer.codec import TokenizerCodec
 
 TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune,

@@ -9,6 +9,7 @@ table, questions and answers.
 """
 
 import argparse
+import json
 import math
 import subprocess
 import sys
@@ -114,10 +115,15 @@ def main() -> int:
     parser.add_argument("--model", default="demo", help="as for slipstream serve")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--json", action="store_true", help="both numbers as JSON, no more")
     options = parser.parse_args()
     folder = prepared(options.model)
     tokens = encode(folder, options.text.read_text(encoding="utf-8"))
     quality = measure(folder, options.dtype, tokens)
+    if options.json:
+        numbers = {"perplexity_ratio": quality.perplexity_ratio, "agreement": quality.agreement}
+        print(json.dumps(numbers))
+        return 0 if quality.good else 1
     print(f"{folder.name}, {options.text.name}, {len(tokens)} tokens")
     print(f"perplexity {options.dtype:<9}{quality.plain.perplexity:9.4f}")
     print(f"perplexity {'int8':<9}{quality.int8.perplexity:9.4f}", end="")

@@ -65,6 +65,13 @@ class ShowConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ]
 
 
+class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Makes a key pair for each role, unless the folder has them already. FOLDER/<role> is what a
+    process of that role gets, and all of it: its own secret and everybody's public keys."""
+
+    folder: Annotated[str, Meta(description="Where the keys go.", extra={"positional": "FOLDER"})]
+
+
 class DocsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Prints the page docs/configuration.md."""
 
@@ -86,6 +93,7 @@ COMMANDS: dict[str, Command] = {
     "simulate fit": Command(FitConfig, "recordings to a file for simulate --step-model"),
     "model prepare": Command(PrepareConfig, "make a model folder ready, print its path"),
     "doctor transports": Command(DoctorConfig, "how KV blocks can move here, how fast, why not"),
+    "keys make": Command(KeysConfig, "keys of the bus, one pair for each role"),
     "config show": Command(ShowConfig, "the settings of a command and their origin"),
     "config docs": Command(DocsConfig, "the reference page of all settings"),
 }

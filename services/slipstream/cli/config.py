@@ -77,6 +77,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads of each worker; 0: one for each core.")
     ] = 0
+    decode_nice: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=19,
+            description="How far decode workers stand back for prefill workers that compute on "
+            "the same cores.",
+        ),
+    ] = 5
     redis_url: RedisUrl = ""
     run_dir: Annotated[
         str,

@@ -17,6 +17,7 @@ from slipstream.cli.commands import (
     DocsConfig,
     DoctorConfig,
     FitConfig,
+    KeysConfig,
     PrepareConfig,
     known_variables,
     unknown_variables,
@@ -147,6 +148,15 @@ def _transports(command: str, rest: list[str], environ: Mapping[str, str]) -> in
     return ExitCode.OK
 
 
+def _keys(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(KeysConfig, command, rest, environ)
+    from slipstream.curve import generate
+
+    made = generate(Path(config.folder))
+    print(f"{config.folder}: {'keys made' if made else 'keys are there'}")
+    return ExitCode.OK
+
+
 def _docs(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     load(DocsConfig, command, rest, environ)
     from slipstream.config.help import markdown
@@ -180,6 +190,7 @@ _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "simulate fit": _fit,
     "model prepare": _prepare,
     "doctor transports": _transports,
+    "keys make": _keys,
     "config show": _show,
     "config docs": _docs,
 }

@@ -12,7 +12,8 @@ from slipstream.frontend.machine import FrontendMachine, FrontendSettings
 from slipstream.frontend.service import FrontendService
 from slipstream.frontend.validate import Limits
 from slipstream.messages import NodeInfo
-from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.shell import run_service
 from slipstream.types import SamplingParams
 
 

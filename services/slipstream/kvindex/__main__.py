@@ -5,7 +5,8 @@ from slipstream.kvindex.connect import require_url
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.kvindex.store import RedisStore
 from slipstream.messages import NodeInfo
-from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.shell import run_service
 
 
 def run(config: KvIndexConfig) -> int:

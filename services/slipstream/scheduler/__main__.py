@@ -3,7 +3,8 @@
 import msgspec
 
 from slipstream.messages import SCHEDULER, NodeInfo
-from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.shell import run_service
 from slipstream.scheduler.config import SchedulerConfig
 from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
 

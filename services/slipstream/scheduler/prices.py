@@ -57,7 +57,7 @@ class _Kind(NamedTuple):
 
 _KINDS = (
     _Kind(usual=(1.0, 0.0, 0.0, 8.0, 8.0 * 512), terms=(0, 3, 4)),  # decodes alone
-    _Kind(usual=(1.0, 512.0, 512.0 * 256, 0.0, 0.0), terms=(1, 2)),  # with part of a prompt
+    _Kind(usual=(1.0, 256.0, 256.0 * 256, 0.0, 0.0), terms=(1, 2)),  # with part of a prompt
 )
 
 

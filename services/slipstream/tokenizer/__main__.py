@@ -7,7 +7,8 @@ import msgspec
 from slipstream.config import StartError
 from slipstream.errors import ExitCode
 from slipstream.messages import NodeInfo
-from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.shell import run_service
 from slipstream.tokenizer.codec import CodecError, TokenizerCodec
 from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from slipstream.config.rules import check_offload, check_transports
 from slipstream.config.values import ByteSize, ConfigError
-from slipstream.types import Role
+from slipstream.types import Role, role_of
 
 IPC_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux (`sun_path` less its final zero)."""
@@ -80,6 +80,10 @@ PrefillBudget: TypeAlias = Annotated[
     int,
     Meta(ge=0, le=2**20, description="Prompt tokens one step may compute; 0: no prefill."),
 ]
+Nice: TypeAlias = Annotated[
+    int,
+    Meta(ge=0, le=19, description="How far the process stands back where cores are short (nice)."),
+]
 Transports: TypeAlias = Annotated[
     str,
     Meta(
@@ -103,6 +107,16 @@ RedisUrl: TypeAlias = Annotated[
 ]
 
 
+KeysDir: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="Folder of CURVE keys (slipstream keys make): the bus is encrypted, and lets "
+        "in their holders alone; empty: none."
+    ),
+]
+InsecureBus: TypeAlias = Annotated[
+    bool, Meta(description="Listen where other hosts can come without keys.")
+]
 Speculative: TypeAlias = Annotated[
     str,
     Meta(
@@ -141,6 +155,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     advertise: Annotated[
         str, Meta(description="Bus address that peers use; empty: as --listen.")
     ] = ""
+    keys_dir: KeysDir = ""
+    insecure_bus: InsecureBus = False
     run_dir: Annotated[
         str, Meta(description="Private folder for sockets; empty: in XDG_RUNTIME_DIR or /tmp.")
     ] = ""
@@ -187,6 +203,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: Annotated[
         int, Meta(ge=0, le=4096, description="CPU threads for computing; 0: one for each core.")
     ] = 0
+    nice: Nice = 0
     enable_prefix_caching: Annotated[
         bool, Meta(description="Reuse KV blocks of equal prompt beginnings.")
     ] = True
@@ -241,6 +258,9 @@ def default_run_dir(environ: Mapping[str, str]) -> str:
     )
 
 
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
 def default_packed_weights_dir(environ: Mapping[str, str]) -> str:
     cache = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return str(Path(cache) / "slipstream" / "weights")
@@ -268,7 +288,26 @@ def resolve(config: S, environ: Mapping[str, str]) -> S:
         resolved = msgspec.structs.replace(resolved, packed_weights_dir=folder)
     for flag, address in (("--listen", listen), ("--scheduler", resolved.scheduler)):
         _check_address(config.role, flag, address)
+    _check_keys(resolved)
     return resolved
+
+
+def _check_keys(config: ServiceConfig) -> None:
+    """Who has no key to show could be anybody."""
+    prog = f"slipstream {config.role}"
+    if config.keys_dir and role_of(config.node_id) is not config.role:
+        raise ConfigError(
+            f"{prog}: --node-id {config.node_id}: with --keys-dir it has to be {config.role} or to "
+            f"begin with {config.role}-"
+        )
+    host = config.listen.removeprefix("tcp://").rpartition(":")[0]
+    if config.listen.startswith("ipc://") or config.keys_dir or config.insecure_bus:
+        return
+    if host not in _LOOPBACK:
+        raise ConfigError(
+            f"{prog}: --listen {config.listen}: whoever comes there could give orders; give "
+            "--keys-dir (slipstream keys make FOLDER), or --insecure-bus on a network of your own"
+        )
 
 
 def _reachable(listen: str, host: str) -> str:

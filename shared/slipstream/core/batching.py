@@ -116,8 +116,8 @@ class Batcher:
         return self._plan(rows) if rows else None
 
     def _take(self, rows: list[tuple[Job, Row]], job: Job, end: int) -> int:
-        """The job's row; how many tokens of a prompt are in it. A stream's token is none: who
-        streams holds no prompt up."""
+        """The job's row; how many tokens of a prompt are in it. A stream's token is none, nor are
+        drafts: who streams holds no prompt up."""
         row = self._row(job, end)
         rows.append((job, row))
         return row.num_tokens if row.num_tokens > 1 else 0

@@ -13,7 +13,7 @@ import msgspec
 from slipstream.core.link import Arrived, Down, Link, Transmit, Up
 from slipstream.core.machine import Effect, Event, Machine, PeerDown, PeerUp, Received, Send
 from slipstream.messages import INBOXES, WIRE_VERSION, FrameHeader, NodeInfo, Peers
-from slipstream.types import NodeId
+from slipstream.types import NodeId, Role, role_of
 
 _encode = msgspec.msgpack.Encoder().encode
 _encode_header = msgspec.msgpack.Encoder().encode
@@ -50,14 +50,23 @@ class Node:
         """One event in, everything that follows from it out."""
         return list(self._run(event, now_s))
 
-    def receive(self, header: bytes, payload: bytes, now_s: float) -> list[Action]:
-        """One frame from the bus. A malformed one is counted and dropped."""
+    def receive(
+        self, header: bytes, payload: bytes, sender: Role | None, now_s: float
+    ) -> list[Action]:
+        """One frame from the bus. `sender`: the role that its connection has proved, if it has.
+
+        A malformed one is counted and dropped, and so is one that bears another role's name.
+        """
         try:
             frame = _decode_header(header)
         except _MALFORMED:
             self.frames_malformed += 1
             return []
-        if frame.version != WIRE_VERSION or frame.source == self.info.node_id:
+        if (
+            frame.version != WIRE_VERSION
+            or frame.source == self.info.node_id
+            or (sender is not None and role_of(frame.source) is not sender)
+        ):
             self.frames_malformed += 1
             return []
         return list(self._absorb(self.link.receive(frame, payload, now_s), now_s))

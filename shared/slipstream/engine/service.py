@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from slipstream import curve
 from slipstream.config import SetupError, StartError, WorkerConfig, format_bytes
 from slipstream.core.job import blocks_for
 from slipstream.core.worker import WorkerMachine, WorkerSettings
@@ -31,9 +32,11 @@ from slipstream.kv.segment import (
     segment_path,
 )
 from slipstream.messages import NodeInfo, WorkerInfo
+from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.log import set_up
 from slipstream.runtime.memory import available_memory, require_host_tiers
-from slipstream.runtime.shell import host_identity, new_epoch, run_service
+from slipstream.runtime.priority import stand_back
+from slipstream.runtime.shell import run_service
 from slipstream.types import Epoch
 
 MEMORY_SHARE = 0.125
@@ -63,6 +66,7 @@ def run_worker(config: WorkerConfig) -> int:
     address is taken (5).
     """
     set_up(config.log_level, config.node_id, config.log_json)
+    stand_back(config.nice)
     signal.signal(signal.SIGTERM, _leave_in_order)
     remove_dead_segments(config.shm_dir, config.run_dir, config.node_id)
     try:
@@ -222,7 +226,8 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
 
 def _transports(config: WorkerConfig, segment: Segment) -> Transports:
     bind = bus_address(config.listen, config.run_dir, config.node_id)
-    pool = Pool(segment, config.node_id, bind, config.advertise)
+    keys = curve.load(config.keys_dir, config.role)
+    pool = Pool(segment, config.node_id, bind, config.advertise, keys=keys)
     transports, absent = offer(config.transports, pool)
     header = segment.header
     return Transports(transports, header.kv_layout_id, header.block_bytes, host_identity(), absent)

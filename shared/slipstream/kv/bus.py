@@ -12,6 +12,7 @@ import zmq
 
 from slipstream.config import SetupError, StartError
 from slipstream.config.service import IPC_PATH_BYTES
+from slipstream.curve import Door, Keys
 from slipstream.errors import ExitCode
 from slipstream.kv.bus_reader import BusReads, connection_to
 from slipstream.kv.bus_wire import (
@@ -24,7 +25,7 @@ from slipstream.kv.bus_wire import (
 )
 from slipstream.kv.read_thread import ReadThread
 from slipstream.kv.segment import Blocks
-from slipstream.kv.transport import Read, TransferError, pool_of
+from slipstream.kv.transport import Read, TransferError
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
 
@@ -41,7 +42,12 @@ class BusServer:
     """Answers READs of this worker's pool from a thread of its own."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], bind: str, blocks: Blocks, epoch: int
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        bind: str,
+        blocks: Blocks,
+        epoch: int,
+        keys: Keys | None,
     ):
         self.malformed = 0
         self._blocks, self._epoch = blocks, epoch
@@ -49,6 +55,8 @@ class BusServer:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, REQUEST_BYTES_MAX)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_REPLIES)
+        if keys is not None:
+            keys.serve(self._socket)
         try:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
@@ -119,18 +127,31 @@ class BusTransport:
 
     name = NAME
 
-    def __init__(self, blocks: Blocks, epoch: int, bind: str, advertise: str = ""):
+    def __init__(
+        self,
+        blocks: Blocks,
+        epoch: int,
+        bind: str,
+        advertise: str = "",
+        keys: Keys | None = None,
+    ):
         """`bind`: where to listen; a tcp port of `*` is chosen by the system. `advertise`: host
-        that peers use where it is not the one of `bind`. StartError: the address is taken."""
+        that peers use where it is not the one of `bind`. `keys`: as for the bus of messages.
+        StartError: the address is taken."""
         if bind.startswith("ipc://"):
             _check_free(bind.removeprefix("ipc://"))
         block_bytes = self._block_bytes = int(blocks.shape[1])
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._server = BusServer(self._context, bind, blocks, epoch)
+        self._keys, self._door = keys, Door(self._context, keys) if keys else None
+        try:
+            self._server = BusServer(self._context, bind, blocks, epoch, keys)
+        except StartError:
+            self._close_door()
+            raise
         self._lock, self._closed = threading.Lock(), False
         self._wake = wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reader = ReadThread(
-            NAME, lambda: BusReads(block_bytes, wake), lambda: os.eventfd_write(wake, 1)
+            NAME, lambda: BusReads(block_bytes, wake, keys), lambda: os.eventfd_write(wake, 1)
         )
         self._address = _advertised(self._server.endpoint, advertise)
 
@@ -144,11 +165,10 @@ class BusTransport:
 
     def connect(self, peer: NodeInfo) -> None:
         """Whether the address can be one. That somebody answers is for the first READ to show."""
-        pool = pool_of(peer, NAME, self._block_bytes)
         with self._lock:
             if self._closed:
                 raise TransferError("closed")
-            connection_to(pool, self._context).close()
+            connection_to(peer, self._block_bytes, self._context, self._keys).close()
 
     def read(self, read: Read) -> None:
         self._reader.read(read)
@@ -160,11 +180,16 @@ class BusTransport:
         with self._lock:
             closed, self._closed = self._closed, True
         self._reader.close()
+        self._close_door()
         self._context.term()  # wakes the server, and waits until it is gone
         if not closed:
             os.close(self._wake)
         if self._server.path is not None:
             self._server.path.unlink(missing_ok=True)  # ZeroMQ leaves it behind
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.close()
 
 
 def bus_address(listen: str, run_dir: str, node_id: str) -> str:

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from slipstream.curve import Keys
 from slipstream.kernels.verified_copy import verified_copy
 from slipstream.kv.bus_wire import (
     NAME,
@@ -26,7 +27,6 @@ from slipstream.kv.bus_wire import (
 from slipstream.kv.read_thread import Command, Commands
 from slipstream.kv.transport import (
     Digests,
-    PeerPool,
     Read,
     TransferError,
     check_read,
@@ -52,9 +52,9 @@ class BusReads:
     """One session of the transport's thread. All its sockets are of one context, its own, and end
     with it: also one that nobody remembers."""
 
-    def __init__(self, block_bytes: int, wake: int):
+    def __init__(self, block_bytes: int, wake: int, keys: Keys | None):
         """`wake`: an eventfd that says that there is a command."""
-        self._block_bytes, self._wake = block_bytes, wake
+        self._block_bytes, self._wake, self._keys = block_bytes, wake, keys
         self._context: zmq.Context[_Socket] = zmq.Context()
         self._poller = zmq.Poller()
         self._poller.register(wake, zmq.POLLIN)
@@ -157,7 +157,7 @@ class BusReads:
                 del self._waiting[peer]
 
     def _connection(self, peer: NodeInfo) -> _Socket:
-        return connection_to(pool_of(peer, NAME, self._block_bytes), self._context)
+        return connection_to(peer, self._block_bytes, self._context, self._keys)
 
 
 class _Flight:
@@ -214,11 +214,14 @@ def _peer(read: Read) -> _Peer:
     return read.peer.node_id, read.peer.epoch
 
 
-def connection_to(pool: PeerPool, context: "zmq.Context[_Socket]") -> _Socket:
-    """A socket that asks for its blocks. That somebody is there is for the answer to show.
+def connection_to(
+    peer: NodeInfo, block_bytes: int, context: "zmq.Context[_Socket]", keys: Keys | None
+) -> _Socket:
+    """A socket that asks for a peer's blocks. That somebody is there is for the answer to show.
 
-    TransferError `attach`: this is no address. `socket`: there can be no more.
+    TransferError: see `pool_of`; `attach`: this is no address. `socket`: there can be no more.
     """
+    pool = pool_of(peer, NAME, block_bytes)
     reply_bytes = blocks_per_reply(pool.block_bytes) * pool.block_bytes
     try:
         connection = context.socket(zmq.DEALER)
@@ -227,6 +230,8 @@ def connection_to(pool: PeerPool, context: "zmq.Context[_Socket]") -> _Socket:
     try:
         connection.setsockopt(zmq.LINGER, 0)
         connection.setsockopt(zmq.MAXMSGSIZE, max(reply_bytes, REQUEST_BYTES_MAX))
+        if keys is not None:
+            keys.approach(connection, peer.node_id)
         connection.connect(pool.address)
     except (zmq.ZMQError, TypeError, UnicodeError) as error:
         connection.close()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from slipstream.config import AUTO_TRANSPORTS, SetupError
+from slipstream.curve import Keys
 from slipstream.kv.bus import BusTransport
 from slipstream.kv.cuda_driver import CudaDriver, CudaError
 from slipstream.kv.cuda_ipc import CudaIpcTransport, DevicePool
@@ -31,6 +32,8 @@ class Pool(NamedTuple):
     """The pool, where it is in the memory of a CUDA device."""
     host: str = ""
     """As in our `NodeInfo`."""
+    keys: Keys | None = None
+    """Of the bus."""
 
 
 class Offers(NamedTuple):
@@ -102,7 +105,9 @@ def _nixl(pool: Pool) -> Transport:
 
 def _bus(pool: Pool) -> Transport:
     segment = pool.segment
-    return BusTransport(segment.blocks, segment.header.epoch, pool.bus_bind, pool.advertise)
+    return BusTransport(
+        segment.blocks, segment.header.epoch, pool.bus_bind, pool.advertise, pool.keys
+    )
 
 
 _MAKERS: dict[str, Callable[[Pool], Transport]] = {

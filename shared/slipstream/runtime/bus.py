@@ -18,9 +18,10 @@ import zmq
 from slipstream.config import SetupError, StartError
 from slipstream.core.link import UNACKED_BYTES_MAX, Transmit
 from slipstream.core.node import encode_header
+from slipstream.curve import Door, Keys
 from slipstream.errors import ExitCode
 from slipstream.runtime.ports import holder
-from slipstream.types import NodeId
+from slipstream.types import NodeId, Role
 
 QUEUED_FRAMES_MAX = 10_000
 FRAME_BYTES_MAX = UNACKED_BYTES_MAX + 65_536
@@ -44,8 +45,11 @@ class _Peer:
 class Bus:
     """Never blocks. Counts what it carries and what it cannot."""
 
-    def __init__(self, prog: str, listen: str) -> None:
-        """Binds `listen`. StartError, beginning with `prog`, if somebody else is there."""
+    def __init__(self, prog: str, listen: str, keys: Keys | None = None) -> None:
+        """Binds `listen`; with `keys` all sockets are CURVE's, and only holders of a key come in.
+
+        StartError, beginning with `prog`, if somebody else is there.
+        """
         self.frames_sent = self.frames_received = self.frames_dropped = 0
         self.bytes_sent = self.bytes_received = 0
         self.frames_malformed = 0
@@ -54,7 +58,10 @@ class Bus:
         self._path: Path | None = None
         """Of our socket, once it is there."""
         self._context: zmq.Context[Socket] = zmq.Context()
+        self._keys, self._door = keys, Door(self._context, keys) if keys else None
         self._inbox = self._context.socket(zmq.ROUTER)
+        if keys:
+            keys.serve(self._inbox)
         self._inbox.set(zmq.RCVHWM, QUEUED_FRAMES_MAX)
         self._inbox.set(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         self._inbox.set(zmq.BACKLOG, _BACKLOG)
@@ -72,17 +79,24 @@ class Bus:
         """Becomes readable once when frames come in: then `receive` until there is nothing."""
         return int(self._inbox.get(zmq.FD))
 
-    def receive(self) -> tuple[bytes, bytes] | None:
-        """Header and payload of the next frame; None if there is none."""
+    def receive(self) -> tuple[bytes, bytes, Role | None] | None:
+        """Header and payload of the next frame, and the role of who sent it, if there are keys;
+        None if there is no frame."""
         while True:
+            sender = None
             try:
-                parts = self._inbox.recv_multipart(zmq.NOBLOCK)
+                if self._door is None:
+                    parts = self._inbox.recv_multipart(zmq.NOBLOCK)
+                else:
+                    frames = self._inbox.recv_multipart(zmq.NOBLOCK, copy=False)
+                    sender = self._door.sender(frames[-1])
+                    parts = [frame.bytes for frame in frames]
             except zmq.Again:
                 return None
             self.frames_received += 1
             self.bytes_received += sum(map(len, parts[1:]))
             if len(parts) == 3:  # the first one is ZeroMQ's name of the connection
-                return parts[1], parts[2]
+                return parts[1], parts[2], sender
             self.frames_malformed += 1
 
     def transmit(self, frame: Transmit, now_s: float) -> None:
@@ -125,6 +139,8 @@ class Bus:
         for peer in self._peers.values():
             peer.socket.close(linger=round(linger_s * 1000))
         self._peers.clear()
+        if self._door is not None:
+            self._door.close()
         self._context.term()
 
     def _peer(self, name: NodeId, address: str, now_s: float) -> _Peer:
@@ -141,6 +157,8 @@ class Bus:
         outgoing.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         outgoing.set(zmq.IPV6, "[" in address)
         try:
+            if self._keys:
+                self._keys.approach(outgoing, name)
             outgoing.connect(address)
         except zmq.ZMQError:
             outgoing.close(linger=0)

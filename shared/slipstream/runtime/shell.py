@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 import time
 from collections import deque
@@ -23,7 +22,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import uvloop
 
-from slipstream.config import ServiceConfig, SetupError
+from slipstream import curve
+from slipstream.config import ServiceConfig
 from slipstream.core.link import Transmit
 from slipstream.core.machine import (
     CancelTimer,
@@ -46,7 +46,7 @@ from slipstream.runtime.metrics import metrics
 from slipstream.runtime.record import Recorder
 from slipstream.runtime.timers import Timers
 from slipstream.runtime.witness import Witness
-from slipstream.types import Epoch, Role
+from slipstream.types import Role
 
 FRAMES_PER_TURN = 256
 EVENTS_PER_TURN = 256
@@ -110,34 +110,6 @@ def run_service(
     return code
 
 
-def new_epoch(config: ServiceConfig) -> Epoch:
-    """The time in ns, raised above what an earlier process of this node id used: a clock may have
-    been set back. StartError if the run directory cannot be written."""
-    path = Path(config.run_dir) / f"{config.node_id}.epoch"
-    try:
-        earlier = int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        earlier = 0
-    epoch = max(time.time_ns(), earlier + 1)
-    written = path.with_suffix(".epoch-new")
-    try:
-        written.write_text(str(epoch), encoding="ascii")
-        written.replace(path)
-    except OSError as error:
-        line = f"slipstream {config.role}: --run-dir {config.run_dir}: {error.strerror}"
-        raise SetupError(line) from None
-    return epoch
-
-
-def host_identity() -> str:
-    """Equal for two processes exactly if they can share memory: one kernel, one /dev/shm."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}:{os.stat('/dev/shm').st_dev}"
-    except OSError:
-        return socket.gethostname()
-
-
 class _Shell:
     def __init__(
         self,
@@ -149,7 +121,8 @@ class _Shell:
     ) -> None:
         self._config, self._info, self._machine = config, info, machine
         self._executor, self._drain_timeout_s = executor, drain_timeout_s
-        self._bus = Bus(f"slipstream {info.role}", config.listen)
+        keys = curve.load(config.keys_dir, info.role)
+        self._bus = Bus(f"slipstream {info.role}", config.listen, keys)
         self._recorder = (
             Recorder(Path(config.record), f"{info.node_id}-{info.epoch}") if config.record else None
         )

@@ -25,14 +25,15 @@ from slipstream.loadtest.versus.results import Results
 from slipstream.loadtest.versus.rounds import AnyLoad, Rounds
 from slipstream.loadtest.versus.server import read_through
 
-LENGTHS = {"short": (256, 64), "long": (1024, 128)}
+LENGTHS = {"short": (256, 64), "long": (1024, 128), "repeating": (256, 64)}
+PERIODS = {"repeating": 64}
 LOADS = [*LENGTHS, PREFIX]
 
 
 def closed_loop(kind: str, clients: int, requests: int) -> Load:
     """`requests`: 0 for as many as make a median steady."""
-    many = max(8, 3 * clients) if kind == "short" else max(4, clients * 3 // 2)
-    return Load(*LENGTHS[kind], clients, requests or many)
+    many = max(4, clients * 3 // 2) if kind == "long" else max(8, 3 * clients)
+    return Load(*LENGTHS[kind], clients, requests or many, PERIODS.get(kind, 0))
 
 
 def chosen_loads(arguments: argparse.Namespace) -> list[AnyLoad]:
@@ -92,6 +93,13 @@ def demo_model() -> Path:
     return Path(done.stdout.strip())
 
 
+def quality(model: Path) -> dict[str, float]:
+    """Of int8 weights; in a process of its own, so that this one stays small."""
+    command = [sys.executable, "-m", "slipstream.loadtest.quality", "--json", "--model", str(model)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    return msgspec.json.decode(done.stdout, type=dict[str, float])
+
+
 def begun(arguments: argparse.Namespace, words: list[str]) -> Results:
     """New results, or those that are there. SystemExit: these are of other prompts."""
     command = shlex.join(["python", "-m", "slipstream.loadtest.versus", *words])
@@ -147,6 +155,8 @@ def main() -> None:
     rounds.install([PEERS[name] for name in arguments.peers])
     if arguments.install_only:
         return
+    if "slipstream-int8" in arguments.peers:
+        rounds.results.quality = rounds.results.quality or quality(model)
     read_through(model)
     try:
         uvloop.run(_until_done_or_told(rounds, arguments))

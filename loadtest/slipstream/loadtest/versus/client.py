@@ -5,6 +5,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.loadtest.versus.errors import AnswerError
 
@@ -125,6 +126,26 @@ async def model_name(session: aiohttp.ClientSession, url: str) -> str:
             return str((await reply.json(content_type=None))["data"][0]["id"])
     except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
         raise AnswerError(f"/v1/models: {type(error).__name__}: {error}") from None
+
+
+async def drafts(session: aiohttp.ClientSession, url: str) -> tuple[float, float]:
+    """Tokens that the server has drafted so far, and those of them that were right; 0 of a server
+    that says nothing about it."""
+    try:
+        async with session.get(f"{url}/metrics") as reply:
+            text = await reply.text() if reply.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, UnicodeError):
+        return 0.0, 0.0
+    drafted, right = (
+        sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == f"slipstream_worker_{name}_total"
+        )
+        for name in ("draft_tokens", "draft_tokens_right")
+    )
+    return drafted, right
 
 
 def _short(text: bytes) -> str:

@@ -25,10 +25,13 @@ class Load(msgspec.Struct, frozen=True):
     output_tokens: int
     concurrency: int
     requests: int
+    period: int = 0
+    """Prompts repeat a piece of so many tokens, which a model goes on to do; 0: they do not."""
 
     @property
     def name(self) -> str:
-        return f"{self.prompt_tokens}/{self.output_tokens} x{self.concurrency}"
+        again = " repeating" if self.period else ""
+        return f"{self.prompt_tokens}/{self.output_tokens} x{self.concurrency}{again}"
 
 
 class PrefixLoad(msgspec.Struct, frozen=True):
@@ -42,10 +45,11 @@ class PrefixLoad(msgspec.Struct, frozen=True):
     name: str = PREFIX
 
 
-def prompt(seed: str, tokens: int) -> list[int]:
-    """Token ids that depend on the seed alone."""
+def prompt(seed: str, tokens: int, period: int = 0) -> list[int]:
+    """Token ids that depend on the seed alone; with a `period` the same so many again and again."""
     draw = random.Random(seed)
-    return [draw.choice(TOKEN_IDS) for _ in range(tokens)]
+    piece = [draw.choice(TOKEN_IDS) for _ in range(period or tokens)]
+    return [piece[index % len(piece)] for index in range(tokens)]
 
 
 async def run(load: Load | PrefixLoad, client: Client, seed: str) -> dict[str, float]:
@@ -71,14 +75,17 @@ async def warm_up(load: Load | PrefixLoad, client: Client, seed: str) -> None:
     match load:
         case Load():
             requests, tokens = 2 * load.concurrency, min(load.output_tokens, WARM_UP_TOKENS)
-            short = Load(load.prompt_tokens, tokens, load.concurrency, requests)
+            short = Load(load.prompt_tokens, tokens, load.concurrency, requests, load.period)
         case PrefixLoad():
             short = Load(load.prefix_tokens + load.own_tokens, load.output_tokens, 1, 2)
     await _closed_loop(short, client, f"{seed} warm-up {load.name}")
 
 
 async def _closed_loop(load: Load, client: Client, seed: str) -> list[Answer]:
-    prompts = [prompt(f"{seed} {number}", load.prompt_tokens) for number in range(load.requests)]
+    prompts = [
+        prompt(f"{seed} {number}", load.prompt_tokens, load.period)
+        for number in range(load.requests)
+    ]
     waiting: Iterator[list[int]] = iter(prompts)
     answers: list[Answer] = []
     failures: list[str] = []

@@ -125,6 +125,12 @@ PEERS = {
             _slipstream("--quantization", "int8"),
         ),
         Peer(
+            "slipstream-ngram",
+            "bf16, n-gram drafts of up to 4 tokens",
+            install.slipstream,
+            _slipstream("--speculative", "ngram:4"),
+        ),
+        Peer(
             "slipstream-apart",
             "bf16, every prompt computed by prefill and handed over",
             install.slipstream,

@@ -87,7 +87,7 @@ def page(results: Results) -> str:
         (PREFIX, "the same again, ms", "later_ttft_ms", 0),
     ]
     parts += ["## Start, shared prefix, memory\n", _table(results, peers, others, memory=True)]
-    parts += _failures(results)
+    parts += _drafts(results) + _quality(results) + _failures(results)
     parts += ["## Versions and commands\n", _commands(results, peers)]
     return "\n".join(parts)
 
@@ -166,6 +166,29 @@ def _peak(results: Results, peer: str) -> float:
 
 def _bracket(value: float | None) -> str:
     return "" if value is None else f" ({value:.2f})"
+
+
+def _drafts(results: Results) -> list[str]:
+    """Drafts beside the same server without them."""
+    rows = ["| | drafts that were right | output tok/s, of `slipstream`'s |", "|---|---:|---:|"]
+    for load in _loads(results):
+        right = median(results, "slipstream-ngram", load, "draft_acceptance")
+        faster = ratio(results, "slipstream-ngram", "slipstream", load, "output_tok_s")
+        if right is not None and faster is not None:
+            rows.append(f"| {load} | {right:.0%} | {faster:.2f} |")
+    return ["## n-gram drafts\n", "\n".join(rows) + "\n"] if len(rows) > 2 else []
+
+
+def _quality(results: Results) -> list[str]:
+    if not results.quality:
+        return []
+    perplexity, agreement = (results.quality[n] for n in ("perplexity_ratio", "agreement"))
+    return [
+        "## Quality of int8 weights\n",
+        f"Beside the bfloat16 ones, on the text of `python -m slipstream.loadtest.quality`: "
+        f"perplexity {perplexity:.4f} times (wanted: at most 1.02), the same likeliest token at "
+        f"{agreement:.1%} of the positions (wanted: 95 %).\n",
+    ]
 
 
 def _failures(results: Results) -> list[str]:

@@ -44,6 +44,8 @@ class Results(msgspec.Struct, kw_only=True):
     """Peer -> its programs, as started last."""
     missing: dict[str, str] = {}
     """Peer -> why it could not be installed or started."""
+    quality: dict[str, float] = {}
+    """Of int8 weights: `loadtest.quality`."""
     measurements: list[Measurement] = []
 
     def add(self, measurement: Measurement) -> None:
