@@ -82,8 +82,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(
             ge=0,
             le=19,
-            description="How far decode workers stand back for prefill workers that compute on "
-            "the same cores.",
+            description="With --disaggregation always: how far decode workers stand back for "
+            "prefill workers on the same cores.",
         ),
     ] = 5
     redis_url: RedisUrl = ""

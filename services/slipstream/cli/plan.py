@@ -185,10 +185,10 @@ def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:
     if role in _WORKERS:
         threads = config.threads or len(os.sched_getaffinity(0))
         settings = {**model, "threads": str(threads)}
-        one_pool = config.disaggregation == "never"
-        if role is Role.PREFILL and one_pool:
-            settings["accept_decode"] = "True"  # every worker does both
-        if role is Role.DECODE and config.prefill and not config.threads and not one_pool:
+        if role is Role.PREFILL and config.disaggregation == "never":
+            settings["accept_decode"] = "True"  # one pool: every worker does both
+        # Else one worker computes where several share the cores, and none has to stand back.
+        if role is Role.DECODE and config.disaggregation == "always" and not config.threads:
             settings["nice"] = str(config.decode_nice)
         return settings
     return {}
