@@ -12,7 +12,7 @@ from slipstream.core.step_model import Prompt
 from slipstream.messages import StepSample, TransferSample
 from slipstream.scheduler.cost import HYSTERESIS, STREAM_STEPS, TIE, Market
 from slipstream.scheduler.demand import Demand, Placement
-from slipstream.scheduler.ledger import WorkerView
+from slipstream.scheduler.ledger import Ledger, WorkerView
 from slipstream.scheduler.policy import Disaggregation, Policy, Rules, place
 from slipstream.scheduler.prices import StepPrices, TransferPrices
 
@@ -175,12 +175,28 @@ def test_workers_of_one_device_are_one_queue_and_their_streams_stay_together(
     shared = [view(D0, device="0", **room), view(D1, device="0", streams=3, **room)]
     assert where(placed(demand(), own, mode)) == (None, D0)
     assert where(placed(demand(), shared, mode)) == (None, D1), "two rounds where one would do"
+    for most in (D0, D1):  # parted by want of room once, they come together again
+        parted = [view(n, device="0", streams=3 + 2 * (n == most), **room) for n in (D0, D1)]
+        assert where(placed(demand(), parted, mode)) == (None, most)
     waits = [view(D0, device="0", **room), view(D1, device="0", queued=3000, **room)]
     quotes = [Market(demand(), waits, TransferPrices(), 0.0).quote(each) for each in waits]
     assert quotes[0].first_s == pytest.approx(quotes[1].first_s, rel=0.05), "one queue"
     away = [view(D0, **room), waits[1]]
     quotes = [Market(demand(), away, TransferPrices(), 0.0).quote(each) for each in away]
     assert quotes[0].first_s < quotes[1].first_s / 3
+
+
+def test_workers_of_one_device_have_one_price() -> None:
+    """A sample of one is what the other costs; on hosts of their own they are told apart."""
+    for host, same in (("h", True), ("i", False)):
+        nodes = []
+        for name, where_ in ((P0, "h"), (D0, host)):
+            info = node(name)
+            worker = msgspec.structs.replace(info.worker, device="cpu 0,1")
+            nodes.append(msgspec.structs.replace(info, host=where_, worker=worker))
+        ledger = Ledger()
+        ledger.sync(nodes, [P0, D0])
+        assert (ledger.views[P0].prices is ledger.views[D0].prices) == same
 
 
 def test_who_is_cheapest_to_compute_may_be_hard_to_reach() -> None:

@@ -162,15 +162,21 @@ class Market:
         return self._best(priced) if priced else None
 
     def _best(self, priced: Sequence[tuple[float, WorkerView]]) -> tuple[float, WorkerView]:
-        """The least price; among equals, who has least to do, then as the name falls."""
+        """The least price; among equals, who has least to do, then as the name falls. Of one
+        device's workers the one with most streams: together they read the weights once."""
         limit = _tied(min(map(_price, priced)))
         near = [each for each in priced if each[0] <= limit]
         if len(near) == 1:
             return near[0]
         name = zlib.crc32(self.demand.request_id.encode())
-        return min(
-            near, key=lambda each: (len(each[1].held), zlib.crc32(each[1].node_id.encode(), name))
-        )
+
+        def to_do(each: tuple[float, WorkerView]) -> tuple[int, int, int]:
+            view = each[1]
+            shared = self._shared.get(view.device)
+            held, streams = (shared.held, len(view.streams)) if shared else (len(view.held), 0)
+            return held, -streams, zlib.crc32(view.node_id.encode(), name)
+
+        return min(near, key=to_do)
 
     def _placement(self, quote: Quote, decode: NodeId | None) -> Placement:
         node_id = quote.view.node_id
@@ -211,6 +217,8 @@ class _Shared(NamedTuple):
     """A step of each that has streams."""
     backlog_s: float
     """Until all prompts that wait are computed."""
+    held: int
+    """Requests."""
 
 
 def _shared_devices(
@@ -227,5 +235,6 @@ def _shared_devices(
         if len(together) > 1:
             costs = [(view, *view.costs(now_s)) for view in together]
             round_s = sum(step_s for view, step_s, _ in costs if view.streams)
-            found[device] = _Shared(round_s, sum(backlog_s for _, _, backlog_s in costs))
+            backlog_s = sum(backlog_s for _, _, backlog_s in costs)
+            found[device] = _Shared(round_s, backlog_s, sum(len(view.held) for view in together))
     return found

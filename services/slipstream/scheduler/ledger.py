@@ -16,6 +16,10 @@ Device: TypeAlias = tuple[str, str]
 """A host and what workers there call it; of a worker that names none: its own."""
 
 
+def device_of(node: NodeInfo, worker: WorkerInfo) -> Device:
+    return (node.host, worker.device) if worker.device else (node.node_id, "")
+
+
 @dataclass(slots=True, eq=False)
 class WorkerView:
     """One worker, with what the scheduler has given it."""
@@ -54,7 +58,7 @@ class WorkerView:
     def sync(self, node: NodeInfo, worker: WorkerInfo) -> None:
         """What it says of itself now."""
         self.node, self.worker, self.known_costs = node, worker, None
-        self.device = (node.host, worker.device) if worker.device else (self.node_id, "")
+        self.device = device_of(node, worker)
         self.prefills = worker.prefill_budget_tokens > 0
         self.chunk_tokens = max(BLOCK_TOKENS, worker.prefill_budget_tokens)
 
@@ -136,7 +140,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.views: dict[NodeId, WorkerView] = {}
-        self._prices: dict[NodeId, StepPrices] = {}
+        self._prices: dict[Device, StepPrices] = {}
 
     def sync(self, nodes: Iterable[NodeInfo], taking: Collection[NodeId]) -> None:
         """Who is there now, and who of them takes something new."""
@@ -146,21 +150,23 @@ class Ledger:
                 continue
             view = known.get(node.node_id)
             if view is None or view.node.epoch != node.epoch:
-                view = WorkerView(node, node.worker, self._price_of(node))
+                prices = self._price_of(device_of(node, node.worker))
+                view = WorkerView(node, node.worker, prices)
             view.sync(node, node.worker)
             view.taking = node.node_id in taking
             self.views[node.node_id] = view
 
     def fade(self, now_s: float) -> None:
         """To be called now and then."""
-        for view in self.views.values():
-            view.prices.fade(now_s)
+        for prices in dict.fromkeys(view.prices for view in self.views.values()):
+            prices.fade(now_s)
 
-    def _price_of(self, node: NodeInfo) -> StepPrices:
-        """What it was last time; else that of another worker."""
-        known = self._prices.pop(node.node_id, None)
+    def _price_of(self, device: Device) -> StepPrices:
+        """What it was last time; else that of another device. Workers of one device have one
+        price: what differs between theirs is noise, and would part streams that belong together."""
+        known = self._prices.pop(device, None)
         like = next(reversed(self._prices.values()), None)
-        self._prices[node.node_id] = prices = known or StepPrices(like)
+        self._prices[device] = prices = known or StepPrices(like)
         if len(self._prices) > PRICES_MAX:
             del self._prices[next(iter(self._prices))]
         return prices
