@@ -251,7 +251,7 @@ KVINDEX = {
     "index_lookups_total": "Questions that Redis answered.",
     "index_located_blocks_total": "KV blocks of the longest run found, summed over questions.",
     "store_operations_total": "Operations of Redis that have ended, failed ones included.",
-    "store_operation_seconds_total": "Time in operations of Redis, waits for a connection included.",
+    "store_operation_seconds_total": "Time in operations of Redis, waits for connections included.",
 }
 
 KINDS: Mapping[str, tuple[Mapping[str, str], tuple[Labelled, ...]]] = {
@@ -286,8 +286,8 @@ VLLM = {
     " cluster.",
     "vllm:prefix_cache_hits_total": "Tokens of prompts that the computing worker had in its pool,"
     " of the whole cluster.",
-    "vllm:external_prefix_cache_queries_total": "Tokens of prompts that the computing worker did not"
-    " have, of the whole cluster.",
+    "vllm:external_prefix_cache_queries_total": "Tokens of prompts that the computing worker did"
+    " not have, of the whole cluster.",
     "vllm:external_prefix_cache_hits_total": "Tokens of prompts that came from a tier or another"
     " worker, of the whole cluster.",
     "vllm:num_preemptions_total": "Requests put back into a worker's queue for want of KV blocks,"
@@ -297,8 +297,8 @@ VLLM = {
     " cluster.",
     "vllm:prompt_tokens_total": "Prompt tokens of requests of this frontend, counted at the first"
     " output token.",
-    "vllm:prompt_tokens_cached_total": "Prompt tokens of finished requests of this frontend that were"
-    " found instead of computed.",
+    "vllm:prompt_tokens_cached_total": "Prompt tokens of finished requests of this frontend that"
+    " were found instead of computed.",
     "vllm:generation_tokens_total": "Output tokens that came to this frontend.",
     "vllm:request_success_total": "Requests of this frontend that ended, by reason; abort: the"
     " client left, error: the fault was ours.",
