@@ -47,14 +47,7 @@ class RequestMetrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.gaps_s: list[float] = []
-        self.counts = dict.fromkeys(
-            (
-                "vllm:prompt_tokens_total",
-                "vllm:prompt_tokens_cached_total",
-                "vllm:generation_tokens_total",
-            ),
-            0,
-        )
+        self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.ended = {reason.value: 0 for reason in FinishReason}
         self._distributions = {name: Distribution(edges) for name, edges in EDGES.items()}
 
@@ -75,7 +68,12 @@ class RequestMetrics:
         self.count_gaps()
         for name, distribution in self._distributions.items():
             yield distribution.family(name, VLLM[name], labels)
-        for name, count in self.counts.items():
+        counts = {
+            "vllm:prompt_tokens_total": self.prompt_tokens,
+            "vllm:prompt_tokens_cached_total": self.cached_tokens,
+            "vllm:generation_tokens_total": self.generation_tokens,
+        }
+        for name, count in counts.items():
             family = CounterMetricFamily(name, VLLM[name], labels=list(labels))
             family.add_metric(list(labels.values()), count)
             yield family
@@ -90,7 +88,7 @@ class Watched:
     """One request on its way: passes items on, and remembers when they came."""
 
     __slots__ = (
-        *("_begun_s", "_ended", "_first_s", "_last_s", "_max_model_len", "_metrics"),
+        *("_begun_s", "_clock", "_ended", "_first_s", "_last_s", "_max_model_len", "_metrics"),
         *("_prompt_tokens", "_put", "_submission", "_tokens"),
     )
 
@@ -103,7 +101,8 @@ class Watched:
     ) -> None:
         self._metrics, self._submission, self._put = metrics, submission, put
         self._max_model_len = max_model_len
-        self._begun_s = metrics.clock()
+        self._clock = metrics.clock
+        self._begun_s = self._clock()
         self._first_s = self._last_s = self._begun_s
         self._prompt_tokens = self._tokens = 0
         self._ended = False
@@ -127,21 +126,19 @@ class Watched:
             self._end(FinishReason.ABORT)
 
     def _arrived(self, delta: TextDelta) -> None:
-        metrics = self._metrics
-        now_s = metrics.clock()
+        metrics, now_s = self._metrics, self._clock()
         if self._tokens:
-            gaps_s = metrics.gaps_s
-            gaps_s.append(now_s - self._last_s)
-            if len(gaps_s) >= GAPS_MAX:
+            metrics.gaps_s.append(now_s - self._last_s)
+            if len(metrics.gaps_s) >= GAPS_MAX:
                 metrics.count_gaps()
         else:
             self._first_s = now_s
             metrics.observe("time_to_first_token_seconds", now_s - self._begun_s)
-            metrics.counts["vllm:prompt_tokens_total"] += self._prompt_tokens
-        self._last_s = now_s
+            metrics.prompt_tokens += self._prompt_tokens
         tokens = count_tokens(delta.tokens)
+        self._last_s = now_s
         self._tokens += tokens
-        metrics.counts["vllm:generation_tokens_total"] += tokens
+        metrics.generation_tokens += tokens
 
     def _finished(self, delta: TextDelta) -> None:
         assert delta.finish_reason is not None
@@ -151,8 +148,8 @@ class Watched:
         metrics = self._metrics
         cached = delta.usage.cached_tokens if delta.usage is not None else 0
         decode_s = self._last_s - self._first_s
-        metrics.counts["vllm:prompt_tokens_cached_total"] += cached
-        metrics.observe("e2e_request_latency_seconds", metrics.clock() - self._begun_s)
+        metrics.cached_tokens += cached
+        metrics.observe("e2e_request_latency_seconds", self._clock() - self._begun_s)
         metrics.observe("request_decode_time_seconds", decode_s)
         if self._tokens > 1:
             per_token_s = decode_s / (self._tokens - 1)
