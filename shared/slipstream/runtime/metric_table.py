@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from slipstream.errors import ERRORS
+from slipstream.errors import ERRORS, ErrorCode
 from slipstream.types import TRANSPORTS, Role
 
 
@@ -40,7 +40,11 @@ _WORDS = {
     "code": f"(?P<code>{'|'.join(ERRORS)})",
     "reason": "(?P<reason>[a-z_]+)",
 }
-_CODES = tuple(code.value for code in ERRORS)
+_CODES = (
+    *(ErrorCode.INVALID_VALUE.value, ErrorCode.CONTEXT_LENGTH.value),
+    *(code.value for code, spec in ERRORS.items() if spec.status >= 429),
+)
+"""That a request can end with once it is past the HTTP handler."""
 _READ_CAUSES = ("read", "digest", "expired", "peer", "silent", "malformed")
 TRANSFER_CAUSES = (
     *("attach", "closed", "device", "epoch", "internal", "layout", "malformed", "peer", "range"),
