@@ -18,7 +18,7 @@ ANSWERING = web.RequestKey("answering", bool)
 
 class HttpMetrics:
     def __init__(self) -> None:
-        self._responses: Counter[int] = Counter({200: 0, 500: 0})
+        self._responses = Counter({"200": 0, "500": 0})
         self._left = Counter({"before_answer": 0, "in_answer": 0})
         self.slow_readers_cut = 0
 
@@ -27,7 +27,7 @@ class HttpMetrics:
         if request.method != "POST":
             return
         status = request.get(STATUS, status)
-        self._responses[status] += 1
+        self._responses[str(status)] += 1
         if status == LEFT:
             self._left["in_answer" if request.get(ANSWERING) else "before_answer"] += 1
 
@@ -39,7 +39,7 @@ class HttpMetrics:
         for name, (label, counts) in counted.items():
             family = CounterMetricFamily(name, HTTP[name], labels=[label])
             for value, count in sorted(counts.items()):
-                family.add_metric([str(value)], count)
+                family.add_metric([value], count)
             yield family
         name = "slipstream_slow_readers_cut_total"
         yield CounterMetricFamily(name, HTTP[name], value=self.slow_readers_cut)
