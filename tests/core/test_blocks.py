@@ -56,8 +56,10 @@ def test_the_tail_is_evicted_before_the_head() -> None:
     for position, (block, block_hash) in enumerate(zip(blocks, hashes, strict=True)):
         pool.commit(block, block_hash, position)
     pool.release(blocks)
+    assert pool.evicted == 0
     pool.allocate(2)
     assert pool.match(hashes) == blocks[:2]
+    assert pool.evicted == 2
 
 
 def test_releasing_twice_is_a_programmer_error() -> None:

@@ -69,7 +69,8 @@ def two() -> Two:
 
 def test_a_prefix_comes_from_another_holder(two: Two) -> None:
     two.ask()
-    assert two.holder.load["blocks_leased"] == 2
+    assert two.holder.load["blocks_leased"] == two.holder.load["blocks_referenced"] == 2
+    assert two.holder.load["leases"] == 1
     two.lend()
     assert not two.reader.plans, "it waits for what is on its way"
     two.read()
@@ -77,7 +78,11 @@ def test_a_prefix_comes_from_another_holder(two: Two) -> None:
     two.confirm()
     two.finish(computed=len(PROMPT) - 32)
     assert two.reader.load["blocks_fetched_total"] == 2
+    assert two.reader.load["prefix_fetched_tokens_total"] == 32
+    assert two.reader.load["prefix_hit_tokens_total"] == 32
     assert two.reader.said[0].cached_tokens == 32
+    load = two.holder.load
+    assert (load["leases"], load["leases_granted_total"], load["blocks_referenced"]) == (0, 1, 0)
 
 
 def test_what_is_here_is_not_asked_for(two: Two) -> None:

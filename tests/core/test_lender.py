@@ -74,6 +74,7 @@ def test_full_blocks_are_announced_as_they_fill_and_the_tail_with_the_last_chunk
     assert (last.first_token, last.first_logprobs) == (9, TokenLogprobs(9, -0.5))
     assert first.lease_id == last.lease_id and first.epoch == 7
     assert first.cached_tokens == last.cached_tokens == 16
+    assert desk.lender.table.granted == 1, "one lease for both"
 
 
 def test_digests_of_full_blocks_are_kept_for_the_next_reader(desk: Desk) -> None:

@@ -74,9 +74,11 @@ def test_every_message_once_in_order(seed: int) -> None:
         bus.send("a", "b", payload)
         bus.send("b", "a", payload)
         bus.run(i * 0.01)
+    assert bus.links["a"].unread_frames > 0
     bus.run(40.0)
     assert bus.arrived("a") == payloads
     assert bus.arrived("b") == payloads
+    assert bus.links["a"].unread_frames == bus.links["b"].unread_frames == 0
 
 
 def test_a_silent_peer_ends_the_session_within_the_deadline() -> None:

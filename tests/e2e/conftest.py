@@ -5,7 +5,7 @@ import pytest_asyncio
 
 from e2e.client import Client
 from e2e.reference import Reference
-from e2e.stack import Stack
+from e2e.stack import Stack, ports_in_a_row
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +16,10 @@ def reference(pytestconfig: pytest.Config) -> Reference:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    """The default stack: one of each, every prompt handed over. For tests that leave it whole."""
-    stack = Stack(kv_cache_bytes="1GiB", transports="shm")
+    """The default stack: one of each, every prompt handed over, with metrics on the ports behind
+    its own. For tests that leave it whole."""
+    port = ports_in_a_row(7)
+    stack = Stack(kv_cache_bytes="1GiB", transports="shm", port=port, metrics_port=port + 1)
     yield stack
     stack.close()
 

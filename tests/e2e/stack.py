@@ -47,6 +47,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def ports_in_a_row(count: int) -> int:
+    """The first of so many that are free at this moment."""
+    while True:
+        probes = [socket.socket() for _ in range(count)]
+        try:
+            probes[0].bind(("127.0.0.1", 0))
+            first = int(probes[0].getsockname()[1])
+            if first + count < 65535:
+                for offset, probe in enumerate(probes[1:], 1):
+                    probe.bind(("127.0.0.1", first + offset))
+                return first
+        except OSError:
+            pass
+        finally:
+            for probe in probes:
+                probe.close()
+
+
 class Stack:
     """Float32, a small pool and a transfer for every prompt, unless the settings say otherwise:
     `Stack(decode=2)`."""
@@ -62,10 +80,9 @@ class Stack:
         to ours; settings that `serve` has no flag for."""
         self.base = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
         self.records = self.base / "records"
-        self.port = free_port()
+        self.port = int(settings.get("port", 0)) or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         wanted = {
-            "port": self.port,
             "run_dir": self.base,
             "record": self.records,
             "dtype": "float32",
@@ -74,6 +91,7 @@ class Stack:
             "kv_cache_bytes": "128MiB",
             "disaggregation": "always",
             **settings,
+            "port": self.port,
         }
         flags = [word for k, v in wanted.items() for word in (f"--{k.replace('_', '-')}", str(v))]
         self._log = (self.base / "log").open("w")

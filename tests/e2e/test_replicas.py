@@ -1,7 +1,6 @@
 """More of one kind share its work; one of them less costs nothing but hits, and these come back."""
 
 import asyncio
-import socket
 import urllib.request
 from collections.abc import Iterator
 
@@ -9,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from e2e.client import Client
-from e2e.stack import Stack, until
+from e2e.stack import Stack, ports_in_a_row, until
 
 NODES = (
     *("scheduler", "kvindex-0", "kvindex-1", "tokenizer-0", "tokenizer-1"),
@@ -18,24 +17,6 @@ NODES = (
 """In the order of their metrics ports."""
 LENGTH = 160
 BLOCKS = LENGTH // 16
-
-
-def ports_in_a_row(count: int) -> int:
-    """The first of so many that are free at this moment."""
-    while True:
-        probes = [socket.socket() for _ in range(count)]
-        try:
-            probes[0].bind(("127.0.0.1", 0))
-            first = int(probes[0].getsockname()[1])
-            if first + count < 65535:
-                for offset, probe in enumerate(probes[1:], 1):
-                    probe.bind(("127.0.0.1", first + offset))
-                return first
-        except OSError:
-            pass
-        finally:
-            for probe in probes:
-                probe.close()
 
 
 class Replicas(Stack):
@@ -50,7 +31,6 @@ class Replicas(Stack):
             metrics_port=self.metrics_port,
             **{"kvindex": 2, "tokenizer": 2, "frontend": 2, "decode": 2, "threads": 1},
         )
-        self.port, self.url = first, f"http://127.0.0.1:{first}"
         self.urls = [f"http://127.0.0.1:{first + number}" for number in range(2)]
 
     def counts(self, name: str, *nodes: str) -> list[float]:

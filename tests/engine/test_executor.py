@@ -133,7 +133,7 @@ async def test_steps_run_in_order_and_digests_follow_the_writes(tmp_path: Path) 
     assert third.digests != first.digests
     assert second == BatchFailed(-2, "RuntimeError: no step -2")
     statistics = side.executor.statistics()
-    assert statistics["steps_total"] == 2
+    assert statistics["steps_total"] == statistics["tokens_total"] == 2
     assert statistics["steps_failed_total"] == 1
     await side.close()
 
@@ -149,6 +149,19 @@ async def test_what_is_counted_is_told_now_and_then(
     while not (isinstance(told, Counted) and told.values.get("steps_total")):
         told = await side.next()
     assert told.values.keys() == side.executor.statistics().keys()
+    await side.close()
+
+
+async def test_what_is_in_steps_is_counted(tmp_path: Path) -> None:
+    side = Side(tmp_path, "d", Scripted)
+    await side.start()
+    prompt = Row("r", 1, (5, 6, 7), 0, (0,), sample=True)
+    stream = Row("s", 1, (8,), 20, (1, 2), sample=True)
+    side.executor.execute(RunBatch(BatchPlan(1, (prompt, stream))))
+    assert isinstance(await side.next(), BatchDone)
+    statistics = side.executor.statistics()
+    names = ("step_rows_total", "prompt_tokens_total", "tokens_total")
+    assert [statistics[name] for name in names] == [2, 3, 1]
     await side.close()
 
 

@@ -161,11 +161,13 @@ async def test_pages(client: Client) -> None:
     await until(lambda: bool(client.stack.frontend.load))
     async with client.get("/metrics") as response:
         lines = (await response.text()).splitlines()
-    assert 'slipstream_worker_blocks_free{node_id="decode-0"} 5.0' in lines
+    assert 'slipstream_worker_blocks_free{node_id="decode-0",role="decode"} 5.0' in lines
     assert "# TYPE slipstream_worker_blocks_free gauge" in lines
-    assert 'slipstream_worker_tier_saved_total{node_id="decode-0"} 7.0' in lines
+    assert 'slipstream_worker_tier_saved_total{node_id="decode-0",role="decode"} 7.0' in lines
     assert "# TYPE slipstream_worker_tier_saved_total counter" in lines
     assert any(line.startswith("slipstream_requests_live{") for line in lines)
+    assert "slipstream_ready 1.0" in lines
+    assert 'vllm:kv_cache_usage_perc{model_name="bytes"} 0.0' in lines
     async with client.get("/v1/models") as response:
         (card,) = (await response.json())["data"]
         assert (card["id"], card["max_model_len"]) == (MODEL, 1000)

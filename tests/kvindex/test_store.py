@@ -339,6 +339,9 @@ async def test_a_dead_redis_is_an_answer(redis: RedisServer, store: StoreClient)
     assert await store.apply(batch(2, (B,))) == GAP
     assert await store.apply(replace(3, A, B)) == StoreDone("w5/3", ok=True)
     assert await held(store.apply) == {"w": (2, 0)}
+    counted = store.store.statistics()
+    assert counted["store_operations_total"] == 10
+    assert counted["store_operation_seconds_total"] > 0
 
 
 async def test_a_hanging_redis_is_given_up_in_time(redis: RedisServer) -> None:

@@ -65,6 +65,7 @@ def test_a_pair_is_told_the_reader_first() -> None:
         assert (len(message.prompt), len(message.accepted)) == (160, 8)
     assert (request.state, request.workers) == (State.PREFILLING, {"prefill-0", "decode-0"})
     assert desk.queued == [] and desk.dispatcher.placed["apart"] == 1
+    assert desk.dispatcher.waited_s == 30.0
 
 
 def test_one_worker_is_told_that_it_is_alone() -> None:

@@ -19,6 +19,7 @@ from slipstream.errors import ErrorCode
 from slipstream.frontend import chat_api, completion_api, info_api
 from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.gateway import Gateway
+from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
 from slipstream.frontend.problems import ApiError, api_error, error_response
 from slipstream.frontend.sse import StreamKeeper
 from slipstream.frontend.validate import Limits, shown, too_large
@@ -41,11 +42,13 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
     app = web.Application(
         middlewares=[_in_our_shape], client_max_size=settings.limits.max_body_bytes
     )
+    http = HttpMetrics()
     app[CONTEXT] = Context(
         gateway=gateway,
         limits=settings.limits,
         default_sampling=settings.default_sampling,
-        keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s),
+        keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s, http),
+        http=http,
         system_fingerprint=settings.system_fingerprint,
         started_unix_s=int(time.time()),
         version=_version(),
@@ -100,13 +103,25 @@ async def _in_our_shape(
     request[REQUEST_ID] = given if named else uuid.uuid4().hex
     request[NAMED_BY_CLIENT] = named
     try:
+        response = await _answered(request, handler)
+    except (ConnectionError, asyncio.CancelledError):
+        request.app[CONTEXT].http.over(request, LEFT)
+        raise  # the client is gone; aiohttp ends the connection quietly
+    request.app[CONTEXT].http.over(request, response.status)
+    return response
+
+
+async def _answered(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
         return await handler(request)
     except ApiError as error:
         return error_response(error)
     except web.HTTPException as error:
         return error_response(_known(request, error))
     except ConnectionError:
-        raise  # the client is gone; aiohttp ends the connection quietly
+        raise
     except Exception:  # noqa: BLE001 (a bug must neither end the connection nor show its insides)
         _log.exception(
             "%s %s failed, request %s", request.method, request.path, request[REQUEST_ID]
@@ -140,6 +155,7 @@ def _internal(request_id: str) -> ApiError:
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = request[REQUEST_ID]
     response.headers["Server"] = "slipstream"
+    request[ANSWERING] = True
 
 
 # --- How it is run --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from slipstream.frontend.gateway import Gateway
+from slipstream.frontend.http_metrics import HttpMetrics
 from slipstream.frontend.sse import StreamKeeper
 from slipstream.frontend.validate import Limits
 
@@ -16,6 +17,7 @@ class Context:
     limits: Limits
     default_sampling: Mapping[str, float]
     keeper: StreamKeeper
+    http: HttpMetrics
     system_fingerprint: str
     started_unix_s: int
     version: str

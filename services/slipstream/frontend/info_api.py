@@ -22,6 +22,7 @@ from slipstream.frontend.openai import (
 )
 from slipstream.frontend.problems import RETRY_AFTER_MAX_S, ApiError, api_error
 from slipstream.messages import ChatPrompt, NodeInfo, Prompt, TextPrompt
+from slipstream.runtime.metrics import CONTENT_TYPE, text
 from slipstream.types import unpack_tokens
 
 _tokenize = msgspec.json.Decoder(TokenizeRequest)
@@ -151,9 +152,10 @@ def _node(node: NodeInfo) -> dict[str, object]:
 
 
 async def metrics(request: web.Request) -> web.Response:
+    context = request.app[CONTEXT]
     return web.Response(
-        body=request.app[CONTEXT].gateway.metrics(),
-        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        body=context.gateway.metrics() + text(context.http.families()),
+        headers={"Content-Type": CONTENT_TYPE},
     )
 
 

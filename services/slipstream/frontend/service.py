@@ -4,13 +4,10 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from slipstream.core.machine import (
     Closed,
@@ -22,12 +19,15 @@ from slipstream.core.machine import (
     Opened,
 )
 from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.cluster_metrics import ClusterMetrics
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
-from slipstream.messages import SCHEDULER, Prompt, Tokenize, WorkerInfo
-from slipstream.runtime.metrics import metrics
+from slipstream.frontend.request_metrics import RequestMetrics
+from slipstream.messages import Prompt, Tokenize, WorkerInfo
+from slipstream.runtime.metric_table import HTTP
+from slipstream.runtime.metrics import metrics, text
 from slipstream.runtime.ports import port_error
-from slipstream.types import NodeId, RequestId
+from slipstream.types import RequestId
 
 SHUTDOWN_TIMEOUT_S = 2.0
 """For answers that are written but not sent yet; shorter than what the shell grants."""
@@ -49,6 +49,7 @@ class FrontendService:
         self._worker: WorkerInfo | None = None
         self._streams: dict[RequestId, Callable[[StreamItem], None]] = {}
         self._calls: dict[str, asyncio.Future[DeliverCodec]] = {}
+        self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
         self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
 
     # --- Executor ---
@@ -106,11 +107,14 @@ class FrontendService:
 
     def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
         request_id = submission.request_id
-        self._streams[request_id] = put
+        worker = self._worker
+        watched = self._requests.watch(submission, put, worker.max_model_len if worker else 0)
+        self._streams[request_id] = watched.take
         self._post(Opened(submission))
 
         def close() -> None:
             if self._streams.pop(request_id, None) is not None:
+                watched.close()
                 self._post(Closed(request_id))
 
         return close
@@ -127,30 +131,18 @@ class FrontendService:
 
     def metrics(self) -> bytes:
         node = self._machine.membership.node
-        own = metrics(self._machine.statistics(), node.node_id, node.role)
-        registry = CollectorRegistry()
-        registry.register(_WorkerGauges(self._machine.load))
-        return own + generate_latest(registry)
+        own = metrics(self._machine.statistics(), node.node_id, node.role, shell=False)
+        return own + text(self._families())
+
+    def _families(self) -> Iterator[Metric]:
+        status, load = self.status(), self._machine.load
+        ready = "slipstream_ready"
+        yield GaugeMetricFamily(ready, HTTP[ready], float(status.ready and not status.draining))
+        yield from self._cluster.nodes(load, self._machine.membership.nodes)
+        if status.model:  # without it nobody has asked for anything yet
+            labels = {"model_name": status.model}
+            yield from self._cluster.cluster(load, labels)
+            yield from self._requests.families(labels)
 
     def _summed(self, name: str) -> int:
         return int(sum(gauges.get(name, 0) for gauges in self._machine.load.values()))
-
-
-class _WorkerGauges(Collector):
-    """What the scheduler says of itself and of the workers, once a second."""
-
-    def __init__(self, load: Mapping[NodeId, Mapping[str, float]]) -> None:
-        self._load = load
-
-    def collect(self) -> Iterator[Metric]:
-        values: defaultdict[str, list[tuple[NodeId, float]]] = defaultdict(list)
-        for node_id, gauges in self._load.items():
-            kind = "scheduler" if node_id == SCHEDULER else "worker"
-            for name, value in gauges.items():
-                values[f"{kind}_{name}"].append((node_id, value))
-        for name, entries in sorted(values.items()):
-            made = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = made(f"slipstream_{name}", name.replace("_", " "), labels=["node_id"])
-            for node_id, value in sorted(entries):
-                family.add_metric([node_id], value)
-            yield family

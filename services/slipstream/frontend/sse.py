@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import msgspec
 from aiohttp import web
 
+from slipstream.errors import ERRORS
+from slipstream.frontend.http_metrics import LEFT, STATUS, HttpMetrics
 from slipstream.frontend.problems import ApiError, error_json
 
 DONE = b"data: [DONE]\n\n"
@@ -68,8 +70,9 @@ class _Writer:
 class StreamKeeper:
     """Watches all open streams from one task, so that no token pays for a timer."""
 
-    def __init__(self, keep_alive_s: float, stall_s: float) -> None:
+    def __init__(self, keep_alive_s: float, stall_s: float, http: HttpMetrics) -> None:
         self.keep_alive_s = keep_alive_s
+        self._http = http
         self._stall_s = stall_s
         self._writers: set[_Writer] = set()
 
@@ -98,6 +101,8 @@ class StreamKeeper:
         elif now_s - writer.writing_since_s > self._stall_s and writer.transport is not None:
             # Closing would wait until the reader has read; this ends the handler too.
             writer.transport.abort()
+            self._writers.discard(writer)
+            self._http.slow_readers_cut += 1
 
 
 async def stream_events(
@@ -118,10 +123,12 @@ async def stream_events(
         if first.done():
             first.result()
         response = _EventStream(headers={**_HEADERS, **headers()})
-        with contextlib.suppress(ConnectionResetError):  # the client is gone: nobody to tell
+        try:
             await response.prepare(request)
             with keeper.watching(_Writer(response, request.transport)) as writer:
-                await _send_all(writer, first, events)
+                await _send_all(writer, first, events, request)
+        except ConnectionResetError:  # the client is gone: nobody to tell
+            request[STATUS] = LEFT
         return response
     finally:
         if not first.done():
@@ -131,7 +138,10 @@ async def stream_events(
 
 
 async def _send_all(
-    writer: _Writer, first: "asyncio.Future[bytes | None]", events: AsyncIterator[bytes]
+    writer: _Writer,
+    first: "asyncio.Future[bytes | None]",
+    events: AsyncIterator[bytes],
+    request: web.Request,
 ) -> None:
     if not first.done():
         await writer.write(COMMENT)
@@ -141,5 +151,6 @@ async def _send_all(
             await writer.write(data)
             data = await anext(events, None)
     except ApiError as error:
+        request[STATUS] = ERRORS[error.problem.code].status
         await writer.write(b"data: %b\n\n" % error_json(error.problem))
     await writer.end(DONE)

@@ -12,6 +12,7 @@ applied last: whoever finds another one there than he left asks for a snapshot.
 
 import asyncio
 import logging
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -59,6 +60,7 @@ class RedisStore:
         self._post: Callable[[Event], None] = lambda event: None
         self._tasks: set[asyncio.Task[None]] = set()
         self._up = True
+        self._operations, self._operation_s = 0, 0.0
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
@@ -83,6 +85,13 @@ class RedisStore:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._redis.aclose()
+
+    def statistics(self) -> dict[str, float]:
+        """Operations and their seconds, failed ones included."""
+        return {
+            "store_operations_total": self._operations,
+            "store_operation_seconds_total": self._operation_s,
+        }
 
     async def idle(self) -> None:
         """Waits until nothing is under way."""
@@ -182,6 +191,7 @@ class RedisStore:
 
     async def _guarded(self, operation: Awaitable[Any]) -> Any:
         """The operation's result, None if it failed. Says once when Redis goes, and comes back."""
+        began_s = time.monotonic()
         try:
             result = await operation
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
@@ -192,6 +202,9 @@ class RedisStore:
         except Exception:  # noqa: BLE001 a hint is not worth a process
             _LOG.exception("index operation failed")
             return None
+        finally:
+            self._operations += 1
+            self._operation_s += time.monotonic() - began_s
         if not self._up:
             _LOG.info("Redis answers again")
         self._up = True

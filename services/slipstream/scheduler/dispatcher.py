@@ -28,6 +28,8 @@ class Dispatcher:
         self.roles = Roles()
         self.queue: OrderedDict[RequestId, Request] = OrderedDict()
         self.placed: Counter[str] = Counter()
+        self.waited_s = 0.0
+        """Of all that were placed, together."""
 
     def enqueue(self, request: Request) -> None:
         """To the end of the queue; what had begun before goes to its head."""
@@ -121,13 +123,15 @@ class Dispatcher:
         computes.give_prompt(request.request_id, prompt, now_s)
         work_s = computes.prices.prompt_s(prompt)
         self.roles.demand.add(work_s, now_s)
+        waited_s = max(0.0, now_s - request.since_s)
+        self.waited_s += waited_s
         request.decision = self.decisions.note(
             demand,
             placement,
             now_s,
             attempt=request.attempt,
             policy=self.rules.policy,
-            waited_s=max(0.0, now_s - request.since_s),
+            waited_s=waited_s,
             migrations=request.migrations,
         )
         self.placed["alone" if source is None else "apart"] += 1

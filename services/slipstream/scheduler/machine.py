@@ -89,6 +89,7 @@ class SchedulerMachine:
             **{f"requests_{state}": states[state] for state in State},
             **{f"requests_{name}_total": count for name, count in self.counters.items()},
             **{f"requests_placed_{name}_total": n for name, n in self.dispatcher.placed.items()},
+            "requests_waited_seconds_total": self.dispatcher.waited_s,
             "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
             "role_shifts_total": self.dispatcher.roles.shifts,
             "nodes": len(self.fleet.nodes),

@@ -49,6 +49,8 @@ class Batcher:
         self.steps = 0
         self.preemptions = 0
         self.hit_tokens = 0
+        self.fetched_tokens = 0
+        """Of the hits: what came from a tier or another worker for the job."""
         self.queried_tokens = 0
         self._forget: list[tuple[RequestId, int]] = []
 
@@ -217,6 +219,7 @@ class Batcher:
             if job.cached_tokens is None:
                 job.cached_tokens = min(job.num_computed, job.num_prompt)
                 self.hit_tokens += job.cached_tokens
+                self.fetched_tokens += min(job.fetched_blocks * BLOCK_TOKENS, job.cached_tokens)
                 self.queried_tokens += job.num_prompt
             self.running.append(job)
             yield job

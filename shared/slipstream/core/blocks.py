@@ -39,6 +39,7 @@ class BlockPool:
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
         self._changed: dict[BlockHash, int] = {}
         """Hash -> position of what came or went since `drain_changes`."""
+        self.evicted = 0
 
     @property
     def num_available(self) -> int:
@@ -86,6 +87,7 @@ class BlockPool:
             else:
                 block, _ = self._cached.popitem(last=False)
                 self._forget(block)
+                self.evicted += 1
             assert self.references[block] == 0 and self._hash_of[block] is None
             self.references[block] = 1
             self.digests[block] = None

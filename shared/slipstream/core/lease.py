@@ -27,13 +27,14 @@ class LeaseTable:
     def __init__(self, term_s: float):
         self.term_s = term_s
         self.live: dict[str, Lease] = {}
-        self.lapsed = 0
+        self.granted = self.lapsed = 0
 
     def grant(self, fresh: Lease, blocks: Sequence[BlockId]) -> None:
         """Begin a lease, or add blocks to it. It does not run until `start`: its owner still
         works."""
         lease_id = fresh.lease_id
         lease = self.live.setdefault(lease_id, fresh)
+        self.granted += lease is fresh
         assert lease.expires_s == float("inf"), f"lease {lease_id} grows after its start"
         lease.blocks += blocks
 

@@ -101,6 +101,11 @@ class Link:
         self._epochs: dict[NodeId, Epoch] = {}
         self._floors: dict[NodeId, int] = {}
 
+    @property
+    def unread_frames(self) -> int:
+        """Sent, and not acknowledged."""
+        return sum(len(session.unacked) for session in self._sessions.values())
+
     def know(self, peer: NodeId, address: str, epoch: Epoch) -> None:
         """Learn where a peer listens, unless a later process of that name is known."""
         if epoch >= self._epochs.get(peer, 0):

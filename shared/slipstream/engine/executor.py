@@ -97,7 +97,8 @@ class WorkerExecutor:
             await asyncio.to_thread(self._offload.close)
 
     def statistics(self) -> dict[str, float]:
-        """Reads, bytes, seconds and failures by cause of each transport; steps and their seconds.
+        """Reads, bytes, seconds and failures by cause of each transport; steps, what was in them
+        and their seconds.
 
         Any thread.
         """
@@ -117,6 +118,10 @@ class WorkerExecutor:
         digests = block_digests(self._blocks, plan.digest_blocks)
         elapsed_s = time.monotonic() - began_s
         self._count("steps_total")
+        self._count("step_rows_total", len(plan.rows))
+        prompt_tokens = sum(row.num_tokens for row in plan.rows if row.num_tokens > 1)
+        self._count("prompt_tokens_total", prompt_tokens)
+        self._count("tokens_total", sum(len(output.tokens) for output in outputs))
         self._count("draft_tokens_total", sum(output.drafted for output in outputs))
         right = sum(max(0, len(output.tokens) - 1) for output in outputs if output.drafted)
         self._count("draft_tokens_right_total", right)

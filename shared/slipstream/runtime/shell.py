@@ -357,6 +357,7 @@ class _Shell:
             "events_total": self._witness.events,
             "timers": len(self._timers),
             "loop_lag_seconds": max(self._lags_s),
+            "bus_frames_unread": self._node.link.unread_frames,
             "bus_frames_resent_total": self._node.link.resent_frames,
             "bus_frames_malformed_total": self._bus.frames_malformed + self._node.frames_malformed,
         }
