@@ -16,8 +16,8 @@ import numpy as np
 from slipstream.kv.segment import Blocks
 
 PAUSE_US = 100_000
-"""Between two looks of the progress thread, where nothing wakes it. A pause of 1 us is one of 1 ms to
-it: 850 times a second it took a core away from somebody, 20 ms in all."""
+"""Between two looks of the progress thread, where nothing wakes it. To NIXL a pause of 1 us is one
+of 1 ms: 850 times a second it took a core from somebody, for 20 ms in all."""
 UCX_CONFIG = "TLS=^mm"
 """Unless `UCX_TLS` says otherwise. Without the transports over mapped memory, for there UCX ends
 the source's process when a reader is killed in mid-READ; `cma` and `tcp` survive it."""
