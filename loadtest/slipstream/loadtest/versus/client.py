@@ -112,9 +112,9 @@ class Client:
 
 
 def new_session() -> aiohttp.ClientSession:
-    """As many connections as there are requests at a time."""
+    """A connection for each request: some servers end theirs behind an answer, unannounced."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=PATIENCE_S),
     )
 
