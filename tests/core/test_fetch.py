@@ -5,6 +5,7 @@ import pytest
 from core.builders import EPOCH, decode
 from core.workers import PROMPT, Worker, answer
 from slipstream.core import machine as m
+from slipstream.core.load import load_of
 from slipstream.core.reading import ANSWER_S
 from slipstream.core.worker import TICK_S, WorkerSettings
 from slipstream.messages import Borrow, Decode, Lent, Release, Released, Renew
@@ -77,6 +78,7 @@ def test_a_prefix_comes_from_another_holder(two: Two) -> None:
     two.confirm()
     two.finish(computed=len(PROMPT) - 32)
     assert two.reader.load["blocks_fetched_total"] == 2
+    assert load_of(two.reader.machine).blocks_from == {two.holder.node_id: 2}
     assert two.reader.said[0].cached_tokens == 32
 
 

@@ -22,6 +22,7 @@ from slipstream.core.machine import (
     Opened,
 )
 from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.messages import SCHEDULER, Prompt, Tokenize, WorkerInfo
@@ -125,15 +126,20 @@ class FrontendService:
         finally:
             self._calls.pop(call_id, None)
 
+    def cluster(self) -> Cluster:
+        machine = self._machine
+        node_id = machine.membership.node.node_id
+        return cluster(self.status(), machine.load, node_id, machine.statistics())
+
     def metrics(self) -> bytes:
         node = self._machine.membership.node
         own = metrics(self._machine.statistics(), node.node_id, node.role)
         registry = CollectorRegistry()
-        registry.register(_WorkerGauges(self._machine.load))
+        registry.register(_WorkerGauges(self._machine.load.gauges))
         return own + generate_latest(registry)
 
     def _summed(self, name: str) -> int:
-        return int(sum(gauges.get(name, 0) for gauges in self._machine.load.values()))
+        return int(sum(gauges.get(name, 0) for gauges in self._machine.load.gauges.values()))
 
 
 class _WorkerGauges(Collector):
