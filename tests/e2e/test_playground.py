@@ -20,6 +20,7 @@ async def page(stack: Stack) -> AsyncIterator[Browser]:
 
 
 async def ask(page: Browser, text: str) -> None:
+    await page.run("document.activeElement.blur()")
     await page.press("/")
     await page.type(text)
     await page.press("Enter")
@@ -50,7 +51,7 @@ async def test_stop_and_again(stack: Stack, page: Browser) -> None:
     await page.click("#stop")
     await page.until("document.querySelector('.assistant[aria-busy=false]')")
     assert "stopped" in await page.text(".numbers")
-    await page.run("document.querySelectorAll('.actions button')[4].click()")
+    await page.run("document.querySelectorAll('.assistant button')[1].click()")
     await page.until("document.querySelector('.assistant[aria-busy=true] .text')?.textContent")
     await page.press("Escape")
     await page.until("document.querySelector('.assistant[aria-busy=false]')")
@@ -60,9 +61,9 @@ async def test_stop_and_again(stack: Stack, page: Browser) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-async def test_it_fits_in_light_and_dark(page: Browser, width: int) -> None:
+async def test_it_fits_in_light_and_dark(stack: Stack, page: Browser, width: int) -> None:
     await page.size(width, 740)
-    await page.run("location.reload()")
+    await page.open(stack.url)
     await page.until("document.querySelector('.worker')")
     await page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     await ask(page, "Say " + "x" * 300)
