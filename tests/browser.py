@@ -18,7 +18,7 @@ import pytest
 PROGRAM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
-PATIENCE_S = 60.0
+PATIENCE_S = 8.0
 """Far more than anything needs; only a failing test waits so long."""
 
 needs_chromium = pytest.mark.skipif(not PROGRAM, reason="no Chromium here (Debian: chromium)")
@@ -100,14 +100,13 @@ class Browser:
         assert "exceptionDetails" not in result, (script, result["exceptionDetails"])
         return result["result"].get("value")
 
-    async def until(self, script: str) -> Any:
+    async def until(self, script: str) -> None:
         """Waits for an expression to be true."""
         deadline_s = asyncio.get_running_loop().time() + PATIENCE_S
-        while not (found := await self.run(script)):
+        while not await self.run(f"Boolean({script})"):
             late = asyncio.get_running_loop().time() > deadline_s
             assert not late, f"in vain: {script}\n{await self.text('body')}\n{self.complaints}"
             await asyncio.sleep(0.05)
-        return found
 
     async def text(self, selector: str) -> str:
         """Of the first element, as a reader sees it; nothing where there is none."""
