@@ -18,7 +18,7 @@ import pytest
 PROGRAM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
-PATIENCE_S = 8.0
+PATIENCE_S = 60.0
 """Far more than anything needs; only a failing test waits so long."""
 
 needs_chromium = pytest.mark.skipif(not PROGRAM, reason="no Chromium here (Debian: chromium)")

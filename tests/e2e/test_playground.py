@@ -26,9 +26,13 @@ async def ask(page: Browser, text: str) -> None:
     await page.press("Enter")
 
 
+async def set_number(page: Browser, name: str, value: float) -> None:
+    control = f"document.querySelector('#{name}')"
+    await page.run(f"{control}.value = {value}; {control}.dispatchEvent(new Event('input'))")
+
+
 async def test_an_answer_and_what_it_moved(page: Browser) -> None:
-    await page.run("document.querySelector('#temperature').value = 0")
-    await page.run("document.querySelector('#temperature').dispatchEvent(new Event('input'))")
+    await set_number(page, "temperature", 0)
     await ask(page, "What is the capital of France?")
     await page.until("document.querySelector('.assistant[aria-busy=true] .text')?.textContent")
     await page.until("document.querySelector('.assistant[aria-busy=false]')")
@@ -66,6 +70,7 @@ async def test_it_fits_in_light_and_dark(stack: Stack, page: Browser, width: int
     await page.open(stack.url)
     await page.until("document.querySelector('.worker')")
     await page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    await set_number(page, "max_tokens", 30)
     await ask(page, "Say " + "x" * 300)
     await page.until("document.querySelector('.assistant[aria-busy=false]')")
     grounds = set()

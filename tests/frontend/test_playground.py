@@ -85,7 +85,9 @@ async def test_the_page_names_nothing_inline_and_nothing_from_elsewhere(server: 
         _, _, text = await fetch(server, f"/playground/{name}")
         there = text.replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|@import|\burl\((?!#)", there), name
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", text)
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", text
+        )
         if name.endswith("html"):
             assert not re.search(r"\s(style|on\w+)=|<style|<script(?![^>]*\ssrc=)", text)
             linked = re.findall(r'(?:src|href)="playground/([^"]+)"', text)

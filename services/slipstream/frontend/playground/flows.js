@@ -89,10 +89,10 @@ export class Flows {
     }
   }
 
-  /** How many, where the arrow is halfway. */
+  /** How many; near the source, for arrows to one reader meet at its end. */
   #label(edge, blocks) {
-    const middle = edge.line.getPointAtLength(edge.line.getTotalLength() / 2);
-    const text = shape("text", { class: "moved", x: middle.x, y: middle.y - 9 });
+    const at = edge.line.getPointAtLength(0.45 * edge.line.getTotalLength());
+    const text = shape("text", { class: "moved", x: at.x, y: at.y - 9 });
     text.textContent = plural(blocks, "block");
     edge.group.querySelector("text")?.remove();
     edge.group.append(text);
