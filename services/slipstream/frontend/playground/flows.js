@@ -117,7 +117,7 @@ function sideOf(box, floor) {
 
 function curve(from, to) {
   // Two arrows between the same boxes lie beside each other.
-  const shift = from.onLeft === to.onLeft ? 0 : from.onLeft ? -7 : 7;
+  const shift = from.onLeft === to.onLeft ? 0 : from.onLeft ? -11 : 11;
   const [y1, y2] = [from.y + shift, to.y + shift];
   const bend = from.onLeft === to.onLeft ? 30 : Math.abs(to.x - from.x) / 2;
   const c1 = from.x + (from.onLeft ? bend : -bend);
