@@ -214,6 +214,8 @@ class ClusterLoad(Message, kw_only=True, frozen=True):
     """Scheduler -> frontend, once a second: gauges of every worker and of the scheduler itself."""
 
     gauges: dict[NodeId, dict[str, float]]
+    blocks_from: dict[NodeId, dict[NodeId, int]] = {}
+    """Reader -> source -> blocks, since the reader's start."""
 
 
 FrontendInbox: TypeAlias = Peers | Tokenized | TextOut | Failed | CodecResult | ClusterLoad
@@ -335,6 +337,9 @@ class WorkerLoad(Message, kw_only=True, frozen=True):
     counters: dict[str, float] = {}
     """Since the start: transfers, their bytes and failures by cause, hits, preemptions; and what
     lies in the tiers below the pool."""
+    blocks_from: dict[NodeId, Count] = {}
+    """Since the start: blocks that came, as they were announced, from each source; under its own
+    name those from its tiers."""
     step_samples: list[StepSample] = []
     """Since the last load, some of them if they were many; `transfer_samples` too."""
     transfer_samples: list[TransferSample] = []

@@ -5,6 +5,7 @@ import pytest
 from core.builders import EPOCH, decode
 from core.workers import PROMPT, Worker, answer
 from slipstream.core import machine as m
+from slipstream.core.load import load_of
 from slipstream.core.reading import ANSWER_S
 from slipstream.core.worker import TICK_S, WorkerSettings
 from slipstream.messages import Borrow, Decode, Lent, Release, Released, Renew
@@ -80,6 +81,7 @@ def test_a_prefix_comes_from_another_holder(two: Two) -> None:
     assert two.reader.load["blocks_fetched_total"] == 2
     assert two.reader.load["prefix_fetched_tokens_total"] == 32
     assert two.reader.load["prefix_hit_tokens_total"] == 32
+    assert load_of(two.reader.machine).blocks_from == {two.holder.node_id: 2}
     assert two.reader.said[0].cached_tokens == 32
     load = two.holder.load
     assert (load["leases"], load["leases_granted_total"], load["blocks_referenced"]) == (0, 1, 0)

@@ -11,8 +11,17 @@ from aiohttp import web
 from slipstream.core.machine import DeliverCodec
 from slipstream.errors import Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
-from slipstream.messages import NodeInfo, Prompt, TextDelta, TextLogprob, Tokenize, WorkerInfo
+from slipstream.messages import (
+    ClusterLoad,
+    NodeInfo,
+    Prompt,
+    TextDelta,
+    TextLogprob,
+    Tokenize,
+    WorkerInfo,
+)
 from slipstream.types import FinishReason, Role, Usage, pack_tokens, unpack_tokens
 
 MODEL = "demo"
@@ -114,6 +123,7 @@ class FakeGateway:
         self.coded = DeliverCodec("c", pack_tokens([1, 2]), ("a", "b"), "ab")
         self.codec_calls: list[tuple[Prompt | None, list[int]]] = []
         self.broken = False
+        self.load = ClusterLoad(gauges={})
 
     def status(self) -> ClusterStatus:
         if self.broken:
@@ -130,6 +140,9 @@ class FakeGateway:
         msgspec.msgpack.encode((prompt, tokens))
         self.codec_calls.append((prompt, unpack_tokens(tokens)))
         return self.coded
+
+    def cluster(self) -> Cluster:
+        return cluster(self.now, self.load, "frontend-0", {"requests_live": 2, "tokens_total": 9})
 
     def metrics(self) -> bytes:
         return b"slipstream_up 1\n"

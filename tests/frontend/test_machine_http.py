@@ -156,9 +156,12 @@ async def test_pages(client: Client) -> None:
     client.stack.send(
         SCHEDULER,
         FRONTEND,
-        ClusterLoad(gauges={"decode-0": {"running": 3, "blocks_free": 5, "tier_saved_total": 7}}),
+        ClusterLoad(
+            gauges={"decode-0": {"running": 3, "blocks_free": 5, "tier_saved_total": 7}},
+            blocks_from={"decode-0": {"prefill-0": 4}},
+        ),
     )
-    await until(lambda: bool(client.stack.frontend.load))
+    await until(lambda: bool(client.stack.frontend.load.gauges))
     async with client.get("/metrics") as response:
         lines = (await response.text()).splitlines()
     assert 'slipstream_worker_blocks_free{node_id="decode-0",role="decode"} 5.0' in lines
@@ -168,6 +171,10 @@ async def test_pages(client: Client) -> None:
     assert any(line.startswith("slipstream_requests_live{") for line in lines)
     assert "slipstream_ready 1.0" in lines
     assert 'vllm:kv_cache_usage_perc{model_name="bytes"} 0.0' in lines
+    async with client.get("/cluster") as response:
+        (worker,) = (await response.json())["workers"]
+        assert (worker["node_id"], worker["load"]["running"]) == ("decode-0", 3)
+        assert worker["load"]["blocks_from"] == {"prefill-0": 4}
     async with client.get("/v1/models") as response:
         (card,) = (await response.json())["data"]
         assert (card["id"], card["max_model_len"]) == (MODEL, 1000)

@@ -1,5 +1,6 @@
 """A request's way through the scheduler, from its submission to its end."""
 
+import msgspec
 import pytest
 
 from scheduler.rig import (
@@ -229,6 +230,7 @@ def test_frontends_hear_the_gauges_once_a_second(running: Rig) -> None:
     running.join(node("frontend-1", draining=True))
     blocks = {f"blocks_{name}": 4 for name in ("free", "used", "cached", "leased")}
     load = WorkerLoad(steps=7, running=1, waiting=0, waiting_tokens=0, **blocks)
+    load = msgspec.structs.replace(load, blocks_from={PREFILL: 3})
     running.hear(DECODE, load)
     running.hear("decode-9", load)
     running.pass_time(3.0)
@@ -237,6 +239,7 @@ def test_frontends_hear_the_gauges_once_a_second(running: Rig) -> None:
     gauges = said[-1][1].gauges
     assert gauges.keys() == {DECODE, "scheduler"}
     assert gauges[DECODE]["steps"] == 7 and gauges["scheduler"]["requests_prefilling"] == 1
+    assert said[-1][1].blocks_from == {DECODE: {PREFILL: 3}}
 
 
 # --- Retries --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from slipstream.errors import ErrorCode
-from slipstream.frontend import chat_api, completion_api, info_api
+from slipstream.frontend import chat_api, completion_api, info_api, playground_api
 from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
@@ -66,9 +66,10 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
             web.get("/readyz", info_api.ready),
             web.get("/metrics", info_api.metrics),
             web.get("/version", info_api.version),
-            web.get("/", info_api.index),
+            web.get("/cluster", info_api.cluster),
         ]
     )
+    playground_api.install(app)
     app.cleanup_ctx.append(_keeping_streams)
     app.on_response_prepare.append(_sign)
     return app

@@ -7,6 +7,7 @@ import msgspec
 
 from slipstream.core.machine import DeliverCodec
 from slipstream.errors import Problem
+from slipstream.frontend.cluster import Cluster
 from slipstream.messages import NodeInfo, Prompt, TextDelta, Tokenize
 
 
@@ -43,6 +44,8 @@ class Gateway(Protocol):
         ...
 
     async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec: ...
+
+    def cluster(self) -> Cluster: ...
 
     def metrics(self) -> bytes:
         """Prometheus text."""

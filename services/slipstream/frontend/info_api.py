@@ -151,6 +151,13 @@ def _node(node: NodeInfo) -> dict[str, object]:
     }
 
 
+async def cluster(request: web.Request) -> web.Response:
+    """What the playground's panel shows; whether or not a request could be served."""
+    response = json_response(request.app[CONTEXT].gateway.cluster())
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
 async def metrics(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     return web.Response(

@@ -97,8 +97,8 @@ class FrontendMachine:
     def __init__(self, node: NodeInfo, settings: FrontendSettings) -> None:
         self.settings = settings
         self.membership = Membership(node)
-        self.load: dict[NodeId, dict[str, float]] = {}
-        """Gauges by node, as the scheduler said last."""
+        self.load = ClusterLoad(gauges={})
+        """As the scheduler said last."""
         self.draining = False
         self._drained_s = math.inf
         self._requests: dict[RequestId, _Request] = {}
@@ -320,8 +320,8 @@ class FrontendMachine:
                 return self._coded(source, call_id, message)
             case Peers():
                 return self._place_waiting(now_s)
-            case ClusterLoad(gauges=gauges):
-                self.load = gauges
+            case ClusterLoad():
+                self.load = message
         return []
 
     def _of(self, source: NodeId, request_id: RequestId) -> _Request | None:

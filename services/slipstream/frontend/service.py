@@ -19,6 +19,7 @@ from slipstream.core.machine import (
     Opened,
 )
 from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
@@ -129,13 +130,18 @@ class FrontendService:
         finally:
             self._calls.pop(call_id, None)
 
+    def cluster(self) -> Cluster:
+        machine = self._machine
+        node_id = machine.membership.node.node_id
+        return cluster(self.status(), machine.load, node_id, machine.statistics())
+
     def metrics(self) -> bytes:
         node = self._machine.membership.node
         own = metrics(self._machine.statistics(), node.node_id, node.role, shell=False)
         return own + text(self._families())
 
     def _families(self) -> Iterator[Metric]:
-        status, load = self.status(), self._machine.load
+        status, load = self.status(), self._machine.load.gauges
         ready = "slipstream_ready"
         yield GaugeMetricFamily(ready, HTTP[ready], float(status.ready and not status.draining))
         yield from self._cluster.nodes(load, self._machine.membership.nodes)
@@ -145,4 +151,4 @@ class FrontendService:
             yield from self._requests.families(labels)
 
     def _summed(self, name: str) -> int:
-        return int(sum(gauges.get(name, 0) for gauges in self._machine.load.values()))
+        return int(sum(gauges.get(name, 0) for gauges in self._machine.load.gauges.values()))

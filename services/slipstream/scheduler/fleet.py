@@ -70,6 +70,12 @@ class Fleet:
         """The last word of each worker about itself."""
         return {node_id: gauges_of(load) for node_id, load in self.loads.items()}
 
+    def blocks_from(self) -> dict[NodeId, dict[NodeId, int]]:
+        """Who has read how much from whom; of those that have read."""
+        return {
+            node_id: load.blocks_from for node_id, load in self.loads.items() if load.blocks_from
+        }
+
     def announce(self) -> list[Effect]:
         """Tell everybody who is there."""
         reason = self.missing()

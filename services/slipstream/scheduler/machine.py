@@ -394,7 +394,7 @@ class SchedulerMachine:
         if now_s >= self._load_due_s:
             self._load_due_s = now_s + LOAD_S
             gauges = {self.node.node_id: self.statistics(), **self.fleet.gauges()}
-            load = ClusterLoad(gauges=gauges)
+            load = ClusterLoad(gauges=gauges, blocks_from=self.fleet.blocks_from())
             effects += [Send(node, load) for node in self.fleet.of_role(Role.FRONTEND)]
             effects += self.dispatcher.tick(now_s)
         return effects

@@ -65,6 +65,7 @@ def load_of(worker: "WorkerMachine") -> WorkerLoad:
         blocks_cached=pool.count_hashed() - pool.count_hashed(leased),
         blocks_leased=len(leased),
         counters=_counters(worker),
+        blocks_from=dict(worker.exchange.reads.blocks_from),
     )
 
 

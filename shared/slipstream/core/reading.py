@@ -9,7 +9,7 @@ in time; the machine does not rely on it.
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from slipstream.core.blocks import BlockPool
@@ -21,6 +21,8 @@ from slipstream.types import BlockId, Epoch, NodeId
 DIGEST_BYTES = HASH_BYTES
 SAMPLES_MAX = 16
 """Of READs, for one load."""
+SOURCES_MAX = 128
+"""Of which it is known how much came from each; beyond, the one first read from is forgotten."""
 ANSWER_S = 1.0
 """Longest wait for a holder's `Lent`; how much later than it should a READ may end."""
 
@@ -71,6 +73,7 @@ class Reads:
         self.pool, self.pull_timeout_s = pool, pull_timeout_s
         self.given_up: dict[str, LeasedRead] = {}
         self.samples: deque[TransferSample] = deque(maxlen=SAMPLES_MAX)
+        self.blocks_from: Counter[NodeId] = Counter()
 
     def due_s(self, now_s: float) -> float:
         """Of a READ that begins now, and of the word that is asked for after it."""
@@ -111,10 +114,13 @@ class Reads:
         return read.release()
 
     def note(self, source: NodeId, num_blocks: int, done: PullDone) -> None:
-        """What it took, for the prices."""
+        """What it took, for the prices; and who gave."""
         if num_blocks:
             sample = TransferSample(source, done.transport, num_blocks, done.elapsed_s)
             self.samples.append(sample)
+            self.blocks_from[source] += num_blocks
+            if len(self.blocks_from) > SOURCES_MAX:
+                del self.blocks_from[next(iter(self.blocks_from))]
 
     def free(self, read: LeasedRead) -> None:
         """Give the local blocks back, now or as soon as nobody writes into them."""

@@ -1,0 +1,95 @@
+// What the cluster does: asked for each second while somebody looks, and compared with before.
+
+const PERIOD_MS = 1000;
+const PATIENCE_MS = 5000;
+/** Polls: a minute. */
+const KEPT = 61;
+/** Polls that a rate is taken over; workers report at other moments than we ask. */
+const WINDOW = 3;
+
+export class Watch {
+  #polls = [];
+  #show;
+  #timer = 0;
+
+  /** `show` is told { cluster, moves, rates, history } after each poll, or { error }. */
+  constructor(show) {
+    this.#show = show;
+    document.addEventListener("visibilitychange", () => this.#turn());
+    this.#turn();
+  }
+
+  #turn() {
+    clearTimeout(this.#timer);
+    if (!document.hidden) this.#poll();
+  }
+
+  async #poll() {
+    try {
+      const signal = AbortSignal.timeout(PATIENCE_MS);
+      const response = await fetch("cluster", { cache: "no-store", signal });
+      if (!response.ok) throw new Error(`HTTP ${response.status}`);
+      this.#take(await response.json());
+    } catch (error) {
+      this.#show({ error });
+    }
+    clearTimeout(this.#timer); // of a poll that began while the page came back
+    if (!document.hidden) this.#timer = setTimeout(() => this.#poll(), PERIOD_MS);
+  }
+
+  #take(cluster) {
+    const now = { at_ms: performance.now(), cluster };
+    const last = this.#polls.at(-1);
+    this.#polls.push(now);
+    this.#polls.splice(0, this.#polls.length - KEPT);
+    const before = this.#polls.at(-1 - WINDOW) ?? this.#polls[0];
+    this.#show({
+      cluster,
+      moves: last ? movesBetween(last.cluster, cluster) : [],
+      rates: new Map(cluster.workers.map((worker) => [worker.node_id, rates(worker, before, now)])),
+      history: tokenRates(this.#polls),
+    });
+  }
+}
+
+/** The same life of a worker at an earlier poll, if both have reported. */
+function earlier(worker, cluster) {
+  const found = cluster.workers.find((one) => one.node_id === worker.node_id);
+  return found?.epoch === worker.epoch && found.load && worker.load ? found : null;
+}
+
+/** Blocks that came into a pool between two polls: { source, reader, blocks, bytes } each. */
+export function movesBetween(before, now) {
+  return now.workers.flatMap((worker) => {
+    const past = earlier(worker, before);
+    if (!past) return [];
+    return Object.entries(worker.load.blocks_from).flatMap(([source, total]) => {
+      const blocks = total - (past.load.blocks_from[source] ?? 0);
+      if (blocks <= 0) return [];
+      return [{ source, reader: worker.node_id, blocks, bytes: blocks * worker.block_bytes }];
+    });
+  });
+}
+
+/** { steps, readBytes: { transport: bytes } } in a second. */
+function rates(worker, before, now) {
+  const past = earlier(worker, before.cluster);
+  const seconds = (now.at_ms - before.at_ms) / 1000;
+  if (!past || seconds <= 0) return { steps: 0, readBytes: {} };
+  const read = Object.entries(worker.load.transports).map(([name, { bytes_total }]) => {
+    return [name, (bytes_total - (past.load.transports[name]?.bytes_total ?? 0)) / seconds];
+  });
+  return {
+    steps: (worker.load.steps_total - past.load.steps_total) / seconds,
+    readBytes: Object.fromEntries(read.filter(([, rate]) => rate > 0)),
+  };
+}
+
+/** Tokens in a second from poll to poll; a frontend that began anew counts from nothing. */
+function tokenRates(polls) {
+  return polls.slice(1).map((poll, index) => {
+    const before = polls[index];
+    const tokens = poll.cluster.frontend.tokens_total - before.cluster.frontend.tokens_total;
+    return Math.max(0, (1000 * tokens) / (poll.at_ms - before.at_ms));
+  });
+}
