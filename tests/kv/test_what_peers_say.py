@@ -56,7 +56,7 @@ def test_more_blocks_than_there_are(
         lying = msgspec.structs.replace(peer, worker=more)
         read_now(transport, lying, [40], ours.blocks, [0], WAIT_S)
     assert raised.value.cause == "range"
-    lying = msgspec.structs.replace(peer, node_id="liar", worker=more)
+    lying = msgspec.structs.replace(peer, node_id="prefill-9", worker=more)
     with pytest.raises(TransferError) as raised:
         transport.connect(lying)
         read_now(transport, lying, [40], ours.blocks, [0], WAIT_S)
