@@ -127,6 +127,8 @@ def begun(arguments: argparse.Namespace, words: list[str]) -> Results:
                 "it begins anew"
             )
     old.drop_failures()
+    if command not in old.command:
+        old.command += f"; {command}"
     return old
 
 
