@@ -107,10 +107,14 @@ class Run:
     def _answer(self, ask: Ask, planned_s: float) -> str | None:
         """None: it was refused to the end, left, or has failed."""
         for attempt in itertools.count():
-            phase = self.plan.phase_name(planned_s)
-            about = {"prompt": ask.name, "kind": ask.kind, "phase": phase}
-            times = {"planned_s": planned_s, "sent_s": self.now_s()}
-            sample = Sample(attempt=attempt, **about, **times)
+            sample = Sample(
+                phase=self.plan.phase_name(planned_s),
+                prompt=ask.name,
+                kind=ask.kind,
+                attempt=attempt,
+                planned_s=planned_s,
+                sent_s=self.now_s(),
+            )
             wait_s, text = self._attempt(ask, sample)
             if sample.outcome != "refused":
                 return text if sample.outcome == "right" else None
