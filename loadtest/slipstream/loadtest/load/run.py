@@ -106,7 +106,7 @@ class Run:
 
     def _answer(self, ask: Ask, planned_s: float) -> str | None:
         """None: it was refused to the end, left, or has failed."""
-        for attempt in itertools.count():
+        for attempt in range(self.settings.retries + 1):
             sample = Sample(
                 phase=self.plan.phase_name(planned_s),
                 prompt=ask.name,
@@ -118,13 +118,12 @@ class Run:
             wait_s, text = self._attempt(ask, sample)
             if sample.outcome != "refused":
                 return text if sample.outcome == "right" else None
-            if attempt < self.settings.retries and self.plan.asks(self.now_s() + wait_s):
-                time.sleep(wait_s)
-                planned_s = self.now_s()
-            else:
-                sample.refused_finally = True
-                return None
-        raise AssertionError
+            if attempt == self.settings.retries or not self.plan.asks(self.now_s() + wait_s):
+                break
+            time.sleep(wait_s)
+            planned_s = self.now_s()
+        sample.refused_finally = True
+        return None
 
     def _attempt(self, ask: Ask, sample: Sample) -> tuple[float, str]:
         """How long to wait before the next one, and the answer."""
