@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("load")
     for field in msgspec.structs.fields(Settings):
         kind, meta = get_args(field.type)
-        told = f"{meta.description} Default: {field.default or 'none'}"
+        told = f"{meta.description} Default: {field.default if field.default != '' else 'empty'}."
         flag = "--" + field.name.replace("_", "-")
         group.add_argument(flag, type=kind, default=field.default, help=told.replace("%", "%%"))
 
