@@ -17,7 +17,7 @@ from loadtest.fake_chat import Fake
 ROOT = Path(__file__).resolve().parents[2]
 LOCUSTFILE = ROOT / "loadtest/slipstream/loadtest/load/locustfile.py"
 SHORT = ("--warm-up-s", "0", "--drain-s", "3", "--prompt-tokens", "8", "--output-tokens", "8")
-USERS = (*SHORT, "--scenario", "multi-turn", "--phase-s", "1", "--clients", "3")
+USERS = (*SHORT, "--scenario", "multi-turn", "--phase-s", "0.5", "--clients", "3")
 
 
 class Outcome:
@@ -154,7 +154,7 @@ async def test_a_step_that_refuses_nothing_was_no_overload(tmp_path: Path) -> No
 async def test_scenarios(tmp_path: Path, scenario: str, kind: str, words: tuple[str, ...]) -> None:
     fake = Fake(room=99)
     async with serving(fake) as url:
-        own = ("--scenario", scenario, "--phase-s", "1", "--clients", "3", *words)
+        own = ("--scenario", scenario, "--phase-s", "0.8", "--clients", "3", *words)
         done = await locust(url, tmp_path, *SHORT, *own)
     assert done.code == 0, done.said
     kinds = {one["name"]: one for one in done.report["kinds"]}

@@ -17,7 +17,7 @@ from slipstream.loadtest.load.page import lines, page
 from slipstream.loadtest.load.report import Client, report_of
 from slipstream.loadtest.load.run import Run
 from slipstream.loadtest.load.scenarios import SCENARIOS
-from slipstream.loadtest.load.settings import Settings, add_arguments, settings_of
+from slipstream.loadtest.load.settings import add_arguments, settings_of
 
 log = logging.getLogger("slipstream.load")
 SPAWN_PER_S = 100.0
@@ -138,7 +138,7 @@ def _arguments(parser: ArgumentParser) -> None:
 def _check(environment: Any, **_: Any) -> None:
     """SystemExit: what was asked for cannot be done."""
     try:
-        settings: Settings = settings_of(environment.parsed_options)
+        settings = settings_of(environment.parsed_options)
         if settings.scenario not in SCENARIOS:
             raise ValueError(f"--scenario: expected one of {', '.join(SCENARIOS)}")
         if not isinstance(environment.runner, LocalRunner):

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -42,7 +43,7 @@ class Run:
         self._origin_s = time.monotonic()
         self._origin_cpu_s = time.process_time()
         self._numbers = itertools.count()
-        self._in_flight: dict[int, Sample] = {}
+        self._in_flight: dict[int, tuple[Sample, Stream]] = {}
         self._arrived_s = -1.0
         """Beginning of the part whose arrivals somebody sends or has sent."""
 
@@ -80,9 +81,9 @@ class Run:
 
     def finish(self) -> None:
         """What is in flight now is lost."""
-        for sample in self._in_flight.values():
+        for sample, stream in self._in_flight.values():
             sample.problem = f"in flight {self.settings.drain_s:g} s after the last phase"
-            sample.end_s = self.now_s()
+            self._measure(sample, stream)
             self._keep(sample)
         self._in_flight.clear()
 
@@ -94,7 +95,7 @@ class Run:
                 self.not_sent += 1
                 continue
             ask = self._asks.first(next(self._numbers))
-            self._spawn(lambda ask=ask, planned_s=begin_s + at_s: self._converse(ask, planned_s))
+            self._spawn(partial(self._converse, ask, begin_s + at_s))
 
     def _converse(self, first: Ask, planned_s: float) -> None:
         ask: Ask | None = first
@@ -128,14 +129,11 @@ class Run:
     def _attempt(self, ask: Ask, sample: Sample) -> tuple[float, str]:
         """How long to wait before the next one, and the answer."""
         key = id(sample)
-        self._in_flight[key] = sample
         stream = Stream()
+        self._in_flight[key] = sample, stream
         reply = self._server.chat(self._body(ask), ask, stream)
         wait_s = 0.0
-        sample.times_s = [at_s - self._origin_s for at_s in stream.times_s]
-        sample.end_s = self.now_s()
-        sample.tokens = stream.tokens or len(stream.times_s)
-        sample.prompt_tokens, sample.cached_tokens = stream.prompt_tokens, stream.cached_tokens
+        self._measure(sample, stream)
         if reply.status == 429:
             try:
                 wait_s = accepted_retry_after(reply.retry_after)
@@ -147,6 +145,12 @@ class Run:
         if self._in_flight.pop(key, None) is not None:
             self._keep(sample)
         return wait_s, stream.text
+
+    def _measure(self, sample: Sample, stream: Stream) -> None:
+        sample.times_s = [at_s - self._origin_s for at_s in stream.times_s]
+        sample.end_s = self.now_s()
+        sample.tokens = stream.tokens or len(stream.times_s)
+        sample.prompt_tokens, sample.cached_tokens = stream.prompt_tokens, stream.cached_tokens
 
     def _judge(self, ask: Ask, sample: Sample, reply: Reply, stream: Stream) -> None:
         """Of an answer that is no refusal: its outcome and what is wrong with it."""
