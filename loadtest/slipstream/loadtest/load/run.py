@@ -10,6 +10,7 @@ import msgspec
 from slipstream.loadtest.load.answers import Answers
 from slipstream.loadtest.load.asks import Ask, Asks
 from slipstream.loadtest.load.connection import Reply, Server, accepted_retry_after
+from slipstream.loadtest.load.numbers import token_events
 from slipstream.loadtest.load.plan import Plan, Span
 from slipstream.loadtest.load.sample import FAILURES, Sample
 from slipstream.loadtest.load.scenarios import CAPACITY, SCENARIOS, arrivals, phases
@@ -17,8 +18,8 @@ from slipstream.loadtest.load.settings import Settings
 from slipstream.loadtest.load.stream import Stream
 
 IDLE_S = 0.1
-STEADY_FROM = 0.3
-"""Share of a measurement after which its clients no longer all do the same."""
+WINDOWS = 21
+"""Halves of a measurement of capacity that are looked at, each a little later."""
 
 Fire = Callable[[str, str, float, int, str], None]
 """Kind and name of a metric, ms, bytes or tokens, a failure or empty."""
@@ -44,8 +45,6 @@ class Run:
         self._origin_cpu_s = time.process_time()
         self._numbers = itertools.count()
         self._in_flight: dict[int, tuple[Sample, Stream]] = {}
-        self._arrived_s = -1.0
-        """Beginning of the part whose arrivals somebody sends or has sent."""
 
     def now_s(self) -> float:
         return time.monotonic() - self._origin_s
@@ -61,23 +60,21 @@ class Run:
         self.plan.advance(self.now_s(), len(self._in_flight))
         if self.plan.over:
             return None
-        if len(self.plan.spans) > before and self.plan.part[0].load and not self.capacity_rps:
-            self.capacity_rps = capacity_rps(
-                self.plan.spans, self.samples, self.settings.output_tokens
-            )
+        if len(self.plan.spans) > before and self.plan.part[0].load:
+            if not self.capacity_rps:
+                tokens = self.settings.output_tokens
+                self.capacity_rps = capacity_rps(self.plan.spans, self.samples, tokens)
+            # Not by a user: locust ends those that are too many now, and asks nobody.
+            self._spawn(self._arrive)
         return self.plan.part[0].users or 1
 
     def act(self) -> None:
         """What a user does next."""
-        if not self.plan.spans or not self.plan.asks(self.now_s()):
-            time.sleep(IDLE_S)
-        elif self.plan.part[0].users:
-            self._converse(self._asks.first(next(self._numbers)), self.now_s())
-        elif self._arrived_s == self.plan.begin_s:
+        now_s = self.now_s()
+        if not self.plan.spans or not self.plan.part[0].users or not self.plan.asks(now_s):
             time.sleep(IDLE_S)
         else:
-            self._arrived_s = self.plan.begin_s
-            self._arrive()
+            self._converse(self._asks.first(next(self._numbers)), now_s)
 
     def finish(self) -> None:
         """What is in flight now is lost."""
@@ -204,12 +201,14 @@ class Run:
 
 
 def capacity_rps(spans: list[Span], samples: list[Sample], output_tokens: int) -> float:
-    """By the pieces of text that came when the measurement had become steady."""
+    """By the tokens that came in the best half of the measurement: what was slow at its beginning,
+    when all clients did the same, or for another reason, does not count."""
     span = next(span for span in spans if span.phase.name == CAPACITY)
-    begin_s = span.begin_s + STEADY_FROM * (span.end_s - span.begin_s)
-    tokens = 0.0
-    for sample in samples:
-        came = sum(begin_s <= at_s < span.end_s for at_s in sample.times_s)
-        if came:
-            tokens += came * sample.tokens / len(sample.times_s)
-    return tokens / output_tokens / (span.end_s - begin_s)
+    window_s = (span.end_s - span.begin_s) / 2
+    times_s, tokens = token_events(samples)
+    best = 0.0
+    for step in range(WINDOWS):
+        begin_s = span.begin_s + window_s * step / (WINDOWS - 1)
+        inside = (times_s >= begin_s) & (times_s < begin_s + window_s)
+        best = max(best, float(tokens[inside].sum()))
+    return best / output_tokens / window_s

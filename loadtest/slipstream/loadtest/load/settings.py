@@ -27,7 +27,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             description="Users where a scenario is about users or capacity is measured: each asks "
             "anew when it has its answer.",
         ),
-    ] = 24
+    ] = 16
     capacity_rps: Annotated[
         float, Meta(ge=0, description="Requests a second that the server can do; 0: measured.")
     ] = 0.0
