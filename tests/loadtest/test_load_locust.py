@@ -85,7 +85,7 @@ async def test_a_step_to_three_times_what_the_server_can_do(tmp_path: Path) -> N
     page = (tmp_path / "report.html").read_text()
     seen = Loads()
     seen.feed(page)
-    assert seen.plots == 6 and not seen.found
+    assert seen.plots == 5 and not seen.found
     assert "✓ held" in page and "✗" not in page
 
 

@@ -26,6 +26,7 @@ from slipstream.loadtest.load.scenarios import (
 from slipstream.loadtest.load.settings import Settings
 from slipstream.loadtest.load.stream import Stream
 from slipstream.loadtest.load.svg import TICKS, Line, plot, tick_step
+from slipstream.loadtest.load.svg import Span as svg_span
 
 CALM = Client(cpu_share=0.1, not_sent=0, crashes=0, compared=0, interrupted=False)
 
@@ -279,7 +280,9 @@ def test_ticks_reach_the_highest_value(highest: float) -> None:
 
 
 def test_a_plot_keeps_gaps_and_shows_lone_values() -> None:
-    svg = plot("<a>", [Line("x", [1.0, 2.0, None, 3.0, None, None])], 1.0, [], target=4.0)
+    spans = [svg_span("fits", 0, 5), svg_span("too narrow", 5, 5.5)]
+    svg = plot("<a>", [Line("x", [1.0, 2.0, None, 3.0, None, None])], 1.0, spans, target=4.0)
+    assert "fits" in svg and "narrow" not in svg and svg.count('"phase" d=') == 2
     assert svg.count('class="c0" d="M') == 2  # one of them in the legend
     assert svg.count("<circle") == 1 and 'class="target"' in svg
     assert "&lt;a&gt;" in svg and "<a>" not in svg

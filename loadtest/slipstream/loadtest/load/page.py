@@ -162,6 +162,7 @@ def _plots(report: Report) -> list[str]:
             ("ITL, ms", [Line("p95", itl_ms)], None),
             ("Failures a second", [Line("failures", series.failed_per_s)], None),
         )
+        if drawn[0].label != "failures" or report.failures
     ]
 
 

@@ -8,6 +8,8 @@ import msgspec
 
 WIDTH, HEIGHT = 760, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 24
+LETTER = 6
+"""Width of one."""
 TICKS = 4
 
 Scale = Callable[[float], float]
@@ -50,8 +52,9 @@ def plot(
     for span in spans:
         at = x(span.begin_s)
         parts.append(f'<path class="phase" d="M{at:.1f} {TOP - 12}V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="phase" x="{at + 3:.1f}" y="{TOP - 3}">')
-        parts.append(f"{escape(span.label)}</text>")
+        if x(span.end_s) - at > LETTER * len(span.label):
+            parts.append(f'<text class="phase" x="{at + 3:.1f}" y="{TOP - 3}">')
+            parts.append(f"{escape(span.label)}</text>")
     if target is not None:
         level = f"M{LEFT} {y(target):.1f}H{WIDTH - RIGHT}"
         parts.append(f'<path class="target" d="{level}"/>')
@@ -110,6 +113,6 @@ def _legend(lines: Sequence[Line], target: float | None) -> Iterator[str]:
     at = WIDTH - RIGHT
     for name, label in reversed(entries):
         yield f'<text class="tick" text-anchor="end" x="{at}" y="12">{escape(label)}</text>'
-        at -= 6 * len(label) + 8
+        at -= LETTER * len(label) + 8
         yield f'<path class="{name}" d="M{at - 14} 8H{at}"/>'
         at -= 26
