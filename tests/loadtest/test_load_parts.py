@@ -236,6 +236,7 @@ def test_verdicts() -> None:
     fine = [*(sample(n, 0.5, "before") for n in range(4)), sample(6, 0.5, "step"), refused]
     assert not failed_checks(fine)
     assert failed_checks(fine, ttft_target_s=0.4) == {"p99 TTFT"}
+    assert not failed_checks([*fine, sample(7, 9.0, "step", kind="long")])
     assert failed_checks(fine[:-1]) == {"429, Retry-After"}
     assert failed_checks([]) == {"p99 TTFT", "429, Retry-After"}
     assert failed_checks(fine, goodput_share=0.2) == set()

@@ -116,12 +116,18 @@ class Run:
             wait_s, text = self._attempt(ask, sample)
             if sample.outcome != "refused":
                 return text if sample.outcome == "right" else None
-            if attempt == self.settings.retries or not self.plan.asks(self.now_s() + wait_s):
-                break
-            time.sleep(wait_s)
+            self._wait(wait_s)
             planned_s = self.now_s()
-        sample.refused_finally = True
+            if attempt == self.settings.retries or not self.plan.asks(planned_s):
+                sample.refused_finally = True
+                break
         return None
+
+    def _wait(self, wait_s: float) -> None:
+        """As told by the server, but not longer than there is anything to ask."""
+        until_s = self.now_s() + wait_s
+        while (now_s := self.now_s()) < until_s and self.plan.asks(now_s):
+            time.sleep(min(IDLE_S, until_s - now_s))
 
     def _attempt(self, ask: Ask, sample: Sample) -> tuple[float, str]:
         """How long to wait before the next one, and the answer."""

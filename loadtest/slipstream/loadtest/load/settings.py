@@ -43,7 +43,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_tokens: Annotated[int, Meta(ge=1, le=1_000_000, description="Of a usual prompt.")] = 100
     output_tokens: Annotated[int, Meta(ge=1, le=100_000, description="Of every answer.")] = 32
-    long_tokens: Annotated[int, Meta(ge=1, le=1_000_000, description="Of a long prompt.")] = 1500
+    long_tokens: Annotated[int, Meta(ge=1, le=1_000_000, description="Of a long prompt.")] = 1000
     shared_tokens: Annotated[
         int, Meta(ge=1, le=1_000_000, description="Of the system prompt that all share.")
     ] = 500
