@@ -25,6 +25,8 @@ class Fake:
     seen: Counter[str] = field(default_factory=Counter)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     busy: int = 0
+    nine: asyncio.Event = field(default_factory=asyncio.Event)
+    """So many requests have been accepted."""
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -50,6 +52,8 @@ class Fake:
             return web.json_response({"error": {}}, status=429, headers=headers)
         self.seen["accepted"] += 1
         self.bodies.append(body)
+        if len(self.bodies) == 9:
+            self.nine.set()
         accepted = self.seen["accepted"]
         bad = bool(self.fault) and accepted > 4 and accepted % self.each == 0
         self.seen["bad"] += bad

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -45,11 +46,15 @@ async def locust(url: str, folder: Path, *words: str) -> Outcome:
         *(*command, "--host", url, "--report-dir", str(folder), *words),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin"},
+        env=environment(),
     )
     said, _ = await process.communicate()
     assert process.returncode is not None
     return Outcome(process.returncode, said.decode(), folder)
+
+
+def environment() -> dict[str, str]:
+    return {"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin"}
 
 
 class Loads(HTMLParser):
@@ -134,6 +139,17 @@ async def test_a_refusal_must_say_when_to_come_again(tmp_path: Path, retry_after
     assert done.code == 1 and set(done.failed) == {"429, Retry-After", "error"}, done.said
 
 
+async def test_who_is_refused_waits(tmp_path: Path) -> None:
+    """Three users, each told to come again in 2 s, which is after the end."""
+    fake = Fake(room=0, retry_after="2")
+    async with serving(fake) as url:
+        done = await locust(url, tmp_path, *USERS)
+    assert done.code == 1 and set(done.failed) == {"p99 TTFT"}, done.said
+    assert "of 0 accepted" in done.failed["p99 TTFT"]
+    (users,) = done.report["phases"]
+    assert users["attempts"] == users["refused_finally"] == fake.seen["asked"] == 3
+
+
 async def test_a_step_that_refuses_nothing_was_no_overload(tmp_path: Path) -> None:
     async with serving(Fake(room=99)) as url:
         done = await locust(url, tmp_path, *SHORT, "--phase-s", "1", "--capacity-rps", "5")
@@ -181,3 +197,24 @@ async def test_nobody_there(tmp_path: Path) -> None:
 async def test_settings_that_cannot_be(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
     done = await locust("http://127.0.0.1:9", tmp_path, *words)
     assert done.code != 0 and told in done.said and "Traceback" not in done.said
+
+
+async def test_ctrl_c_leaves_a_report_of_what_has_been(tmp_path: Path) -> None:
+    """Through the command that people use."""
+    fake = Fake(room=99, token_s=0.02)
+    async with serving(fake) as url:
+        command = [sys.executable, "-m", "slipstream.loadtest.load", "--url", url]
+        process = await asyncio.create_subprocess_exec(
+            *(*command, "--report-dir", str(tmp_path), *USERS, "--phase-s", "60"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment(),
+        )
+        async with asyncio.timeout(60):
+            await fake.nine.wait()
+        process.send_signal(signal.SIGINT)
+        said, _ = await process.communicate()
+    done = Outcome(process.returncode or 0, said.decode(), tmp_path)
+    assert done.code == 128 + signal.SIGINT
+    assert set(done.failed) == {"client"} and "interrupted" in done.failed["client"], done.said
+    assert done.report["phases"][0]["accepted"] >= 6

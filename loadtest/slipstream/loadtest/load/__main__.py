@@ -61,7 +61,7 @@ async def locust(url: str, words: list[str]) -> int:
         return await process.wait()
     finally:
         if process.returncode is None:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # of SIGTERM locust dies without its listeners
             try:
                 await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
             except TimeoutError:

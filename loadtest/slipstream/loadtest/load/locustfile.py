@@ -58,7 +58,7 @@ class Shape(LoadTestShape):  # type: ignore[misc]
         if self.run is None:
             return
         run, self.run = self.run, None
-        run.finish()
+        run.finish(interrupted)
         client = Client(
             cpu_share=run.cpu_share,
             not_sent=run.not_sent,

@@ -76,8 +76,10 @@ class Run:
         else:
             self._converse(self._asks.first(next(self._numbers)), now_s)
 
-    def finish(self) -> None:
-        """What is in flight now is lost."""
+    def finish(self, interrupted: bool) -> None:
+        """What is in flight now is lost, unless somebody has ended the run before its time."""
+        if interrupted:
+            self._in_flight.clear()
         for sample, stream in self._in_flight.values():
             sample.problem = f"in flight {self.settings.drain_s:g} s after the last phase"
             self._measure(sample, stream)

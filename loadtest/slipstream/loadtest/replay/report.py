@@ -38,7 +38,7 @@ class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     cached_share: float
     reusable_share: float
-    """Of all prompt tokens: what one cache without end would have had."""
+    """Of the same prompts: what one cache without end would have had."""
     good: int
     good_share: float
     goodput_per_s: float
@@ -65,7 +65,8 @@ def report_of(
     right = [sample for sample in samples if sample.outcome == "right"]
     accepted = [sample for sample in samples if sample.accepted]
     elapsed_s = max((sample.end_s for sample in samples), default=0.0)
-    prompts = [request.prompt for request in requests]
+    pairs = zip(requests, samples, strict=True)
+    prompts = [request.prompt for request, sample in pairs if sample.accepted]
     prompt_tokens = sum(sample.prompt_tokens for sample in accepted)
     cached_tokens = sum(sample.cached_tokens for sample in accepted)
     good = sum(
