@@ -175,6 +175,7 @@ async def test_scenarios(tmp_path: Path, scenario: str, kind: str, words: tuple[
     assert done.code == 0, done.said
     kinds = {one["name"]: one for one in done.report["kinds"]}
     assert kinds[kind]["accepted"] > 1
+    assert kinds[kind]["left"] == kinds[kind]["accepted"] * (kind == "cancelled")
     assert 0.3 < kinds[kind]["cached_share"] <= 0.5 or kind == "cancelled"
     systems = {body["messages"][0]["content"] for body in fake.bodies}
     roles = [message["role"] for body in fake.bodies for message in body["messages"]]

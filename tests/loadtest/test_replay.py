@@ -85,9 +85,11 @@ def test_good_is_inside_both_limits() -> None:
 
     samples = [sample(0.5, 0.1), sample(1.5, 0.1), sample(0.5, 0.3), sample(0.5, 0.1)]
     samples[3].outcome = "wrong"
-    requests = [Request(1.0, [1, 2], 5)] * 4
+    samples.append(sample(0.5, 0.1, outcome="refused"))
+    requests = [Request(1.0, [*range(64)], 5)] * 5
     report = report_of(requests, samples, Limits(1.0, 0.2), {})
-    assert report.good == 1 and report.good_share == 0.25 and not report.ok
+    assert report.reusable_share == 3 * 48 / (4 * 64)  # of those that were accepted
+    assert report.good == 1 and report.good_share == 0.2 and not report.ok
     assert report.tpot_s.p50 == pytest.approx(0.1) and report.tpot_s.count == 3
 
 

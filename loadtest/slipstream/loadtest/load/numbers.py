@@ -40,6 +40,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     """Without those that came again after a refusal."""
     attempts: int
     accepted: int
+    left: int
+    """Accepted, and left by the client on purpose."""
     refused: int
     refused_finally: int
     failed: int
@@ -114,6 +116,7 @@ def group_of(name: str, samples: Sequence[Sample], target_s: float) -> Group:
         requests=len(first),
         attempts=len(samples),
         accepted=len(accepted),
+        left=sum(sample.outcome == "left" for sample in accepted),
         refused=len(refused),
         refused_finally=sum(sample.refused_finally for sample in refused),
         failed=sum(sample.outcome in FAILURES for sample in samples),

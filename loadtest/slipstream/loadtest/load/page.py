@@ -35,6 +35,7 @@ KINDS = (
     "kind",
     "requests",
     "accepted",
+    "left",
     "failed",
     "TTFT p50",
     "p95",
@@ -117,7 +118,7 @@ def _phase_row(group: Group) -> list[str]:
 def _kind_row(group: Group) -> list[str]:
     return [
         group.name,
-        *(str(number) for number in (group.requests, group.accepted, group.failed)),
+        *(str(number) for number in (group.requests, group.accepted, group.left, group.failed)),
         *_times(group),
         f"{group.cached_share:.0%}",
     ]

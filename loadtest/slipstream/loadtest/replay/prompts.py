@@ -50,12 +50,11 @@ def reusable_tokens(prompts: Iterable[list[int]]) -> int:
     seen: set[bytes] = set()
     total = 0
     for prompt in prompts:
-        name, hit, whole = b"", 0, True
+        name, hit = b"", 0
         for begin in range(0, len(prompt) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             block = array("I", prompt[begin : begin + BLOCK_TOKENS]).tobytes()
             name = blake2b(name + block, digest_size=16).digest()
-            whole = whole and name in seen
-            hit += BLOCK_TOKENS * whole
+            hit += BLOCK_TOKENS * (name in seen)
             seen.add(name)
         total += min(hit, (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
     return total
