@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from slipstream.cli.model_error import ModelError
 from slipstream.cli.model_folder import check_folder
+from slipstream.cli.progress import progress
 from slipstream.config import did_you_mean, format_bytes
 
 DEMO = "demo"
@@ -126,20 +126,11 @@ def _convert(source: Path, folder: Path, console: Console) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < 5 * source.stat().st_size:
         raise ModelError(f"{folder.parent}: {format_bytes(free)} free is too little for the model")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         target = Path(temporary) / "model"
         target.mkdir()
-        with Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        ) as bar:
-            task = bar.add_task("tensors", total=None)
-            convert_gguf(source, target, lambda done, n: bar.update(task, completed=done, total=n))
+        with progress(console, "tensors") as advance:
+            convert_gguf(source, target, advance)
         check_folder(target)
         (target / _STAMP).write_text(_stamp(source), encoding="utf-8")
         if folder.exists():

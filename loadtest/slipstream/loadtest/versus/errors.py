@@ -3,7 +3,3 @@
 
 class PeerMissing(Exception):
     """A peer cannot be installed or started."""
-
-
-class AnswerError(Exception):
-    """An answer that was refused, broken off, or not as long as wanted."""
