@@ -60,7 +60,6 @@ def test_what_is_little_faster_is_not_taken(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "slipstream doctor: expected transports, got nothing"),
         (["transport"], "did you mean transports"),
         (["transports", "--block-kib", "2048", "--mib", "1"], "--block-kib 2048 is more than"),
         (["transports", "--shm-dir", "/nowhere"], "--shm-dir /nowhere: No such file"),

@@ -70,7 +70,7 @@ class RunConfig(_Asking, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     headings: ClassVar[dict[str, str]] = {"model": "Server", "system": "Request", "json": "Output"}
 
-    prompt: Annotated[
+    text: Annotated[
         str, Meta(description="What to ask; -: standard input.", extra={"positional": "PROMPT"})
     ] = ""
     json: Annotated[bool, Meta(description="Print the answer and its numbers as JSON.")] = False

@@ -23,7 +23,7 @@ STANDARD_INPUT = "-"
 def run(loaded: Loaded, environ: Mapping[str, str]) -> int:
     """The exit code, after the answer's last word."""
     config = _understood(loaded, environ)
-    prompt = sys.stdin.read() if config.prompt == STANDARD_INPUT else config.prompt
+    prompt = sys.stdin.read() if config.text == STANDARD_INPUT else config.text
     if not prompt.strip():
         raise ConfigError(f"{PROG}: no prompt on standard input")
     url = base_url(config.url)
@@ -38,7 +38,7 @@ def _understood(loaded: Loaded, environ: Mapping[str, str]) -> RunConfig:
     """One word alone is the prompt, not the model."""
     config = loaded.config
     assert isinstance(config, RunConfig)
-    if not config.prompt and loaded.origin["model"] == "MODEL":
+    if not config.text and loaded.origin["model"] == "MODEL":
         word = config.model
         if word == DEMO or Path(word).exists():
             raise ConfigError(
@@ -47,8 +47,8 @@ def _understood(loaded: Loaded, environ: Mapping[str, str]) -> RunConfig:
             )
         file = ["--config", loaded.file] if loaded.file else []
         unsaid = load_with_origin(RunConfig, "run", file, environ).config.model
-        config = msgspec.structs.replace(config, model=unsaid, prompt=word)
-    if not config.prompt:
+        config = msgspec.structs.replace(config, model=unsaid, text=word)
+    if not config.text:
         raise ConfigError(f'{PROG}: PROMPT is missing: {PROG} "What is a KV block?"')
     return config
 
