@@ -56,10 +56,10 @@ def test_the_table(fake: FakeServer, capsys: Capture) -> None:
 
 def test_refusals_are_no_errors_and_are_waited_out(fake: FakeServer, capsys: Capture) -> None:
     fake.refusals = 2
-    assert bench(fake, "--warm-up", "0", "--concurrency", "1", "--requests", "3") == 0
-    out = capsys.readouterr().out
-    assert "refused    2 with 429, Retry-After up to 1 s" in out
-    assert "answers    1 in 2." in out, "a second for each refusal"
+    assert bench(fake, "--warm-up", "0", "--concurrency", "1", "--requests", "3", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["answers"], report["refused"], report["retry_after_s"]) == (1, 2, 1.0)
+    assert report["errors"] == {} and report["elapsed_s"] > 2.0, "a second for each refusal"
 
 
 @pytest.mark.parametrize(

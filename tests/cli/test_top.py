@@ -1,6 +1,5 @@
 """`slipstream top`: what it makes of two looks at a cluster, and how it shows that."""
 
-import time
 from typing import Any
 
 import msgspec
@@ -138,9 +137,8 @@ def test_sigterm_gives_the_terminal_back(fake: FakeServer) -> None:
     terminal = Terminal("top", "--url", fake.url, "--interval-s", "30")
     try:
         terminal.until("decode-0")
-        started_s = time.monotonic()
         terminal.process.terminate()
-        assert terminal.wait() == 0 and time.monotonic() - started_s < 10
+        assert terminal.wait() == 0
         assert terminal.text and terminal.raw.endswith("\x1b[?1049l")
     finally:
         terminal.close()

@@ -57,7 +57,7 @@ class Answer(msgspec.Struct, kw_only=True):
         cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
         said = [
             f"first token {self.ttft_s * 1e3:.0f} ms",
-            f"{self.output_tokens} tokens",
+            f"{self.output_tokens} token{'s' * (self.output_tokens != 1)}",
             f"{self.tokens_per_s:.1f} tokens/s" if self.tokens_per_s else "",
             f"prompt {self.prompt_tokens}{cached}",
             self.path,

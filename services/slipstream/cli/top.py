@@ -121,10 +121,10 @@ class _Top:
             return
         size = shutil.get_terminal_size((80, 24))
         foot = time.strftime("%H:%M:%S") + "  q quits"
-        whole = [*lines[: size.lines - 2], "", foot][: size.lines]
+        whole = [*lines[: size.lines - 2], ""][: size.lines - 1]
         # In one write, each line over what stood there: nothing is blank in between.
-        text = "\r\n".join(line[: size.columns] + _LINE_END for line in whole)
-        sys.stdout.write(_HOME + text + _REST)
+        full = "".join(line[: size.columns].ljust(size.columns) + "\n" for line in whole)
+        sys.stdout.write(_HOME + full + foot[: size.columns - 1] + _LINE_END + _REST)
         sys.stdout.flush()
 
     @contextlib.contextmanager
