@@ -21,6 +21,7 @@ def bench(fake: FakeServer, *flags: str) -> int:
 
 
 def test_all_answers_are_counted(fake: FakeServer, capsys: Capture) -> None:
+    fake.pause_s = 0.002
     flags = ["--json", "--concurrency", "2", "--prompt-tokens", "5", "--output-tokens", "9"]
     assert bench(fake, *flags) == 0
     report = json.loads(capsys.readouterr().out)
@@ -68,7 +69,7 @@ def test_refusals_are_no_errors_and_are_waited_out(fake: FakeServer, capsys: Cap
         ("refused", "HTTP 500"),
         ("error", "an error in the stream"),
         ("no_usage", "an answer without usage"),
-        ("cut", ""),
+        ("cut", "the answer was cut off"),
     ],
 )
 def test_errors_by_kind(fake: FakeServer, fault: str, kind: str, capsys: Capture) -> None:

@@ -36,6 +36,12 @@ def test_what_is_set_is_sent(fake: FakeServer) -> None:
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
+def test_a_model_that_the_server_has_not(fake: FakeServer, capsys: Capture) -> None:
+    assert main(["run", "fake-2b", "hi", "--url", fake.url]) == ExitCode.MODEL
+    said = f"{fake.url} has no model fake-2b (did you mean {MODEL}?); there: {MODEL}\n"
+    assert capsys.readouterr().err == f"slipstream run: {said}"
+
+
 def test_json(fake: FakeServer, capsys: Capture) -> None:
     assert main(["run", "--url", fake.url, "--json", "hi"]) == 0
     out, err = capsys.readouterr()

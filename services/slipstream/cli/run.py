@@ -14,7 +14,7 @@ from slipstream.cli.private_server import server
 from slipstream.client.api import Api, ApiError
 from slipstream.client.stream import AnswerError
 from slipstream.config import ConfigError, Loaded, SetupError, StartError, load_with_origin
-from slipstream.errors import ExitCode
+from slipstream.errors import ErrorCode, ExitCode
 
 PROG = "slipstream run"
 STANDARD_INPUT = "-"
@@ -60,7 +60,8 @@ def start_error(prog: str, error: AnswerError) -> StartError:
         return SetupError(f"{prog}: no server at {error}; {way_out}")
     if isinstance(error, ApiError) and error.status == 401:
         return SetupError(f"{prog}: {error}; give a key by --api-key or SLIPSTREAM_API_KEY")
-    return StartError(f"{prog}: {error}", ExitCode.FAILED)
+    no_model = isinstance(error, ApiError) and error.code == ErrorCode.MODEL_NOT_FOUND
+    return StartError(f"{prog}: {error}", ExitCode.MODEL if no_model else ExitCode.FAILED)
 
 
 async def _answer(config: RunConfig, url: str, model: str, prompt: str) -> int:

@@ -18,7 +18,7 @@ from slipstream.cli.client_config import TopConfig, base_url
 from slipstream.cli.run import start_error
 from slipstream.cli.top_sample import LATENCIES_OVER_S, Metrics, Sample, read_metrics, view
 from slipstream.cli.top_table import table
-from slipstream.client.api import Api, ApiError
+from slipstream.client.api import OK, Api, ApiError
 from slipstream.client.stream import short
 from slipstream.errors import ExitCode
 from slipstream.frontend.cluster import Cluster
@@ -150,4 +150,5 @@ async def _metrics(api: Api) -> Metrics:
     try:
         return read_metrics(raw.decode("utf-8", "replace"))
     except ValueError:
-        raise ApiError(f"{api.url}/metrics is not Prometheus' text: {short(raw)}") from None
+        said = f"{api.url}/metrics is not Prometheus' text: {short(raw)}"
+        raise ApiError(said, OK) from None

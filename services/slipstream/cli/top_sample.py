@@ -146,8 +146,8 @@ def _worker(worker: Worker, before: Sample, now: Sample) -> WorkerView:
     if load is None:
         return WorkerView(node_id=name, state="silent")
     past = next((one for one in before.cluster.workers if one.node_id == name), None)
-    known = past is not None and past.epoch == worker.epoch
-    old = past.load if known and past is not None else None
+    same = past is not None and past.epoch == worker.epoch and before is not now
+    old = past.load if same and past is not None else None
     rates = (before, now) if old is not None else (now, now)
 
     def rate(key: str) -> float | None:

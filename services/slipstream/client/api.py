@@ -1,7 +1,8 @@
 """Asks a server over HTTP. Everything ends in time: what is said in one line is an ApiError."""
 
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -9,12 +10,16 @@ import aiohttp
 import msgspec
 
 from slipstream.client.stream import AnswerError, Choice, Meter, short
+from slipstream.config import did_you_mean
+from slipstream.errors import ErrorCode
 
+OK = 200
 ASK_TIMEOUT_S = 5.0
 """For what a server knows without computing."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 300.0
 """Longest silence of a stream before it counts as broken off. Ours never is for more than 10 s."""
+_CUT = "the answer was cut off before its end"
 _REFUSAL_BYTES = 65_536
 
 S = TypeVar("S")
@@ -81,9 +86,10 @@ class Api:
         for card in cards:
             if name in ("", card.id):
                 return card
-        there = ", ".join(card.id for card in cards) or "none yet"
-        wanted = f"has no model {name}" if name else "has no model"
-        raise ApiError(f"{self.url} {wanted}; there: {there}", 404, "model_not_found")
+        names = [card.id for card in cards]
+        wanted = f"has no model {name}{did_you_mean(name, names)}" if name else "has no model"
+        there = ", ".join(names) or "none yet"
+        raise ApiError(f"{self.url} {wanted}; there: {there}", 404, ErrorCode.MODEL_NOT_FOUND)
 
     async def ask(self, path: str, kind: type[S]) -> S:
         """A JSON answer."""
@@ -91,13 +97,14 @@ class Api:
         try:
             return msgspec.json.decode(raw, type=kind)
         except msgspec.DecodeError:
-            raise ApiError(f"{self.url}{path} answers something else: {short(raw)}") from None
+            said = f"{self.url}{path} answers something else: {short(raw)}"
+            raise ApiError(said, OK) from None
 
     async def read(self, path: str) -> bytes:
         timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
         try:
             async with self._session.get(self.url + path, timeout=timeout) as reply:
-                if reply.status != 200:
+                if reply.status != OK:
                     raise await _refused(reply)
                 return await reply.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -105,29 +112,34 @@ class Api:
 
     async def stream(
         self, path: str, body: dict[str, Any], meter: Meter
-    ) -> AsyncIterator[list[Choice]]:
+    ) -> AsyncGenerator[list[Choice], None]:
         """The choices of a streamed answer as they come. AnswerError if it does not end well."""
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_S
         )
         wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        begun = False
         try:
             async with self._session.post(self.url + path, json=wanted, timeout=timeout) as reply:
                 self.headers = dict(reply.headers)
-                if reply.status != 200:
+                if reply.status != OK:
                     raise await _refused(reply)
+                begun = True
                 async for data in reply.content.iter_any():
                     yield meter.feed(data, time.perf_counter())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if begun:
+                raise AnswerError(_CUT) from None
             raise self._gone(error) from None
         if not meter.done:
-            raise AnswerError("the stream was cut off before its end")
+            raise AnswerError(_CUT)
 
     def _gone(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):
             reason = "no answer in time"
         elif isinstance(error, aiohttp.ClientConnectorError):
-            reason = error.os_error.strerror or str(error.os_error)
+            number = error.os_error.errno
+            reason = os.strerror(number) if number else str(error.os_error)
         else:
             reason = str(error) or type(error).__name__
         return ApiError(f"{self.url}: {reason}")
