@@ -13,6 +13,17 @@ from e2e.stack import PATIENCE_S, Stack
 QUESTION = "What is the capital of France?"
 
 
+MARK = "E2E_CLI"
+"""In the environment of what we start, and of all that this starts."""
+
+
+def is_marked(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get(MARK) == str(os.getpid())
+    except psutil.Error:  # it has just ended, or is somebody else's
+        return False
+
+
 def slipstream(*words: str, typed: str = "", **settings: str) -> "subprocess.CompletedProcess[str]":
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")}
     return subprocess.run(
@@ -21,6 +32,7 @@ def slipstream(*words: str, typed: str = "", **settings: str) -> "subprocess.Com
         env={
             **environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            MARK: str(os.getpid()),
             **{f"SLIPSTREAM_{name}": value for name, value in settings.items()},
         },
         capture_output=True,
@@ -42,7 +54,6 @@ def test_run(stack: Stack) -> None:
 
 
 def test_run_starts_a_server_of_its_own_and_ends_it() -> None:
-    before = {process.pid for process in psutil.process_iter()}
     settings = {"KV_CACHE_BYTES": "64MiB", "MAX_MODEL_LEN": "512", "DTYPE": "float32"}
     asked = slipstream(
         "run", "demo", "--temperature", "0", "--max-tokens", "12", QUESTION, **settings
@@ -51,11 +62,7 @@ def test_run_starts_a_server_of_its_own_and_ends_it() -> None:
     assert "Paris" in asked.stdout
     (line,) = asked.stderr.splitlines()
     assert line.startswith("first token ")
-    left = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if process.pid not in before and "slipstream" in " ".join(process.info["cmdline"] or ())
-    ]
+    left = [process for process in psutil.process_iter() if is_marked(process)]
     assert not left
 
 

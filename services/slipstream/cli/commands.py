@@ -56,7 +56,7 @@ class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: Annotated[
         str,
         Meta(
-            description="Model folder, .gguf file or demo: does it fit into memory?",
+            description="Model folder, .gguf file or demo that should fit into memory.",
             extra={"positional": "MODEL"},
         ),
     ] = "demo"
