@@ -21,7 +21,7 @@ class FakeServer:
         self.pause_s = 0.0
         """Before each word."""
         self.fault = ""
-        """refused, overflow, cut, error, no_usage, silent; from the request on that comes next."""
+        """refused, overflow, cut, unfinished, error, no_usage, silent: from now on."""
         self.refusals = 0
         """So many more requests get 429 first."""
         self.asked: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ class FakeServer:
             await asyncio.sleep(self.pause_s)
             await say({"choices": [{"delta": {"content": word}} if chat else {"text": word}]})
             self.tokens_total += 1
-        if self.fault == "cut":
+        if self.fault in ("cut", "unfinished"):
             return
         if self.fault == "error":
             await say({"error": {"message": "lost it"}})

@@ -81,6 +81,7 @@ async def test_something_else_than_json_is_shown_in_short(fake: FakeServer) -> N
         ("refused", "^HTTP 500: out of order$"),
         ("overflow", f"^HTTP 400: .*{CONTEXT} tokens"),
         ("error", "^an error in the stream: .*lost it"),
+        ("unfinished", "^the answer was cut off before its end$"),
         ("cut", "^the answer was cut off before its end$"),
     ],
 )

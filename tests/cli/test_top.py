@@ -47,10 +47,16 @@ def test_one_look_has_no_rates() -> None:
 
 
 def test_a_worker_that_began_anew_is_not_held_against_its_past() -> None:
-    again = fake_server.cluster(2)["workers"]
+    again = fake_server.cluster(5)["workers"]
     again[0] = {**again[0], "epoch": "18"}
-    seen = view([sample(5, 10.0), sample(2, 11.0, workers=again)])
+    seen = view([sample(2, 10.0), sample(5, 11.0, workers=again)])
     assert seen.workers[0].tokens_per_s is None and seen.workers[0].blocks_in_per_s is None
+
+
+def test_a_frontend_that_began_anew_has_no_negative_rate() -> None:
+    seen = view([sample(5, 10.0), sample(2, 11.0)])
+    assert seen.tokens_per_s is None and seen.requests_per_s is None
+    assert seen.ttft_ms.p50 is None
 
 
 def test_another_frontend_counts_for_itself() -> None:
