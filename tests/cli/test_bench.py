@@ -6,6 +6,7 @@ import json
 import pytest
 
 from cli.fake_server import FakeServer
+from cli.terminal import Terminal
 from slipstream.cli.bench import report_of, screen
 from slipstream.cli.bench_load import Answered, Failed, Load, Measured
 from slipstream.cli.client_config import BenchConfig
@@ -144,3 +145,19 @@ def test_no_server(capsys: Capture) -> None:
     assert main(["bench", "--url", "http://127.0.0.1:9"]) == ExitCode.SETUP
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("slipstream bench: no server at http://127.0.0.1:9: Connection refused")
+
+
+def test_in_a_terminal_there_is_a_bar_and_ctrl_c_shows_what_there_is(fake: FakeServer) -> None:
+    fake.pause_s = 0.05
+    terminal = Terminal("bench", "--url", fake.url, "--requests", "1000", "--warm-up", "0")
+    try:
+        terminal.until("requests")
+        terminal.until("/1000")
+        while len(fake.asked) < 20:
+            terminal.until("/1000")
+        terminal.type("\x03")
+        terminal.until("stopped after ")
+        assert terminal.wait() == ExitCode.INTERRUPTED
+        assert "errors     0" in terminal.text and "Traceback" not in terminal.text
+    finally:
+        terminal.close()

@@ -50,7 +50,8 @@ def test_errors_are_one_line_without_a_traceback() -> None:
 def test_missing_model_stops_before_anything_starts() -> None:
     result = run("serve", "/no/such/model", "--port", "59871")
     assert result.returncode == 4
-    assert result.stderr == "slipstream serve: /no/such/model: no such folder or file\n"
+    way_out = "give one, a hub id such as org/name, or demo"
+    assert result.stderr == f"slipstream serve: /no/such/model: no such folder or file; {way_out}\n"
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest import fake_openai as fake
-from slipstream.client.stream import AnswerError
 from slipstream.loadtest.versus.client import Answer, Client, Meter, model_name, new_session
+from slipstream.loadtest.versus.errors import AnswerError
 from slipstream.loadtest.versus.loads import Load, PrefixLoad, prompt, run, warm_up
 
 

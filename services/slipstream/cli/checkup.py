@@ -36,7 +36,7 @@ def fail(name: str, found: str, way_out: str) -> Check:
 
 
 def checks(config: DoctorConfig, environ: Mapping[str, str]) -> Iterator[Check]:
-    """Each by itself; one that goes wrong does not keep the others away."""
+    """In the order in which they are shown."""
     from slipstream.cli import checks_around, checks_host, checks_software
 
     yield from checks_software.packages()

@@ -60,7 +60,9 @@ def prepare(spec: str, cache: Path, console: Console) -> Model:
         folder = _from_hub(spec, console)
         check_folder(folder)
         return Model(folder, spec.rpartition("/")[2])
-    raise ModelError(f"{spec}: no such folder or file{did_you_mean(spec, [DEMO])}")
+    hint = did_you_mean(spec, [DEMO])
+    way_out = f"; give one, a hub id such as org/name, or {DEMO}"
+    raise ModelError(f"{spec}: no such folder or file{hint or way_out}")
 
 
 def link_to(folder: Path, link: Path) -> None:
@@ -136,9 +138,12 @@ def _convert(source: Path, folder: Path, console: Console) -> None:
         ) from None
     size = format_bytes(source.stat().st_size)
     console.print(f"Preparing {folder.name} from {source.name} ({size}); once only.")
-    free = shutil.disk_usage(folder.parent).free
-    if free < 5 * source.stat().st_size:
-        raise ModelError(f"{folder.parent}: {format_bytes(free)} free is too little for the model")
+    free, need = shutil.disk_usage(folder.parent).free, 5 * source.stat().st_size
+    if free < need:
+        raise ModelError(
+            f"{folder.parent}: {format_bytes(free)} free, {format_bytes(need)} are needed to "
+            "convert the model; make room, or set XDG_CACHE_HOME"
+        )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         target = Path(temporary) / "model"
         target.mkdir()

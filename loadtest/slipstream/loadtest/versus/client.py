@@ -7,7 +7,8 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.client import stream
-from slipstream.client.stream import AnswerError, short
+from slipstream.client.stream import short
+from slipstream.loadtest.versus.errors import AnswerError
 
 PATIENCE_S = 1800.0
 """Longer than any answer takes; a server that hangs ends its measurement, not the comparison."""

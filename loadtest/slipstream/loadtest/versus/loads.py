@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from slipstream.client.stream import AnswerError
 from slipstream.loadtest.versus.client import Answer, Client
+from slipstream.loadtest.versus.errors import AnswerError
 
 TOKEN_IDS = range(256, 40_000)
 """Ids that are text in the vocabulary of every model here: no special tokens, no single bytes."""

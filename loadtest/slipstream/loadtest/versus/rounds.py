@@ -5,11 +5,10 @@ from pathlib import Path
 
 import aiohttp
 
-from slipstream.client.stream import AnswerError
 from slipstream.loadtest.versus import results as kept
 from slipstream.loadtest.versus import server as servers
 from slipstream.loadtest.versus.client import Client, drafts, model_name, new_session
-from slipstream.loadtest.versus.errors import PeerMissing
+from slipstream.loadtest.versus.errors import AnswerError, PeerMissing
 from slipstream.loadtest.versus.loads import Load, PrefixLoad, run, warm_up
 from slipstream.loadtest.versus.peers import Peer, Site
 from slipstream.loadtest.versus.report import page
