@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import socket
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from cli.fakes import write_model
 from slipstream.cli import checks_around, checks_host, checks_software
 from slipstream.cli.checkup import Check, State, fail, ok, screen, warn
 from slipstream.cli.main import main
+from slipstream.cli.plan import redis_binary
 from slipstream.curve import generate
 from slipstream.errors import ExitCode
 from slipstream.types import Role
@@ -106,9 +108,36 @@ def test_what_redis_says_of_itself(info: dict[str, Any], state: State, said: str
     assert found.state is state and said in f"{found.found} {found.way_out}"
 
 
-def test_a_redis_that_is_not_there() -> None:
-    found = checks_around.redis("redis://:hunter2@127.0.0.1:9/0", {})
-    assert found.state is State.FAIL and "hunter2" not in found.found
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2@127.0.0.1:9/0",
+        "rediss://:hunter2@127.0.0.1:9/0",
+        "unix://:hunter2@/nowhere/redis.sock",
+        "redis+cluster://:hunter2@127.0.0.1:9",
+        "redis+sentinel://:hunter2@127.0.0.1:9/m/0",
+    ],
+)
+def test_a_redis_that_is_not_there(url: str) -> None:
+    found = checks_around.redis(url, {})
+    assert found.state is State.FAIL and "hunter2" not in found.found + found.way_out
+
+
+def test_a_redis_that_is_there(short_path: Path) -> None:
+    server = redis_binary("redis-server", os.environ)
+    words = [server, "--port", "0", "--unixsocket", str(short_path / "r"), "--save", ""]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline_s = time.monotonic() + 20
+            while not (short_path / "r").exists() and time.monotonic() < deadline_s:
+                time.sleep(0.02)
+            found = checks_around.redis(f"unix://{short_path / 'r'}", {})
+            assert found.state is State.OK and "noeviction" in found.found, found
+        finally:
+            process.terminate()
+
+
+def test_a_url_that_is_none() -> None:
     found = checks_around.redis("http://h", {})
     assert found.state is State.FAIL and "expected redis://" in found.found
 
@@ -193,6 +222,8 @@ def test_a_model_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checks_host.memory(str(model), {}).state is State.WARN
     monkeypatch.setattr(checks_host, "available_memory", lambda: 64 << 30)
     assert checks_host.memory(str(model), {}).state is State.OK
+    assert "its size is not known" in checks_host.memory("org/name", {}).found
+    assert checks_host.memory("nowhere", {}).state is State.WARN
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

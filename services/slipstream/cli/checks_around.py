@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from slipstream.cli.checks_software import numbers
 from slipstream.cli.checkup import Check, fail, ok, warn
@@ -52,7 +52,7 @@ def redis(url: str, environ: Mapping[str, str]) -> Check:
         info = asyncio.run(_redis_info(url))
     except ValueError as error:
         return fail("redis", str(error), "--redis-url redis://host:6379/0")
-    except (RedisError, OSError, TimeoutError) as error:
+    except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return fail("redis", f"does not answer: {reason}", way_out)
     return judged_redis(info)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from slipstream.cli.checks_software import numbers
 from slipstream.cli.checkup import Check, fail, ok, warn
-from slipstream.cli.models import DEMO, DEMO_NAME, demo_file, models_dir
-from slipstream.config import StartError, format_bytes
+from slipstream.cli.model_error import ModelError
+from slipstream.cli.models import DEMO, DEMO_NAME, HUB_ID, demo_file, models_dir
+from slipstream.config import format_bytes
 from slipstream.kv.cuda_driver import CudaDriver, CudaError
 from slipstream.runtime.memory import available_memory
 
@@ -57,7 +58,7 @@ def memory(model: str, environ: Mapping[str, str]) -> Check:
     found = f"{format_bytes(free)} free"
     try:
         weights = weight_bytes(model, environ)
-    except (StartError, OSError) as error:
+    except (ModelError, OSError) as error:
         return warn("memory", f"{found}; {error}", "give a MODEL: slipstream doctor MODEL")
     if weights is None:
         return ok("memory", f"{found}; {model} is not here, so its size is not known")
@@ -72,7 +73,7 @@ def memory(model: str, environ: Mapping[str, str]) -> Check:
 
 
 def weight_bytes(model: str, environ: Mapping[str, str]) -> int | None:
-    """None: a hub id, whose files are elsewhere. StartError, OSError: there is no such model."""
+    """None: a hub id, whose files are elsewhere. ModelError, OSError: there is no such model."""
     path = Path(model).expanduser()
     if model == DEMO:
         path = models_dir(environ) / DEMO_NAME
@@ -81,7 +82,9 @@ def weight_bytes(model: str, environ: Mapping[str, str]) -> int | None:
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if path.is_file():
         return 4 * path.stat().st_size  # at 4 to 5 bits in the file, 16 in memory
-    return None
+    if HUB_ID.fullmatch(model):
+        return None
+    raise ModelError(f"{model}: no such folder or file")
 
 
 def shared_memory(folder: str) -> Check:

@@ -25,7 +25,7 @@ DEMO_NAME = "smollm2-135m-instruct"
 _CONVERTER = 1
 """Raised when converted folders would come out differently, so that old ones are made again."""
 _STAMP = "slipstream.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -56,7 +56,7 @@ def prepare(spec: str, cache: Path, console: Console) -> Model:
             raise ModelError(f"{path}: expected a folder or a .gguf file")
         folder = cache / f"{path.stem}-{_digest(path)}"
         return Model(_converted(path, folder, console), path.stem)
-    if _HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
+    if HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
         folder = _from_hub(spec, console)
         check_folder(folder)
         return Model(folder, spec.rpartition("/")[2])
