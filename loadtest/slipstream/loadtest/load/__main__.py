@@ -43,9 +43,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def launch(admit_s: float, flags: list[str]) -> Launch:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    # A setting of the scheduler, for which `serve` has no flag.
-    command = ["env", f"SLIPSTREAM_TTFT_TARGET_S={admit_s:g}", sys.executable]
-    command += ["-m", "slipstream.cli.main", "serve", "--port", str(port), *flags]
+    command = [sys.executable, "-m", "slipstream.cli.main", "serve", "--port", str(port)]
+    command += ["--ttft-target-s", f"{admit_s:g}", *flags]
     return Launch([Program(command, f"{url}/readyz")], url)
 
 
