@@ -73,12 +73,22 @@ class Dispatcher:
             placement = place(demand, views, self.transfers, self.rules, turn, now_s)
             if placement is None:
                 break
-            waited_s = now_s - request.since_s
-            if self._judge(request, Expected(waited_s, placement.ttft_s, placement.alone_s)):
+            if self._judge(request, self._expected(request, placement, now_s)):
                 effects += self._assign(request, demand, placement, now_s)
         if not self.queue:
             self._full_since_s = now_s
         return effects
+
+    def _expected(self, request: Request, placement: Placement, now_s: float) -> Expected:
+        """By its price, and by how late those before it were; by its wait alone if no price is
+        known."""
+        waited_s = now_s - request.since_s
+        known = self.ledger.views[placement.computes].prices.knows_prompts
+        if not (placement.ttft_s and known):
+            return Expected(waited_s, 0.0)
+        # Not more than half of the target: else lateness would turn away who could mend it.
+        margin_s = min(self.decisions.margin_s(now_s), self.ttft_target_s / 2)
+        return Expected(waited_s, placement.ttft_s + margin_s, placement.alone_s)
 
     def _judge(self, request: Request, expected: Expected) -> bool:
         """Whether it stays; who is refused is in `late`."""
