@@ -56,6 +56,27 @@ class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"--block-kib {self.block_kib} is more than --mib {self.mib}")
 
 
+class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shows the way of one request through all services, with times."""
+
+    id: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="The answer's id, or its x-request-id header.",
+            extra={"positional": "ID"},
+        ),
+    ]
+    url: Annotated[str, Meta(description="Any frontend.")] = "http://127.0.0.1:8000"
+    json: Annotated[bool, Meta(description="Print JSON instead of a timeline.")] = False
+    mermaid: Annotated[bool, Meta(description="Print a Mermaid gantt chart instead.")] = False
+    svg: Annotated[str, Meta(description="Also draw it into this file; empty: do not.")] = ""
+
+    def __post_init__(self) -> None:
+        if self.json and (self.mermaid or self.svg):
+            raise ValueError("--json goes with neither --mermaid nor --svg")
+
+
 class ShowConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Prints each setting of a command, and where its value comes from. The options are those of
     that command."""
@@ -93,6 +114,7 @@ COMMANDS: dict[str, Command] = {
     "simulate fit": Command(FitConfig, "recordings to a file for simulate --step-model"),
     "model prepare": Command(PrepareConfig, "make a model folder ready, print its path"),
     "doctor transports": Command(DoctorConfig, "how KV blocks can move here, how fast, why not"),
+    "trace": Command(TraceConfig, "the way of one request through all services"),
     "keys make": Command(KeysConfig, "keys of the bus, one pair for each role"),
     "config show": Command(ShowConfig, "the settings of a command and their origin"),
     "config docs": Command(DocsConfig, "the reference page of all settings"),

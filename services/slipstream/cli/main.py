@@ -19,6 +19,7 @@ from slipstream.cli.commands import (
     FitConfig,
     KeysConfig,
     PrepareConfig,
+    TraceConfig,
     known_variables,
     unknown_variables,
 )
@@ -148,6 +149,14 @@ def _transports(command: str, rest: list[str], environ: Mapping[str, str]) -> in
     return ExitCode.OK
 
 
+def _trace(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(TraceConfig, command, rest, environ)
+    from slipstream.cli.trace import trace
+
+    print(trace(config))
+    return ExitCode.OK
+
+
 def _keys(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     config = load(KeysConfig, command, rest, environ)
     from slipstream.curve import generate
@@ -190,6 +199,7 @@ _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "simulate fit": _fit,
     "model prepare": _prepare,
     "doctor transports": _transports,
+    "trace": _trace,
     "keys make": _keys,
     "config show": _show,
     "config docs": _docs,

@@ -89,6 +89,10 @@ class Decisions:
             error = decision.predicted_ttft_s - decision.actual_ttft_s
             self._errors.append(abs(error) / decision.actual_ttft_s)
 
+    def of(self, request_id: RequestId) -> Decision | None:
+        """The last one of this request, if it is kept."""
+        return self._of.get(request_id, (None, 0.0))[0]
+
     def latest(self) -> list[tuple[Decision, float]]:
         """With when each was made, oldest first."""
         return list(self._of.values())

@@ -11,6 +11,7 @@ from collections import Counter
 import msgspec
 
 from slipstream.core.machine import (
+    Counted,
     Drain,
     Effect,
     Event,
@@ -68,12 +69,10 @@ class SchedulerMachine:
         self.fleet = Fleet(settings.index_stride)
         self.requests: dict[RequestId, Request] = {}
         self.counters: Counter[str] = Counter()
-        rules = Rules(settings.policy, settings.disaggregation)
-        self.dispatcher = Dispatcher(self.fleet, rules)
-        self.past = Past()
-        self._reports = Reports()
-        self._recovering = False
-        self._draining = False
+        self.dispatcher = Dispatcher(self.fleet, Rules(settings.policy, settings.disaggregation))
+        self.past, self._reports = Past(), Reports()
+        self._counted: dict[str, float] = {}
+        self._recovering = self._draining = False
         self._load_due_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
@@ -93,6 +92,7 @@ class SchedulerMachine:
             "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
             "role_shifts_total": self.dispatcher.roles.shifts,
             "nodes": len(self.fleet.nodes),
+            **self._counted,
         }
 
     def check(self) -> None:
@@ -134,6 +134,8 @@ class SchedulerMachine:
                 ]
             case Drain():
                 self._draining = True
+            case Counted(values):
+                self._counted = values
         return []
 
     def _received(self, source: NodeId, message: object, now_s: float) -> list[Effect]:
@@ -154,8 +156,7 @@ class SchedulerMachine:
                     self.dispatcher.computed(request, now_s)
                     self.dispatcher.decisions.first_token(message, now_s)
             case Located():
-                request = self._current(message.request_id, message.attempt)
-                self._located(request, message)
+                self._located(self._current(message.request_id, message.attempt), message)
             case JobStarted():
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and request.decode == source and request.prefill:
@@ -169,8 +170,7 @@ class SchedulerMachine:
     def _loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
         self.fleet.loads[source] = load
         self.dispatcher.transfers.learn(source, load.transfer_samples, now_s)
-        view = self.dispatcher.ledger.views.get(source)
-        if view is not None and load.step_samples:
+        if load.step_samples and (view := self.dispatcher.ledger.views.get(source)) is not None:
             view.prices.learn(load.step_samples, now_s)
 
     def _current(self, request_id: RequestId, attempt: int) -> Request | None:
