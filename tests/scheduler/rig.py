@@ -28,7 +28,8 @@ from slipstream.messages import (
     Submit,
     WorkerInfo,
 )
-from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
+from slipstream.scheduler.machine import SchedulerMachine
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import NodeId, Role, SamplingParams
 
 M = TypeVar("M")

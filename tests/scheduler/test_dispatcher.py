@@ -30,7 +30,7 @@ class Desk:
         request = Request(message, "tokenizer-0", 100.0, message.attempt, State.LOCATING)
         request.migrations = migrations
         self.live.append(request)
-        self.dispatcher.enqueue(request)
+        self.dispatcher.enqueue(request, 0.0)
         return request
 
     def dispatch(self, now_s: float = 0.0) -> list[Effect]:

@@ -1,5 +1,6 @@
 """One run: a cluster, clients, faults, and at the end an account of every request and block."""
 
+import math
 from dataclasses import dataclass, field
 from random import Random
 
@@ -23,7 +24,8 @@ from slipstream.messages import (
     TokenPrompt,
     WorkerInfo,
 )
-from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
+from slipstream.scheduler.machine import SchedulerMachine
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.scheduler.spans import SchedulerSpans
 from slipstream.spans import Trace, TraceContext
 from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
@@ -222,6 +224,7 @@ class Cluster:
                     policy=self.policy,
                     disaggregation=self.disaggregation,
                     max_migrations=100,
+                    ttft_target_s=(0.2, 5.0, math.inf)[self.seed % 3],
                     index_stride=1 + self.seed % 3,
                 )
                 return SchedulerMachine(info, settings)

@@ -29,8 +29,9 @@ from slipstream.messages import (
     WorkerLoad,
 )
 from slipstream.scheduler.demand import Placement
-from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
+from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.policy import place
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import NodeId, Role, SamplingParams
 
 TOKENIZER, INDEX = "tokenizer-0", "kvindex-0"

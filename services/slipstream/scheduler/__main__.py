@@ -1,5 +1,7 @@
 """`slipstream scheduler`."""
 
+import math
+
 import msgspec
 
 from slipstream.messages import SCHEDULER, NodeInfo
@@ -7,7 +9,8 @@ from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.shell import Executor, run_service
 from slipstream.runtime.wall import wall_offset_ns
 from slipstream.scheduler.config import SchedulerConfig
-from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
+from slipstream.scheduler.machine import SchedulerMachine
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.scheduler.spans import SchedulerSpans
 
 
@@ -26,6 +29,7 @@ def run(config: SchedulerConfig) -> int:
         disaggregation=config.disaggregation,
         max_requests=config.max_requests,
         max_request_timeout_s=config.max_request_timeout_s,
+        ttft_target_s=config.ttft_target_s or math.inf,
         locate_timeout_s=config.locate_timeout_s,
         recovery_grace_s=config.recovery_grace_s,
         max_migrations=config.max_migrations,

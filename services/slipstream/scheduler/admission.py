@@ -1,10 +1,18 @@
 """Why a request is not taken."""
 
+import math
+from typing import NamedTuple
+
 from slipstream.core.job import blocks_for
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
 from slipstream.scheduler.fleet import Fleet
+from slipstream.scheduler.past import RETRY_AFTER_MAX_S
 from slipstream.types import TOKEN_BYTES, count_tokens
+
+TIMES_ALONE = 2.0
+"""A prompt that takes long by itself may wait as long again, whatever the target: else long ones
+would be refused as long as anybody is served."""
 
 
 def refusal(
@@ -32,3 +40,30 @@ def refusal(
             "(--kv-cache-bytes). Shorten the prompt or max_tokens.",
         )
     return None
+
+
+class Expected(NamedTuple):
+    """The time to a request's first token, in seconds."""
+
+    waited_s: float
+    """Since its submission."""
+    ahead_s: float
+    """From now on."""
+    alone_s: float = 0.0
+    """If there was nothing else to do."""
+
+
+def too_late(expected: Expected, target_s: float) -> Problem | None:
+    """None if a request on which no work was done may still wait, or begin."""
+    first_s = expected.waited_s + expected.ahead_s
+    limit_s = max(target_s, TIMES_ALONE * expected.alone_s)
+    if first_s <= limit_s:
+        return None
+    wait_s = min(RETRY_AFTER_MAX_S, max(1.0, first_s - limit_s))
+    return Problem(
+        code=ErrorCode.QUEUE_FULL,
+        message=f"The workers are busy: the first token is expected {first_s:.1f} s after the "
+        f"request, the limit is {limit_s:.1f} s (--ttft-target-s). Try again in "
+        f"{math.ceil(wait_s)} s.",
+        retry_after_s=wait_s,
+    )

@@ -43,6 +43,8 @@ class Quote:
     view: WorkerView
     first_s: float
     """Until the first token."""
+    alone_s: float
+    """The same, if there was nothing else to do."""
     price_s: float
     """The same, and what others lose by it."""
     fetch_blocks: int
@@ -95,7 +97,8 @@ class Market:
         first_s = (backlog_s if backlog_s > wait_s else wait_s) + compute_s
         first_s += math.ceil(prompt.tokens / view.chunk_tokens) * step_s
         lost_s = self._streams_beside[view.device] * compute_s
-        return Quote(view, first_s, first_s + DELAY_WEIGHT * lost_s, fetch_blocks)
+        price_s = first_s + DELAY_WEIGHT * lost_s
+        return Quote(view, first_s, wait_s + compute_s, price_s, fetch_blocks)
 
     def stream_s(self, view: WorkerView) -> float:
         """What a stream pays for decoding there."""
@@ -186,6 +189,7 @@ class Market:
             holder=self.holder if quote.fetch_blocks else None,
             holder_blocks=quote.fetch_blocks,
             ttft_s=quote.first_s,
+            alone_s=quote.alone_s,
         )
 
 

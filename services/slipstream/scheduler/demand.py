@@ -44,6 +44,8 @@ class Placement:
     holder_blocks: int = 0
     ttft_s: float = 0.0
     """Predicted, from now on."""
+    alone_s: float = 0.0
+    """The same, if there was nothing else to do there."""
 
     @property
     def computes(self) -> NodeId:

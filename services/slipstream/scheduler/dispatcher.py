@@ -1,15 +1,19 @@
 """The queue, and the way out of it: onto workers, in order."""
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
+from slipstream.errors import Problem
 from slipstream.messages import Decode, Prefill, ShiftRole
+from slipstream.scheduler.admission import Expected, too_late
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.ledger import Ledger
+from slipstream.scheduler.past import Past
 from slipstream.scheduler.policy import Rules, place
 from slipstream.scheduler.prices import TransferPrices
 from slipstream.scheduler.request import Request, State
@@ -20,8 +24,11 @@ from slipstream.types import NodeId, RequestId
 class Dispatcher:
     """Requests wait here, not at the workers, so that they are placed by what is true then."""
 
-    def __init__(self, fleet: Fleet, rules: Rules):
-        self.fleet, self.rules = fleet, rules
+    def __init__(
+        self, fleet: Fleet, rules: Rules, past: Past | None = None, ttft_target_s: float = math.inf
+    ):
+        self.fleet, self.rules, self.ttft_target_s = fleet, rules, ttft_target_s
+        self._past = past or Past()
         self.ledger = Ledger()
         self.transfers = TransferPrices()
         self.decisions = Decisions()
@@ -30,13 +37,21 @@ class Dispatcher:
         self.placed: Counter[str] = Counter()
         self.waited_s = 0.0
         """Of all that were placed, together."""
+        self.late: list[tuple[Request, Problem]] = []
+        """In the queue, and not to be waited for any more: whoever drives this ends them."""
+        self._full_since_s = 0.0
+        """When the queue began; since then all places are taken."""
 
-    def enqueue(self, request: Request) -> None:
+    def enqueue(self, request: Request, now_s: float) -> None:
         """To the end of the queue; what had begun before goes to its head."""
+        ahead = len(self.queue)
         request.state = State.QUEUED
         self.queue[request.request_id] = request
         if request.submit.accepted or request.migrations:
             self.queue.move_to_end(request.request_id, last=False)
+        elif ahead:
+            wait_s = ahead / self._past.pace_per_s(self._full_since_s, now_s)
+            self._judge(request, Expected(now_s - request.since_s, wait_s))
 
     def remove(self, request: Request) -> None:
         self.queue.pop(request.request_id, None)
@@ -58,8 +73,25 @@ class Dispatcher:
             placement = place(demand, views, self.transfers, self.rules, turn, now_s)
             if placement is None:
                 break
-            effects += self._assign(request, demand, placement, now_s)
+            waited_s = now_s - request.since_s
+            if self._judge(request, Expected(waited_s, placement.ttft_s, placement.alone_s)):
+                effects += self._assign(request, demand, placement, now_s)
+        if not self.queue:
+            self._full_since_s = now_s
         return effects
+
+    def _judge(self, request: Request, expected: Expected) -> bool:
+        """Whether it stays; who is refused is in `late`."""
+        problem = None if request.begun else too_late(expected, self.ttft_target_s)
+        if problem is not None:
+            self.remove(request)
+            self.late.append((request, problem))
+        return problem is None
+
+    def expire(self, now_s: float) -> None:
+        """Nobody waits for longer than the target."""
+        for request in list(self.queue.values()):
+            self._judge(request, Expected(now_s - request.since_s, 0.0))
 
     def tick(self, now_s: float) -> list[Effect]:
         """To be called about once a second: prices of what is not used fade, roles shift. Who asks

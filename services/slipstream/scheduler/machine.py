@@ -42,25 +42,15 @@ from slipstream.scheduler.admission import refusal
 from slipstream.scheduler.dispatcher import Dispatcher
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import Past
-from slipstream.scheduler.policy import Disaggregation, Policy, Rules
+from slipstream.scheduler.policy import Rules
 from slipstream.scheduler.reports import Reports
 from slipstream.scheduler.request import Request, State, drop, failed, question
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import ATTEMPTS_PER_MOVE, NodeId, RequestId, Role
 
 TICK_S = 0.25
 LOAD_S = 1.0
 ORPHAN_GRACE_S = 10.0
-
-
-class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    policy: Policy = "cost"
-    disaggregation: Disaggregation = "auto"
-    max_requests: int = 1024
-    max_request_timeout_s: float = 3600.0
-    locate_timeout_s: float = 0.05
-    recovery_grace_s: float = 2.0
-    max_migrations: int = 3
-    index_stride: int = 1
 
 
 class SchedulerMachine:
@@ -69,8 +59,9 @@ class SchedulerMachine:
         self.fleet = Fleet(settings.index_stride)
         self.requests: dict[RequestId, Request] = {}
         self.counters: Counter[str] = Counter()
-        self.dispatcher = Dispatcher(self.fleet, Rules(settings.policy, settings.disaggregation))
+        rules = Rules(settings.policy, settings.disaggregation)
         self.past, self._reports = Past(), Reports()
+        self.dispatcher = Dispatcher(self.fleet, rules, self.past, settings.ttft_target_s)
         self._counted: dict[str, float] = {}
         self._recovering = self._draining = False
         self._load_due_s = 0.0
@@ -78,6 +69,9 @@ class SchedulerMachine:
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         effects = self._on(event, now_s)
         effects += self.dispatcher.dispatch(now_s)
+        late, self.dispatcher.late = self.dispatcher.late, []
+        for request, problem in late:
+            effects += self._fail(request, problem, now_s)
         if self._draining and not self.requests:
             effects.append(Exit())
         return effects
@@ -121,7 +115,7 @@ class SchedulerMachine:
             case TimerFired("reports"):
                 return self._drop_reports()
             case TimerFired(key) if key.startswith("locate "):
-                self._located(self.requests.get(key.removeprefix("locate ")), None)
+                self._located(self.requests.get(key.removeprefix("locate ")), None, now_s)
             case PeerDown(peer):
                 return self._peer_down(peer, now_s)
             case Started():
@@ -156,7 +150,8 @@ class SchedulerMachine:
                     self.dispatcher.computed(request, now_s)
                     self.dispatcher.decisions.first_token(message, now_s)
             case Located():
-                self._located(self._current(message.request_id, message.attempt), message)
+                request = self._current(message.request_id, message.attempt)
+                self._located(request, message, now_s)
             case JobStarted():
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and request.decode == source and request.prefill:
@@ -296,7 +291,7 @@ class SchedulerMachine:
         locate = question(request, self.fleet, self.settings.index_stride)
         indexes = self.fleet.of_role(Role.KVINDEX)
         if locate is None or not (indexes and self.settings.locate_timeout_s):
-            self.dispatcher.enqueue(request)
+            self.dispatcher.enqueue(request, now_s)
             return []
         request.state = State.LOCATING
         self.counters["locates"] += 1
@@ -304,13 +299,13 @@ class SchedulerMachine:
         timer = SetTimer(f"locate {request.request_id}", now_s + self.settings.locate_timeout_s)
         return [Send(index, locate), timer]
 
-    def _located(self, request: Request | None, found: Located | None) -> None:
+    def _located(self, request: Request | None, found: Located | None, now_s: float) -> None:
         """The index has answered, or not in time: then there are no hints."""
         if request is None or request.state is not State.LOCATING:
             return
         request.located(found, self.settings.index_stride)
         self.counters["located" if request.hints else "located_nowhere"] += 1
-        self.dispatcher.enqueue(request)
+        self.dispatcher.enqueue(request, now_s)
 
     def _adopt(self, request: Request, worker: NodeId, now_s: float) -> None:
         """It runs there, from before our time."""
@@ -381,6 +376,7 @@ class SchedulerMachine:
     def _tick(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = [SetTimer("tick", now_s + TICK_S)]
         self.past.expire(now_s)
+        self.dispatcher.expire(now_s)
         for request in list(self.requests.values()):
             if now_s >= request.deadline_s:
                 problem = Problem(

@@ -65,6 +65,11 @@ class Request:
         """Who may hold something of the current attempt."""
         return {node for node in (self.prefill, self.decode) if node is not None}
 
+    @property
+    def begun(self) -> bool:
+        """Work was done for it; it is not refused any more, however late it is."""
+        return bool(self.submit.accepted or self.submit.repeated or self.migrations)
+
     def demand(self) -> Demand:
         return Demand(self.request_id, self.num_tokens, self.num_blocks, self.hints, self.lower)
 

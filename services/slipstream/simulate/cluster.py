@@ -12,8 +12,9 @@ from slipstream.core.machine import Effect, Event, Machine, PeerUp, Send, Starte
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.messages import SCHEDULER, Decode, NodeInfo, WorkerInfo
-from slipstream.scheduler.machine import SchedulerMachine, SchedulerSettings
+from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.policy import Disaggregation, Policy
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.simulate.driver import Driver, Limits
 from slipstream.simulate.hardware import Hardware
 from slipstream.simulate.prompts import Prompts

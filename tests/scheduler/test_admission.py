@@ -1,0 +1,159 @@
+"""Requests that would wait for too long are refused before any work."""
+
+import math
+
+import pytest
+
+from scheduler.rig import DECODE, INDEX, TOKENIZER, WORKING, Rig, node
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    Decode,
+    Failed,
+    FirstToken,
+    Located,
+    Started,
+    StepSample,
+    StreamEnded,
+    WorkerLoad,
+)
+from slipstream.scheduler.admission import TIMES_ALONE, Expected, too_late
+from slipstream.scheduler.past import PACE_KNOWN_S, RATE_WINDOW_S, RETRY_AFTER_MAX_S, Past
+
+TARGET_S = 5.0
+
+
+@pytest.mark.parametrize(
+    ("expected", "retry_after_s"),
+    [
+        (Expected(0.0, TARGET_S), None),
+        (Expected(1.0, TARGET_S), 1.0),
+        (Expected(0.0, 12.0), 7.0),
+        (Expected(0.0, 500.0), RETRY_AFTER_MAX_S),
+        (Expected(0.0, TIMES_ALONE * 6.0, 6.0), None),
+        (Expected(3.0, TIMES_ALONE * 6.0, 6.0), 3.0),
+    ],
+)
+def test_who_comes_back_is_told_when(expected: Expected, retry_after_s: float | None) -> None:
+    problem = too_late(expected, TARGET_S)
+    if retry_after_s is None:
+        assert problem is None
+        return
+    assert isinstance(problem, Problem) and problem.code is ErrorCode.QUEUE_FULL
+    assert problem.retry_after_s == retry_after_s
+    assert f"{expected.waited_s + expected.ahead_s:.1f} s" in problem.message
+    assert "--ttft-target-s" in problem.message
+
+
+def test_no_target_no_refusal() -> None:
+    assert too_late(Expected(1e6, 1e6), math.inf) is None
+
+
+def test_the_pace_is_of_the_time_since_all_places_are_taken() -> None:
+    past = Past()
+    for number in range(8):
+        past.bury(f"r{number}", 1, None, 100.0 + number)
+    full = Problem(code=ErrorCode.QUEUE_FULL, message="Refused.")
+    past.bury("refused", 1, full, 107.0)
+    assert past.pace_per_s(100.0, 100.0 + PACE_KNOWN_S / 2) == math.inf
+    assert past.pace_per_s(103.0, 107.0) == pytest.approx((1 + 4) / 4)
+    assert past.pace_per_s(0.0, 107.0) == pytest.approx((1 + 8) / RATE_WINDOW_S)
+
+
+COUNTS = "steps running waiting waiting_tokens blocks_free blocks_used blocks_cached blocks_leased"
+SLOW = WorkerLoad(
+    **dict.fromkeys(COUNTS.split(), 0),  # type: ignore[arg-type]
+    step_samples=[StepSample(n, n * n, 0, 0, elapsed_s=n / 10) for n in (20, 60) * 16],
+)
+"""A prompt of 20 tokens takes two seconds there."""
+
+
+class Busy(Rig):
+    """Workers with four places."""
+
+    def __init__(self, ttft_target_s: float = TARGET_S, **settings: object):
+        super().__init__(*WORKING, ttft_target_s=ttft_target_s, **settings)
+
+    def place(self, *names: str) -> None:
+        for name in names:
+            self.submit(name)
+            self.hear(DECODE, Started(request_id=name, attempt=1))
+            assert self.state(name) == "decoding"
+
+    def end(self, name: str) -> None:
+        self.hear(TOKENIZER, StreamEnded(request_id=name))
+
+    def refused(self) -> list[str]:
+        problems = [failed for _, failed in self.all(Failed)]
+        assert all(failed.problem.code is ErrorCode.QUEUE_FULL for failed in problems)
+        return [failed.request_id for failed in problems]
+
+
+def test_nobody_waits_for_a_place_for_longer_than_the_target() -> None:
+    rig = Busy()
+    rig.place("a", "b", "c", "d")
+    rig.submit("e")
+    assert rig.state("e") == "queued" and not rig.refused()
+    rig.pass_time(TARGET_S - 0.1)
+    assert rig.state("e") == "queued"
+    rig.pass_time(0.5)
+    assert rig.refused() == ["e"] and rig.state("e") == ""
+    assert not rig.all(Decode), "no work was done for it"
+
+
+def test_who_stands_too_far_behind_is_told_at_once() -> None:
+    rig = Busy()
+    rig.place("a", "b", "c", "d")
+    rig.submit("first")
+    rig.submit("second")
+    rig.pass_time(2.0)
+    rig.end("a")
+    rig.pass_time(2.0)
+    taken = 0
+    while not rig.all(Failed):  # one has ended, one is about to: a place in two seconds
+        taken += 1
+        rig.submit(f"n{taken}")
+    assert rig.refused() == [f"n{taken}"] and taken == 3, "behind `second` and two more"
+    assert rig.problem().retry_after_s == pytest.approx(3 / (2 / 4) - TARGET_S)
+
+
+def test_who_would_compute_it_too_late_does_not_begin() -> None:
+    rig = Busy(disaggregation="never")
+    for _ in range(4):
+        rig.hear(DECODE, SLOW)
+    rig.submit("a")
+    rig.submit("b")
+    assert rig.state("a") == rig.state("b") == "decoding", "both within five seconds"
+    rig.submit("c")
+    assert rig.refused() == ["c"]
+    rig.hear(DECODE, FirstToken(request_id="a", attempt=1))
+    rig.submit("d")
+    assert rig.state("d") == "decoding"
+
+
+def test_a_prompt_that_takes_long_by_itself_is_taken_when_nothing_else_is_done() -> None:
+    rig = Busy(ttft_target_s=0.5, disaggregation="never")
+    for _ in range(4):
+        rig.hear(DECODE, SLOW)
+    rig.submit("a")
+    assert rig.state("a") == "decoding" and not rig.refused()
+
+
+def test_what_has_begun_is_not_refused() -> None:
+    rig = Busy()
+    rig.place("a", "b", "c", "d")
+    rig.submit("e", accepted=3, attempt=2)
+    rig.pass_time(3 * TARGET_S)
+    assert rig.state("e") == "queued" and not rig.refused()
+
+
+def test_the_index_may_take_its_time() -> None:
+    """The wait counts from the submission on."""
+    rig = Busy(locate_timeout_s=4.0)
+    rig.place("a", "b", "c", "d")
+    rig.join(node(INDEX))
+    rig.submit("e", hashes=bytes(64))
+    rig.pass_time(3.0)
+    rig.hear(INDEX, Located(request_id="e", attempt=1, blocks={}))
+    assert rig.state("e") == "queued"
+    rig.pass_time(2.5)
+    assert rig.refused() == ["e"]
