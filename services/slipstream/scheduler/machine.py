@@ -60,10 +60,12 @@ class SchedulerMachine:
         self.requests: dict[RequestId, Request] = {}
         self.counters: Counter[str] = Counter()
         rules = Rules(settings.policy, settings.disaggregation)
-        self.past, self._reports = Past(), Reports()
+        self.past = Past()
         self.dispatcher = Dispatcher(self.fleet, rules, self.past, settings.ttft_target_s)
+        self._reports = Reports()
         self._counted: dict[str, float] = {}
-        self._recovering = self._draining = False
+        self._recovering = False
+        self._draining = False
         self._load_due_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
@@ -165,7 +167,8 @@ class SchedulerMachine:
     def _loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
         self.fleet.loads[source] = load
         self.dispatcher.transfers.learn(source, load.transfer_samples, now_s)
-        if load.step_samples and (view := self.dispatcher.ledger.views.get(source)) is not None:
+        view = self.dispatcher.ledger.views.get(source)
+        if view is not None and load.step_samples:
             view.prices.learn(load.step_samples, now_s)
 
     def _current(self, request_id: RequestId, attempt: int) -> Request | None:
