@@ -30,7 +30,7 @@ def body(*spans: Any, request_id: str = "cmpl-x-0") -> dict[str, Any]:
 
 SPANS = (
     span("frontend-0", "request", 0.0, 100.0),
-    span("frontend-0", "stream", 50.0, 50.0, number=2, parent=1),
+    span("frontend-0", "stream", 50.0, 50.0, number=2),
     span("decode-0", "decode", 10.0, 85.0, attributes={"attempt": 1}),
     span("decode-0", "hand-over", 25.0, 25.0, number=2, parent=1, attributes={"bytes": 42}),
     span("decode-0", "read", 30.0, 0.5, number=3, parent=2),

@@ -41,7 +41,7 @@ def trace(request_id: str = "cmpl-x-0", **context: Any) -> Trace:
                 epoch=3,
                 spans=[
                     Span(number=8, name="request", begin_ns=10, end_ns=90, attributes=root),
-                    Span(number=9, name="stream", begin_ns=50, end_ns=90, parent=8),
+                    Span(number=9, name="stream", begin_ns=50, end_ns=90),
                 ],
             ),
             ProcessSpans(

@@ -81,13 +81,13 @@ def _rows(trace: Trace) -> tuple[list[_Row], _Scale]:
 
 
 def _depth(span: Span, by_number: dict[tuple[str, int], Span]) -> int:
-    depth = 0 if span.name == ROOT and not span.parent else 1
+    depth = 0 if span.name == ROOT else 1
     seen = {span.number}
     while span.parent and span.parent not in seen:
         above = by_number.get((span.node_id, span.parent))
         if above is None:
             break
-        depth += 1 if above.name != ROOT else 0
+        depth += 1
         seen.add(span.parent)
         span = above
     return depth

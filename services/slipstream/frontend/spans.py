@@ -49,7 +49,7 @@ class FrontendSpans(SpanRecorder):
         }
         self.book.open(request_id, self.now_s, event.context)
         self.book.begin(request_id, ROOT, self.now_s, said=said)
-        self.book.begin(request_id, "tokenize", self.now_s, ROOT)
+        self.book.begin(request_id, "tokenize", self.now_s)
 
     def _gives(self, to: NodeId, message: Tokenize) -> None:
         """To a tokenizer: the first one, or one more."""
@@ -63,7 +63,7 @@ class FrontendSpans(SpanRecorder):
             if item.tokens and request_id in self._silent:
                 self._silent.remove(request_id)
                 self.book.end(request_id, "first token", self.now_s)
-                self.book.begin(request_id, "stream", self.now_s, ROOT)
+                self.book.begin(request_id, "stream", self.now_s)
             if item.finish_reason is not None:
                 self._finished(request_id, item)
         elif isinstance(item, Problem):
@@ -71,7 +71,7 @@ class FrontendSpans(SpanRecorder):
             self._over(request_id)
         else:
             self.book.end(request_id, "tokenize", self.now_s, {"gen_ai.usage.input_tokens": item})
-            self.book.begin(request_id, "first token", self.now_s, ROOT)
+            self.book.begin(request_id, "first token", self.now_s)
             self._silent.add(request_id)
 
     def _finished(self, request_id: RequestId, delta: TextDelta) -> None:

@@ -67,9 +67,9 @@ class OtlpExporter:
             with suppress(asyncio.CancelledError):
                 await self._sending
         if self._session is not None:
-            if self._queue:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LAST_POST_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_POST_S):
+                    while self._queue:
                         await self._try(self._batch())
             await self._session.close()
 

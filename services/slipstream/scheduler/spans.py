@@ -3,11 +3,12 @@
 schedule = queued (locate), run (first token), and the same again after a lost worker
 """
 
+import math
 from collections.abc import Callable
 
 import msgspec
 
-from slipstream.core.machine import ExportTrace, Received, Send, SetTimer, TimerFired
+from slipstream.core.machine import Exit, ExportTrace, Received, Send, SetTimer, TimerFired
 from slipstream.core.prefix import HASH_BYTES
 from slipstream.core.span_recorder import SpanRecorder
 from slipstream.messages import (
@@ -62,6 +63,7 @@ class SchedulerSpans(SpanRecorder):
             Resume: self._resumes,
             Failed: self._fails,
         }
+        self.done = {Exit: self._leaves}
 
     def tell(self) -> None:
         """To ourselves."""
@@ -113,8 +115,9 @@ class SchedulerSpans(SpanRecorder):
             self._export(self.store.due(self.now_s))
             self._set_export_timer()
         elif event.key == "tick":
-            for request_id in self.book.live - self._machine.requests.keys():
-                self.book.close(request_id, self.now_s)  # its tokenizer stayed silent
+            over = [r for r in self.book.live if r not in self._machine.requests]
+            for request_id in over:  # its tokenizer stayed silent
+                self.book.close(request_id, self.now_s)
         elif event.key.startswith("locate "):
             late: Attributes = {"error.type": "timeout"}
             self.book.end(event.key.removeprefix("locate "), "locate", self.now_s, late)
@@ -194,6 +197,10 @@ class SchedulerSpans(SpanRecorder):
         if self.store.any_due and not self._export_set:
             self._export_set = True
             self.more.append(SetTimer(EXPORT_TIMER, self.store.next_due_s()))
+
+    def _leaves(self, effect: Exit) -> None:
+        """Nobody will tell more."""
+        self._export(self.store.due(math.inf))
 
     def _export(self, traces: list[Trace]) -> None:
         self.more += [ExportTrace(trace) for trace in traces]

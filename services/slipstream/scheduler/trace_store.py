@@ -64,12 +64,13 @@ class TraceStore:
         process = _Process(node_id, role, epoch)
         for span in told.spans:
             key = process, span.number
-            if key not in kept.spans:
+            before = kept.spans.get(key)
+            if before is None:
                 if len(kept.spans) >= REQUEST_SPANS_MAX:
                     break
                 self._spans += 1
             kept.spans[key] = span
-            if self._exports and span.end_ns:
+            if self._exports and span.end_ns and (before is None or not before.end_ns):
                 kept.unsent.add(key)
         if kept.over and kept.unsent:
             self._due_s.setdefault(told.request_id, now_s + EXPORT_AFTER_S)

@@ -60,7 +60,8 @@ class TokenizerSpans(SpanRecorder):
                 self.book.begin(span.request_id, "detokenize", self.now_s)
 
     def _ended(self, to: NodeId, message: StreamEnded) -> None:
-        request_id, said = message.request_id, Attributes()
+        request_id = message.request_id
+        said: Attributes = {}
         for effect in self.effects:
             if isinstance(effect, Send) and isinstance(effect.message, TextOut):
                 for delta in effect.message.deltas:

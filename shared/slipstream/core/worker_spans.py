@@ -57,6 +57,7 @@ class _Chunk(NamedTuple):
 
 class _Pull(NamedTuple):
     request_id: RequestId
+    attempt: int
     begin_s: float
     said: Attributes
 
@@ -85,7 +86,7 @@ class WorkerSpans(SpanRecorder):
         }
         self.happened = {
             m.BatchDone: self._landed,
-            m.BatchFailed: lambda failed: self._steps.pop(failed.step, None),
+            m.BatchFailed: self._broke,
             m.PullDone: self._pulled,
         }
         self.sent = {
@@ -209,6 +210,9 @@ class WorkerSpans(SpanRecorder):
                 if chunk.job.whole == "decode":
                     self.book.begin(request_id, "generate", self.now_s, "decode")
 
+    def _broke(self, failed: m.BatchFailed) -> None:
+        self._steps.pop(failed.step, None)
+
     def _computed(self, chunk: _Chunk, begin_s: float) -> None:
         job, request_id = chunk.job, chunk.request_id
         job.chunks += 1
@@ -249,17 +253,17 @@ class WorkerSpans(SpanRecorder):
             self._hands_over(request_id, effect.peer)
 
     def _pull(self, pull_id: str, said: Attributes) -> RequestId:
-        request_id = _request_of(pull_id.rpartition("/")[0])
-        self._pulls[pull_id] = _Pull(request_id, self.now_s, said)
+        request_id, attempt = _key(pull_id.rpartition("/")[0])
+        self._pulls[pull_id] = _Pull(request_id, attempt, self.now_s, said)
         if len(self._pulls) > PULLS_MAX:
             self._pulls.popitem(last=False)
         return request_id
 
     def _pulled(self, done: m.PullDone) -> None:
         pull = self._pulls.pop(done.pull_id, None)
-        if pull is None:
+        if pull is None or self._current(pull.request_id, pull.attempt) is None:
             return
-        request_id, begin_s, said = pull
+        request_id, _, begin_s, said = pull
         if done.error is not None:
             said["error.type"] = done.error
         if "peer" not in said:  # of the tiers
@@ -296,7 +300,9 @@ class WorkerSpans(SpanRecorder):
 
     def _released(self, source: NodeId, message: Released) -> None:
         name = "fetch" if "@" in message.lease_id else "hand-over"
-        request_id = _request_of(message.lease_id)
+        request_id, attempt = _key(message.lease_id)
+        if self._current(request_id, attempt) is None:
+            return
         self.book.say(request_id, name, {"verified": message.ok})
         if name == "fetch":
             self.book.end(request_id, name, self.now_s)
@@ -315,10 +321,8 @@ class WorkerSpans(SpanRecorder):
             self._queue(request_id, {"computed_again": True})
 
 
-def _request_of(lease_id: str) -> RequestId:
-    """`request/attempt`, of a fetch with `@reader` behind it."""
-    return (
-        lease_id.rpartition("@")[0].rpartition("/")[0]
-        if "@" in lease_id
-        else (lease_id.rpartition("/")[0])
-    )
+def _key(lease_id: str) -> tuple[RequestId, int]:
+    """Of `request/attempt`; of a fetch with `@reader` behind it."""
+    own = lease_id.rpartition("@")[0] if "@" in lease_id else lease_id
+    request_id, _, attempt = own.rpartition("/")
+    return request_id, int(attempt) if attempt.isdecimal() else 0

@@ -33,7 +33,8 @@ class Witness:
         try:
             effects = self._machine.handle(event, now_s)
             if self._spans is not None:
-                effects = [*effects, *self._spans.saw(event, effects, now_s)]
+                more = self._spans.saw(event, effects, now_s)
+                effects = [*effects, *more] if more else effects
         except Exception:
             log.error("bug: the machine failed at %s", describe(event))
             raise
