@@ -2,7 +2,7 @@
 
 from slipstream.core.machine import PeerUp, Received, Send, TimerFired
 from slipstream.core.span_recorder import SPANS_TIMER
-from slipstream.kvindex.spans import KvIndexSpans
+from slipstream.kvindex.spans import GIVEN_UP_S, KvIndexSpans
 from slipstream.messages import SCHEDULER, Locate, Located, NodeInfo, Spans
 from slipstream.types import Role
 
@@ -22,3 +22,15 @@ def test_a_question_and_its_answer() -> None:
     (span,) = request.spans
     assert (span.name, span.begin_ns, span.end_ns) == ("look up", 10**9 + 1000, 15 * 10**8 + 1000)
     assert span.attributes == {"asked_blocks": 3, "found_blocks": 2}
+
+
+def test_a_question_that_is_never_answered() -> None:
+    node = NodeInfo(node_id="kvindex-0", role=Role.KVINDEX, epoch=4, address="a")
+    spans = KvIndexSpans(node, lambda: 0)
+    locate = Locate(request_id="r", attempt=1, kv_layout_id="l", block_hashes=bytes(48))
+    spans.saw(Received(SCHEDULER, locate), [], 1.0)
+    spans.saw(TimerFired("tick"), [], 1.0 + GIVEN_UP_S - 0.1)
+    assert spans.book.live
+    spans.saw(TimerFired("tick"), [], 1.0 + GIVEN_UP_S)
+    (request,) = spans.book.take(9.0, 0)
+    assert request.over and request.spans[0].attributes["error.type"] == "timeout"

@@ -39,9 +39,9 @@ def numbers(traces: list[Trace]) -> list[int]:
     ("request_id", "names", "others"),
     [
         (
-            "chatcmpl-0123abcd-0",
-            ("chatcmpl-0123abcd-0", "chatcmpl-0123abcd", "0123abcd"),
-            ("0123", "chatcmpl", "abcd-0", "0123abcd-1", ".*", "chatcmpl-0123abc."),
+            "chatcmpl-0123abcdef-0",
+            ("chatcmpl-0123abcdef-0", "chatcmpl-0123abcdef", "0123abcdef"),
+            ("0123", "chatcmpl", "abcdef-0", "0123abcdef-1", ".*", "chatcmpl-0123abcde."),
         ),
         (
             "cmpl-my.id-0123abcd-12",

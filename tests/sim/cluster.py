@@ -274,6 +274,7 @@ class Cluster:
             return  # nobody reads any more
         client.see(effect.item)
         if client.ended in REFUSALS:
+            self._close(client, client.ended)
             client.request_id = self._renamed(client)
             self.world.at(self.world.now_s + 0.5, lambda: self._open(client))
         elif client.ended:
@@ -304,7 +305,8 @@ class Cluster:
         client.ended = how
         process = self.world.processes.get(client.frontend)
         if process is not None:
-            self.world.at(self.world.now_s, lambda: process.post(m.Closed(client.request_id)))
+            closed = m.Closed(client.request_id)
+            self.world.at(self.world.now_s, lambda: process.post(closed))
 
     # --- Faults -----------------------------------------------------------------------------------
 

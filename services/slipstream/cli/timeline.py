@@ -99,7 +99,7 @@ def _details(span: Span) -> str:
     for key in ("gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"):
         if key in span.attributes:
             said[key.removeprefix("gen_ai.usage.")] = span.attributes[key]
-    text = " ".join(f"{key}={_printable(str(value))}" for key, value in said.items())
+    text = " ".join(_printable(f"{key}={value}") for key, value in said.items())
     if len(text) <= DETAILS_CHARS_MAX:
         return text
     return text[: DETAILS_CHARS_MAX - 1] + "…"
