@@ -220,8 +220,7 @@ class WorkerSpans(SpanRecorder):
             self.book.add(request_id, "chunk", begin_s, self.now_s, job.whole, chunk.said)
             return
         self.book.begin(request_id, "more chunks", begin_s, job.whole)
-        before = self.book.said(request_id, "more chunks", "tokens") or 0
-        self.book.say(request_id, "more chunks", {"tokens": int(before) + chunk.said["tokens"]})
+        self._count_up(request_id, "more chunks", {"tokens": chunk.said["tokens"]})
 
     # --- What comes from elsewhere ----------------------------------------------------------------
 
@@ -274,10 +273,14 @@ class WorkerSpans(SpanRecorder):
         under = "fetch" if "@" in done.pull_id else "hand-over"
         self.book.add(request_id, "read", begin_s, self.now_s, under, said)
         if done.error is None:
-            totals: Attributes = {"transport": done.transport}
-            for name in ("blocks", "bytes"):
-                totals[name] = int(self.book.said(request_id, under, name) or 0) + int(said[name])
-            self.book.say(request_id, under, totals)
+            self.book.say(request_id, under, {"transport": done.transport})
+            self._count_up(request_id, under, {name: said[name] for name in ("blocks", "bytes")})
+
+    def _count_up(self, request_id: RequestId, name: str, more: Attributes) -> None:
+        """Add to what was said about an open span."""
+        for key, value in more.items():
+            before = self.book.said(request_id, name, key) or 0
+            self.book.say(request_id, name, {key: int(before) + int(value)})
 
     # --- Hand-overs -------------------------------------------------------------------------------
 
