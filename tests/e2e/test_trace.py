@@ -72,7 +72,8 @@ async def test_a_request_in_all_six_services(stack: Stack, client: Client) -> No
 async def test_the_command(stack: Stack, client: Client) -> None:
     """By the id of the answer, and by the header; as soon as the answer is there."""
     answer = await client.complete(PROMPT, max_tokens=4)
-    for name in (answer.id, answer.headers["x-request-id"]):
+    headers = {name.lower(): value for name, value in answer.headers.items()}
+    for name in (answer.id, headers["x-request-id"]):
         shown = await asyncio.to_thread(_command, name, "--url", stack.url)
         assert shown.returncode == 0, shown.stderr
         assert shown.stdout.startswith(f"{answer.id}-0 ")
