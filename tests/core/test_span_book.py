@@ -63,6 +63,9 @@ def test_what_lasts_is_told_of_meanwhile_and_only_what_is_new() -> None:
     assert again.keys() == {"part"} and again["part"].end_ns
     assert again["part"].number == first["part"].number
     assert not told(book, 3 * LONG_S), "nothing is new"
+    book.end("r", "whole", 17.0)
+    (whole,) = book.take(99.0, OFFSET_NS + 5000, young=True)[0].spans
+    assert whole.begin_ns == first["whole"].begin_ns, "though the wall clock was set meanwhile"
     assert not named(told(book, young=True))
 
 

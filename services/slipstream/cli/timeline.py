@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from slipstream.spans import ROOT, Attributes
+
 BAR_WIDTH = 40
 DETAILS_CHARS_MAX = 160
-ROOT = "request"
 
 _COLOURS = {
     "frontend": "#4e79a7",
@@ -20,8 +21,9 @@ _COLOURS = {
     "decode": "#59a14f",
 }
 _OTHER_COLOUR = "#888888"
-_LEFT, _RIGHT, _ROW, _TOP = 300, 250, 20, 48
-_WIDTH = 1200
+_RIGHT, _ROW, _TOP, _WIDTH = 110, 20, 48, 1200
+_CHAR, _INDENT = 7.3, 10
+"""Of the font, and of a span below another."""
 
 
 class Span(msgspec.Struct):
@@ -32,7 +34,7 @@ class Span(msgspec.Struct):
     number: int = 0
     parent: int = 0
     duration_ms: float | None = None
-    attributes: dict[str, str | int | float | bool] = {}
+    attributes: Attributes = {}
 
 
 class Trace(msgspec.Struct):
@@ -40,7 +42,7 @@ class Trace(msgspec.Struct):
 
     request_id: str
     trace_id: str = ""
-    decision: dict[str, str | int | float | bool] = {}
+    decision: Attributes = {}
     spans: list[Span] = []
 
     @property
@@ -99,10 +101,15 @@ def _details(span: Span) -> str:
     for key in ("gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"):
         if key in span.attributes:
             said[key.removeprefix("gen_ai.usage.")] = span.attributes[key]
-    text = " ".join(_printable(f"{key}={value}") for key, value in said.items())
+    text = _words_of(said)
     if len(text) <= DETAILS_CHARS_MAX:
         return text
     return text[: DETAILS_CHARS_MAX - 1] + "…"
+
+
+def _words_of(said: Attributes) -> str:
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in said.items()}
+    return " ".join(_printable(f"{key}={value}") for key, value in shown.items())
 
 
 def _printable(text: str) -> str:
@@ -128,8 +135,8 @@ def _text(trace: Trace) -> Iterator[str]:
         f"{len(rows)} spans of {len(nodes)} processes, {scale.last_ms - scale.first_ms:.1f} ms"
     )
     if trace.decision:
-        said = Span("", "", 0.0, attributes=trace.decision)
-        yield f"decision: {_details(said)}"
+        said = {key: value for key, value in trace.decision.items() if key != "request_id"}
+        yield f"decision: {_words_of(said)}"
     yield ""
     node_width = max([len(node) for node in nodes], default=0)
     name_width = max([2 * row.depth + len(row.span.name) for row in rows], default=0)
@@ -202,30 +209,33 @@ def as_svg(traces: Sequence[Trace]) -> str:
 
 
 def _picture(trace: Trace, rows: list[_Row], scale: _Scale, top: int) -> Iterator[str]:
-    width = _WIDTH - _LEFT - _RIGHT
+    names = 24 + _CHAR * max([len(row.span.node_id) for row in rows], default=0)
+    labels = [_INDENT * row.depth + _CHAR * len(row.span.name) for row in rows]
+    left = min(names + 16 + max(labels, default=0.0), _WIDTH / 2)
+    width = _WIDTH - left - _RIGHT
     title = f"{trace.request_id}  trace {trace.trace_id or 'unknown'}"
     yield _words(8, top + 16, title, bold=True)
     for part in range(5):
-        x = _LEFT + width * part / 4
+        x = left + width * part / 4
         at_ms = scale.first_ms + (scale.last_ms - scale.first_ms) * part / 4
         bottom = top + _TOP + _ROW * len(rows)
         yield f'<line x1="{x:.1f}" y1="{top + 38}" x2="{x:.1f}" y2="{bottom}" stroke="#dddddd"/>'
         yield _words(x + 2, top + 36, f"{at_ms:.1f} ms", colour="#777777")
     for index, row in enumerate(rows):
         span, y = row.span, top + _TOP + _ROW * index
-        x = _LEFT + width * scale.share(row.begin_ms)
+        x = left + width * scale.share(row.begin_ms)
         length = max(1.5, width * (scale.share(row.end_ms) - scale.share(row.begin_ms)))
         colour = _COLOURS.get(span.role, _OTHER_COLOUR)
         opacity = 0.4 if span.duration_ms is None else 1.0 if row.depth < 2 else 0.75
         yield _words(8, y + 13, span.node_id, colour=colour)
-        yield _words(120 + 10 * row.depth, y + 13, span.name)
+        yield _words(names + _INDENT * row.depth, y + 13, span.name)
         yield (
             f'<rect x="{x:.1f}" y="{y + 3}" width="{length:.1f}" height="{_ROW - 6}" rx="2" '
             f'fill="{colour}" fill-opacity="{opacity}"><title>'
             f"{escape(_printable(f'{span.node_id} {span.name}: {_details(span)}'))}</title></rect>"
         )
         beside = f"{_length(span)} ms" if span.duration_ms is not None else "goes on"
-        yield _words(min(x + length, _LEFT + width) + 4, y + 13, beside, colour="#555555")
+        yield _words(min(x + length, left + width) + 4, y + 13, beside, colour="#555555")
 
 
 def _words(x: float, y: float, text: str, *, colour: str = "#222222", bold: bool = False) -> str:

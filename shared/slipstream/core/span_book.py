@@ -43,6 +43,8 @@ class _Entry:
     open: dict[str, _Span] = field(default_factory=dict)
     left_out: int = 0
     over: bool = False
+    offset_ns: int | None = None
+    """Wall clock less ours when it was first told of: so two tellings fit together."""
 
 
 class SpanBook:
@@ -191,7 +193,8 @@ class SpanBook:
         self._over.append(entry)
 
 
-def _told(entry: _Entry, offset_ns: int) -> RequestSpans:
+def _told(entry: _Entry, now_offset_ns: int) -> RequestSpans:
+    offset_ns = entry.offset_ns = now_offset_ns if entry.offset_ns is None else entry.offset_ns
     spans = []
     for span in entry.spans:
         if not span.changed:
