@@ -116,6 +116,12 @@ def test_only_segments_of_dead_processes_of_this_node_are_removed(
     assert not any(path.exists() for path in ours)
     assert remove_dead_segments(str(tmp_path), "/elsewhere/r1", "prefill") == [name("prefill")]
     assert all(path.exists() for path in others if path != name("prefill"))
+    for path in others[:1] + others[2:]:  # as a container leaves it that nobody starts again
+        os.utime(path, (0, 0))
+    os.utime(living.path, (0, 0))
+    old = [name("prefill-10"), name("a.prefill-1")]
+    assert sorted(remove_dead_segments(str(tmp_path), "/elsewhere/r1", "prefill")) == sorted(old)
+    assert living.path.exists() and name("prefill-1", run="r2").exists()
 
 
 def test_no_room_is_one_line_with_both_numbers(

@@ -91,12 +91,14 @@ def build(
     headers: Sequence[Path],
     flags: Sequence[str],
     link: Sequence[str],
+    level: Level | None = None,
 ) -> Path:
-    """The shared library of `source`, made unless `cache_dir` has this build already.
+    """The shared library of `source`, made unless `cache_dir` has this build already; for this CPU
+    unless `level` says for which.
 
     BuildError: no compiler, or it failed; see `chosen_level` too. OSError: the folder is read-only.
     """
-    level = chosen_level()
+    level = level or chosen_level()
     flags, link = (*FLAGS, *level.flags, *flags), ("-shared", *link)
     key = _build_key((source, *headers), (*flags, *link))
     path = cache_dir / f"{source.stem}-{level.name}-{key}.so"

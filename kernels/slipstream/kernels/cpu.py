@@ -10,7 +10,7 @@ import logging
 import subprocess
 from pathlib import Path
 
-from slipstream.kernels.build import BuildError, build, default_cache_dir, one_line, wanted
+from slipstream.kernels.build import BuildError, Level, build, default_cache_dir, one_line, wanted
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu_program.cpp")
@@ -41,13 +41,18 @@ def kernels() -> ctypes.CDLL | None:
         return None
 
 
+def built(cache_dir: Path, level: Level | None = None) -> Path:
+    """As `build.build`."""
+    return build(cache_dir, _SOURCE, _HEADERS, _FLAGS, ("-pthread",), level)
+
+
 def load(cache_dir: Path) -> ctypes.CDLL:
     """Builds the kernels, unless `cache_dir` has this build already, and loads them.
 
     BuildError: no compiler, or it failed, or the folder cannot be written.
     """
     try:
-        library = ctypes.CDLL(str(build(cache_dir, _SOURCE, _HEADERS, _FLAGS, ("-pthread",))))
+        library = ctypes.CDLL(str(built(cache_dir)))
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(one_line(error)) from error
     for name, (result, arguments) in _SIGNATURES.items():

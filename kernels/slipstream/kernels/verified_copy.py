@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
-from slipstream.kernels.build import BuildError, build, default_cache_dir, one_line, wanted
+from slipstream.kernels.build import BuildError, Level, build, default_cache_dir, one_line, wanted
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("verified_copy.cpp")
@@ -26,13 +26,18 @@ SHORTEST_BYTES = 241
 Rows: TypeAlias = NDArray[np.uint8]
 
 
+def built(cache_dir: Path, level: Level | None = None) -> Path:
+    """As `build.build`."""
+    return build(cache_dir, _SOURCE, (), (), (), level)
+
+
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
     """None if `SLIPSTREAM_CPU_KERNELS=0`, or if it cannot be built."""
     if not wanted():
         return None
     try:
-        library = ctypes.CDLL(str(build(default_cache_dir(), _SOURCE, (), (), ())))
+        library = ctypes.CDLL(str(built(default_cache_dir())))
     except (BuildError, OSError, subprocess.SubprocessError) as error:
         _LOG.warning("SLOW: KV blocks are copied and digested one by one: %s", one_line(error))
         return None

@@ -27,6 +27,9 @@ class PrepareConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             extra={"positional": "MODEL"},
         ),
     ] = "demo"
+    link: Annotated[
+        str, Meta(description="A symbolic link to the folder, made or made anew; empty: none.")
+    ] = ""
 
 
 class FitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

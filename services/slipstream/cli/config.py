@@ -28,7 +28,13 @@ from slipstream.config import (
     Transports,
 )
 from slipstream.config.rules import check_offload, check_transports
-from slipstream.scheduler.config import Disaggregation, OtlpEndpoint, Policy, check_otlp_endpoint
+from slipstream.scheduler.config import (
+    Disaggregation,
+    OtlpEndpoint,
+    Policy,
+    TtftTarget,
+    check_otlp_endpoint,
+)
 
 Count = Annotated[int, Meta(ge=1, le=64)]
 WorkerCount = Annotated[int, Meta(ge=0, le=64)]
@@ -100,6 +106,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         int, Meta(ge=1, le=65535, description="Port for HTTP (of the first frontend).")
     ] = 8000
     max_requests: MaxRequests = 1024
+    ttft_target_s: TtftTarget = 30.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="Wait for running requests at Ctrl-C or SIGTERM.")
     ] = 30.0

@@ -135,9 +135,12 @@ def _prepare(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     config = load(PrepareConfig, command, rest, environ)
     from rich.console import Console
 
-    from slipstream.cli.models import models_dir, prepare
+    from slipstream.cli.models import link_to, models_dir, prepare
 
-    print(prepare(config.model, models_dir(environ), Console(stderr=True)).folder)
+    folder = prepare(config.model, models_dir(environ), Console(stderr=True)).folder
+    if config.link:
+        link_to(folder, Path(config.link))
+    print(folder)
     return ExitCode.OK
 
 

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -60,6 +61,18 @@ def prepare(spec: str, cache: Path, console: Console) -> Model:
         check_folder(folder)
         return Model(folder, spec.rpartition("/")[2])
     raise ModelError(f"{spec}: no such folder or file{did_you_mean(spec, [DEMO])}")
+
+
+def link_to(folder: Path, link: Path) -> None:
+    """Relative, so that it holds wherever both are mounted. ModelError: it cannot be made."""
+    target = os.path.relpath(folder, link.parent)
+    new = link.with_name(f".{link.name}.new")
+    try:
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        new.replace(link)
+    except OSError as error:
+        raise ModelError(f"--link {link}: {error.strerror}") from None
 
 
 def demo_file() -> Path:

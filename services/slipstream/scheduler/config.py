@@ -29,6 +29,15 @@ OtlpEndpoint: TypeAlias = Annotated[
         "http://host:4318; empty: none."
     ),
 ]
+TtftTarget: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=3600,
+        description="A request whose first token is predicted later than this is refused with "
+        "429 before any work; one that takes long by itself may take twice as long. 0: never.",
+    ),
+]
 
 
 class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,15 +51,7 @@ class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_f
     max_request_timeout_s: Annotated[
         float, Meta(gt=0, le=86_400, description="Longest time budget a request may ask for.")
     ] = 3600.0
-    ttft_target_s: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=3600,
-            description="A request whose first token is predicted later than this is refused with "
-            "429 before any work; one that takes long by itself may take twice as long. 0: never.",
-        ),
-    ] = 30.0
+    ttft_target_s: TtftTarget = 30.0
     locate_timeout_s: Annotated[
         float, Meta(ge=0, le=60, description="Wait for the index before placing by load alone.")
     ] = 0.05

@@ -232,8 +232,8 @@ def _transports(config: WorkerConfig, segment: Segment) -> Transports:
     keys = curve.load(config.keys_dir, config.role)
     pool = Pool(segment, config.node_id, bind, config.advertise, keys=keys)
     transports, absent = offer(config.transports, pool)
-    header = segment.header
-    return Transports(transports, header.kv_layout_id, header.block_bytes, host_identity(), absent)
+    header, host = segment.header, host_identity(config.shm_dir)
+    return Transports(transports, header.kv_layout_id, header.block_bytes, host, absent)
 
 
 def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> NodeInfo:
@@ -242,7 +242,7 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
         role=config.role,
         epoch=segment.header.epoch,
         address=config.advertise,
-        host=host_identity(),
+        host=host_identity(config.shm_dir),
         worker=WorkerInfo(
             model=config.served_model_name or Path(config.model).resolve().name,
             kv_layout_id=segment.header.kv_layout_id,

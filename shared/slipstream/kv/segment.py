@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import struct
+import time
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from slipstream.kv.huge_pages import HUGE_BYTES, Mapping, seed
 
 MAGIC = b"SLIPKV01"
 HEADER_BYTES = 4096
+YOUNG_S = 60.0
 _LENGTH = struct.Struct("<I")
 
 Blocks: TypeAlias = NDArray[np.uint8]
@@ -117,14 +119,25 @@ def attach_segment(path: Path, expected: SegmentHeader) -> Blocks:
 
 
 def remove_dead_segments(shm_dir: str, run_dir: str, node_id: str) -> list[Path]:
-    """Unlinks what former processes of this node id left behind; returns what it removed."""
-    pattern = re.compile(re.escape(segment_path("", run_dir, node_id, 0).name[:-1]) + r"\d+")
+    """Unlinks what dead processes of this run left behind, containers for instance that nobody
+    starts again; returns what it removed. Who has just begun may not have its lock yet, unless it
+    was of this node id, which is ours."""
+    run, ours = (segment_path("", run_dir, name, 0).name[:-2] for name in ("", node_id))
     removed = []
     for path in sorted(Path(shm_dir).glob("slipstream-*")):
-        if pattern.fullmatch(path.name) and _is_dead(path):
+        own = re.fullmatch(re.escape(ours) + r"-\d+", path.name)
+        others = path.name.startswith(run) and _is_older(path, YOUNG_S)
+        if (own or others) and _is_dead(path):
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def _is_older(path: Path, age_s: float) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime > age_s
+    except OSError:
+        return False
 
 
 def free_bytes(folder: str | Path) -> int:

@@ -28,10 +28,10 @@ def new_epoch(config: ServiceConfig) -> Epoch:
     return epoch
 
 
-def host_identity() -> str:
-    """Equal for two processes exactly if they can share memory: one kernel, one /dev/shm."""
+def host_identity(shm_dir: str = "/dev/shm") -> str:
+    """Equal for two processes exactly if they can share memory: one kernel, one folder for it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}:{os.stat('/dev/shm').st_dev}"
+        return f"{boot}:{os.stat(shm_dir).st_dev}"
     except OSError:
         return socket.gethostname()

@@ -42,6 +42,7 @@ def bench_serve(python: Path, url: str, name: str, model: Path, load: Load, seed
         *("--random-output-len", str(load.output_tokens), "--ignore-eos", "--temperature", "0"),
         *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
         *("--seed", str(seed), "--disable-tqdm", "--save-result"),
+        *("--ready-check-timeout-sec", "0"),  # its check would leave the first prompt's KV behind
     ]
 
 
@@ -69,16 +70,18 @@ async def compare(site: Site, loads: list[Load], rounds: int) -> None:
                 seed = f"agree {round_}"
                 await warm_up(load, client, seed)
                 ours = await run(load, client, seed)
-                command = bench_serve(python, server.url, name, site.model, load, round_)
+                # Prompts of one seed begin alike: the server would have seen them.
+                number = 1000 * round_ + load.concurrency
+                command = bench_serve(python, server.url, name, site.model, load, number)
                 other = await asyncio.to_thread(theirs, command)
-                for number in NUMBERS:
-                    ratio = ours[number] / other[number]
-                    ratios.setdefault((load.name, number), []).append(ratio)
+                for what in NUMBERS:
+                    ratio = ours[what] / other[what]
+                    ratios.setdefault((load.name, what), []).append(ratio)
                 for who, found in (("ours", ours), ("vllm", other)):
-                    told = ", ".join(f"{number} {found[number]:.4g}" for number in NUMBERS)
+                    told = ", ".join(f"{what} {found[what]:.4g}" for what in NUMBERS)
                     print(f"round {round_ + 1}, {load.name}, {who}: {told}", flush=True)
-    for (load_name, number), values in ratios.items():
-        print(f"{load_name}, {number}: ours {statistics.median(values):.3f} of vLLM's client")
+    for (load_name, what), values in ratios.items():
+        print(f"{load_name}, {what}: ours {statistics.median(values):.3f} of vLLM's client")
 
 
 def main() -> None:
