@@ -14,9 +14,7 @@ import pytest
 from containers.stack import Clients, Stack, missing
 
 pytestmark = pytest.mark.timeout(3600)
-PROMPTS = [
-    f"{number}. " + "Tell me of the sea and of the ships on it. " * 12 for number in range(6)
-]
+PROMPTS = [f"{number}. " + "Tell me of the sea and of the ships on it. " * 12 for number in range(6)]
 
 
 @pytest.fixture(scope="module")
