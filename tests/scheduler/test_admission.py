@@ -157,3 +157,12 @@ def test_the_index_may_take_its_time() -> None:
     assert rig.state("e") == "queued"
     rig.pass_time(2.5)
     assert rig.refused() == ["e"]
+
+
+def test_a_request_whose_time_is_up_by_both_clocks_ends_once() -> None:
+    """At the same tick it has waited for too long, and its own budget is used up."""
+    rig = Busy()
+    rig.place("a", "b", "c", "d")
+    rig.submit("e", timeout_s=TARGET_S)
+    rig.pass_time(TARGET_S + 0.5)
+    assert len(rig.all(Failed)) == 1 and rig.state("e") == ""

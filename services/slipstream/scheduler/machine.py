@@ -379,7 +379,6 @@ class SchedulerMachine:
     def _tick(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = [SetTimer("tick", now_s + TICK_S)]
         self.past.expire(now_s)
-        self.dispatcher.expire(now_s)
         for request in list(self.requests.values()):
             if now_s >= request.deadline_s:
                 problem = Problem(
@@ -390,6 +389,7 @@ class SchedulerMachine:
             elif request.orphan_s is not None and now_s >= request.orphan_s + ORPHAN_GRACE_S:
                 self.counters["orphaned"] += 1
                 effects += self._end(request, now_s)
+        self.dispatcher.expire(now_s)  # of those that are left: who has ended is not refused too
         if now_s >= self._load_due_s:
             self._load_due_s = now_s + LOAD_S
             gauges = {self.node.node_id: self.statistics(), **self.fleet.gauges()}
