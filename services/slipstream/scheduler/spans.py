@@ -164,10 +164,11 @@ class SchedulerSpans(SpanRecorder):
         """Accepted or not."""
         request_id = message.request_id
         if request_id not in self.book:
-            event = self.event
-            if not (isinstance(event, Received) and isinstance(event.message, Submit)):
-                return
-            self._opens(event.source, event.message)
+            match self.event:
+                case Received(source, Submit(request_id=told) as submit) if told == request_id:
+                    self._opens(source, submit)
+                case _:
+                    return
         said: Attributes = {"error.type": message.problem.code.value}
         self._stops(request_id, {})
         self.book.end(request_id, "schedule", self.now_s, said)
