@@ -20,16 +20,15 @@ class Proto(NamedTuple):
     common: Any
 
 
-def load_proto() -> Proto:
-    """SetupError if the package is not there."""
+def load_proto(prog: str = "slipstream scheduler") -> Proto:
+    """SetupError if the package is not there, in the name of `prog`."""
     try:
         from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
         from opentelemetry.proto.common.v1 import common_pb2
         from opentelemetry.proto.trace.v1 import trace_pb2
     except ImportError:
         raise SetupError(
-            "slipstream scheduler: --otlp-endpoint needs opentelemetry-proto; "
-            "install 'slipstream[otel]'"
+            f"{prog}: --otlp-endpoint needs opentelemetry-proto; install 'slipstream[otel]'"
         ) from None
     return Proto(trace_service_pb2, trace_pb2, common_pb2)
 
