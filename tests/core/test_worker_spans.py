@@ -5,6 +5,7 @@ from core.recorded import beside, ms, named, tree
 from core.workers import PROMPT, Worker, handed_over, relay
 from slipstream.core import machine as m
 from slipstream.core import worker_spans
+from slipstream.core.span_book import LONG_S
 from slipstream.core.worker_spans import WorkerSpans
 from slipstream.messages import SCHEDULER, Drop, KvReady, Lent, Release, Released, Spans
 from slipstream.spans import Span
@@ -19,9 +20,9 @@ def watched(node_id: str = "decode-0", **info: object) -> tuple[Worker, WorkerSp
     return worker, spans
 
 
-def told(worker: Worker) -> list[Span]:
+def told(worker: Worker, seconds: float = 0.3) -> list[Span]:
     """Once it is over."""
-    said = worker.pass_time(0.3)
+    said = worker.pass_time(seconds)
     requests = [r for message in said if isinstance(message, Spans) for r in message.requests]
     assert all(request.over and request.request_id == "r" for request in requests)
     return [span for request in requests for span in request.spans]
@@ -102,6 +103,18 @@ def test_a_hand_over_that_came_torn_is_computed_again() -> None:
     assert found["queued"].attributes == {"computed_again": True}
 
 
+def test_a_hand_over_whose_lease_did_not_live() -> None:
+    source, _ = watched("prefill-0")
+    target, _ = watched("decode-0")
+    handed_over(source, target, max_tokens=3)
+    target.read(source)
+    target.hear(Released(lease_id="r/1", ok=False), "prefill-0")
+    target.run()
+    spans = told(target)
+    assert named(spans)["hand-over"].attributes["verified"] is False
+    assert ("decode", "chunk") in tree(spans)
+
+
 def test_a_prefix_that_another_worker_lends() -> None:
     worker, _ = watched()
     worker.hear(decode(prompt=PROMPT, holder="decode-1", holder_blocks=2))
@@ -171,7 +184,7 @@ def test_nothing_is_said_while_the_scheduler_is_away() -> None:
     worker.handle(m.PeerDown(SCHEDULER))
     worker.hear(decode(prompt=PROMPT, max_tokens=2, ignore_eos=True))
     worker.run()
-    assert not told(worker)
+    assert not told(worker, 2 * LONG_S)
     worker.handle(m.PeerUp(SCHEDULER, 2))
     assert told(worker), "it was kept"
 

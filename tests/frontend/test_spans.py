@@ -33,6 +33,7 @@ def test_an_answer() -> None:
     cluster.hear(T0, Tokenized(request_id="r", prompt_tokens=7))
     cluster.now_s = 1.010
     cluster.deltas(T0, delta(b"ab"))
+    cluster.now_s = 1.020
     cluster.deltas(T0, delta(b"c", 2))
     cluster.now_s = 1.030
     cluster.deltas(T0, delta(b"d", 3, end=True))

@@ -89,6 +89,8 @@ def test_export_once_when_the_frontend_is_done() -> None:
     tell(store, span(2), node_id="decode-0", now_s=9.0)
     assert store.next_due_s() == 9.0 + EXPORT_AFTER_S
     assert numbers(store.due(20.0)) == [2], "late, and only that"
+    tell(store, span(1, end_ns=6))
+    assert not store.any_due, "told again, it does not go out again"
 
 
 def test_who_does_not_sample_is_not_exported() -> None:

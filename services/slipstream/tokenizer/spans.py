@@ -69,14 +69,11 @@ class TokenizerSpans(SpanRecorder):
                         said["tokens"] = delta.position + count_tokens(delta.tokens)
                         said["finish_reason"] = delta.finish_reason.value
         self.book.end(request_id, "detokenize", self.now_s, said)
-        self._close(request_id)
+        self._silent.discard(request_id)
+        self.book.close(request_id, self.now_s)
 
     def _failed(self, to: NodeId, message: Failed) -> None:
+        """If the stream is over with it, `StreamEnded` follows."""
         said: Attributes = {"error.type": message.problem.code.value}
         for name in ("encode", "detokenize"):
             self.book.end(message.request_id, name, self.now_s, said)
-        self._close(message.request_id)
-
-    def _close(self, request_id: RequestId) -> None:
-        self._silent.discard(request_id)
-        self.book.close(request_id, self.now_s)
