@@ -93,7 +93,8 @@ class ExitCode(IntEnum):
 
 _MEANINGS = {
     ExitCode.OK: "Done; of a service: drained, or ended by the first signal.",
-    ExitCode.FAILED: "Not ready in time, not drained in time, or a process that keeps crashing.",
+    ExitCode.FAILED: "Not ready in time, not drained in time, or a process that keeps crashing; "
+    "an answer, a load or a check that failed.",
     ExitCode.USAGE: "The settings are wrong in themselves: an unknown command, flag or key, a "
     "value out of range, two that contradict each other; from the command line, the environment or "
     "the file.",

@@ -9,7 +9,10 @@ import pytest
 
 from architecture.sources import REPOSITORY, ROOTS, module_name, source_files
 
-LIGHT = ("frontend", "tokenizer", "scheduler", "kvindex", "cli", "runtime", "core", "config")
+LIGHT = (
+    *("frontend", "tokenizer", "scheduler", "kvindex", "cli", "client"),
+    *("runtime", "core", "config"),
+)
 HEAVY = {"slipstream.cli.gguf_folder"}
 """Imported inside a function, when a GGUF file is to be converted."""
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from cli.fake_server import FakeServer, running
+
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
@@ -12,3 +14,10 @@ def short_path() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    """A server that is not ours."""
+    with running() as server:
+        yield server

@@ -1,5 +1,6 @@
 """The loader: precedence, bounds, names, and one line for everything that is wrong."""
 
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -207,6 +208,33 @@ def test_resolve_turns_a_wildcard_into_an_address_that_peers_can_use() -> None:
     config = resolve(load(FrontendConfig, "frontend", words, {}), {})
     assert config.listen == "tcp://*:7000"
     assert config.advertise.startswith("tcp://") and "*" not in config.advertise
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "ours", "advertised"),
+    [
+        ("tcp://10.0.0.1:7000", "10.0.0.9", "tcp://10.0.0.9:7001"),
+        ("tcp://[fd00::1]:7000", "fd00::9", "tcp://[fd00::9]:7001"),
+        ("tcp://127.0.0.1:7000", "127.0.0.1", f"tcp://{socket.gethostname()}:7001"),
+        ("tcp://unreachable:7000", "", f"tcp://{socket.gethostname()}:7001"),
+    ],
+)
+def test_resolve_advertises_a_number_not_a_name_that_may_be_gone(
+    monkeypatch: pytest.MonkeyPatch, scheduler: str, ours: str, advertised: str
+) -> None:
+    class Probe(socket.socket):
+        def connect(self, place: object) -> None:
+            if not ours:
+                raise OSError("Network is unreachable")
+
+        def getsockname(self) -> tuple[str, int]:
+            return ours, 4711
+
+    numeric = [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("10.0.0.1", 7000))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: numeric)
+    monkeypatch.setattr(socket, "socket", Probe)
+    words = ["--listen", "tcp://0.0.0.0:7001", "--scheduler", scheduler, "--insecure-bus"]
+    assert resolve(load(FrontendConfig, "frontend", words, {}), {}).advertise == advertised
 
 
 @pytest.mark.parametrize("address", ["udp://x:1", "tcp://x", "tcp://*:0", "ipc://", "x"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slipstream.cli import doctor
-from slipstream.cli.commands import DoctorConfig
+from slipstream.cli.commands import TransportsConfig
 from slipstream.cli.doctor import transports
 from slipstream.cli.main import main
 from slipstream.kv.probe import Row
@@ -39,7 +39,7 @@ def test_the_screen_says_what_is_fastest_and_what_is_missing_why(
 ) -> None:
     rows = [Row("shm", 8.0, 9.0), Row("bus", 2.0, 2.5), Row("nixl", reason="not installed: pip")]
     monkeypatch.setattr(doctor, "measure_all", lambda *_: (10.0, rows))
-    lines = transports(DoctorConfig()).splitlines()
+    lines = transports(TransportsConfig()).splitlines()
     assert "364 blocks of 360 KiB" in lines[0] and "memcpy (10.0 GB/s)" in lines[0]
     shm, bus, nixl = lines[4:7]
     assert shm.split()[:5] == ["shm", "8.0", "(80%)", "9.0", "(90%)"]
@@ -53,14 +53,13 @@ def test_what_is_little_faster_is_not_taken(
 ) -> None:
     rows = [Row("shm", 10.0, 11.0), Row("nixl", nixl, nixl)]
     monkeypatch.setattr(doctor, "measure_all", lambda *_: (20.0, rows))
-    lines = transports(DoctorConfig()).splitlines()
+    lines = transports(TransportsConfig()).splitlines()
     assert lines[5].endswith(note) and lines[4].endswith("here") == ("not" in note)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "slipstream doctor: expected transports, got nothing"),
         (["transport"], "did you mean transports"),
         (["transports", "--block-kib", "2048", "--mib", "1"], "--block-kib 2048 is more than"),
         (["transports", "--shm-dir", "/nowhere"], "--shm-dir /nowhere: No such file"),

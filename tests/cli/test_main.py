@@ -50,7 +50,8 @@ def test_errors_are_one_line_without_a_traceback() -> None:
 def test_missing_model_stops_before_anything_starts() -> None:
     result = run("serve", "/no/such/model", "--port", "59871")
     assert result.returncode == 4
-    assert result.stderr == "slipstream serve: /no/such/model: no such folder or file\n"
+    way_out = "give one, a hub id such as org/name, or demo"
+    assert result.stderr == f"slipstream serve: /no/such/model: no such folder or file; {way_out}\n"
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -94,9 +95,11 @@ def test_what_is_wrong_in_itself_is_usage_wherever_it_stands(
             "expected transports, got transprots (did you mean transports?)",
         ),
         (["config", "--docs"], "slipstream config: expected show or docs, got --docs"),
-        (["config", "show"], "got nothing"),
         (["config", "show", "srve"], "got srve (did you mean serve?)"),
-        (["simulate", "fti", "x"], "slipstream simulate: unexpected argument fti"),
+        (["simulate", "fti", "x"], "expected fit, got fti (did you mean fit?)"),
+        (["doctor", "a", "b"], "slipstream doctor: unexpected argument b"),
+        (["prepare"], "unknown command prepare (did you mean model prepare?)"),
+        (["transprots"], "(did you mean doctor transports?)"),
     ],
 )
 def test_half_a_command_says_what_is_missing(
@@ -118,8 +121,39 @@ def test_config_show_names_origins_and_hides_secrets(
 ) -> None:
     assert main(["config", "show", "kvindex", "--redis-url", "redis://:hunter2@h"]) == 0
     shown = capsys.readouterr().out
-    assert "redis_url = '…'  # --redis-url" in shown and "hunter2" not in shown
+    assert 'redis_url = "…"  # --redis-url, not shown' in shown and "hunter2" not in shown
     assert "worker_ttl_s = 30.0  # default" in shown
+
+
+def test_config_show_is_a_file_for_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLIPSTREAM_DECODE", "3")
+    assert main(["config", "show", "--origin", "--port", "9000", "--log-json"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("[serve]\n") and "decode = 3  # SLIPSTREAM_DECODE\n" in shown
+    monkeypatch.delenv("SLIPSTREAM_DECODE")
+    file = tmp_path / "again.toml"
+    file.write_text(shown)
+    assert main(["config", "show", "serve", "--no-origin", "--config", str(file)]) == 0
+    again = capsys.readouterr().out
+    assert again == "".join(line.partition("  #")[0] + "\n" for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("by", ["flag", "flag=", "environment"])
+def test_a_section_of_no_command_is_no_secret(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[serv]\nport = 9000\n["model prepare"]\n')
+    words = {"flag": ["--config", str(file)], "flag=": [f"--config={file}"]}.get(by, [])
+    if by == "environment":
+        monkeypatch.setenv("SLIPSTREAM_CONFIG", str(file))
+    assert main(["config", "show", "serve", *words]) == ExitCode.USAGE
+    expected = f"slipstream config show: {file}: [serv] is no command (did you mean serve?)\n"
+    assert capsys.readouterr().err == expected
+    file.write_text('[serve]\nport = 9000\n["model prepare"]\n')
+    assert main(["config", "show", "serve", *words]) == 0
 
 
 def test_ps_shows_the_service_and_no_secret() -> None:
@@ -134,6 +168,22 @@ def test_ps_shows_the_service_and_no_secret() -> None:
     )
     assert result.stdout.startswith("slipstream kvindex --node-id kvindex-0 --redis-url=…")
     assert "hunter2" not in result.stdout
+
+
+HEAVY = ("torch", "transformers", "aiohttp", "zmq", "redis", "numpy", "rich", "prometheus_client")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["config", "show", "bench"]])
+def test_what_only_prints_imports_nothing_heavy(words: list[str]) -> None:
+    program = (
+        "import sys\nfrom slipstream.cli.main import main\n"
+        f"assert main({words!r}) == 0\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stderr == "[]\n"
 
 
 def test_help_is_quick() -> None:

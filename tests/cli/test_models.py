@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     assert "expected a folder or a .gguf file" in refusal(tmp_path / "text.txt", tmp_path)
     assert "not a readable GGUF file" in refusal(tmp_path / "bad.gguf", tmp_path)
     assert "not a readable GGUF file" in refusal(tmp_path / "empty.gguf", tmp_path)
-    assert refusal(tmp_path / "none", tmp_path).endswith("no such folder or file")
+    assert "no such folder or file; give one, a hub id" in refusal(tmp_path / "none", tmp_path)
     assert "did you mean demo?" in refusal("demmo", tmp_path)
     leftovers = [path.name for path in tmp_path.iterdir() if path.is_dir()]
     assert not leftovers
@@ -229,3 +230,13 @@ def test_llama_permutation_is_undone() -> None:
     weights = np.arange(4 * 8 * 3, dtype=np.float32).reshape(32, 3)
     swapped = weights.reshape(4, 2, 4, 3).swapaxes(1, 2).reshape(32, 3)
     assert np.array_equal(_unpermute(swapped, 4), weights)
+
+
+def test_a_disk_that_is_too_full_says_how_much_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "m.gguf"
+    source.write_bytes(b"x" * 1024)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5119))
+    said = refusal(source, tmp_path / "cache")
+    assert "5.0KiB free, 5KiB are needed to convert the model; make room" in said

@@ -164,7 +164,7 @@ def test_who_is_no_frontend(answer: tuple[int, bytes], capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("url", "code"), [("http://127.0.0.1:9", 3), ("127.0.0.1:8000", 2), ("http://h:port", 3)]
+    ("url", "code"), [("http://127.0.0.1:9", 3), ("127.0.0.1:8000", 2), ("http://h:port", 2)]
 )
 def test_nobody_there(url: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "x", "--url", url]) == code

@@ -87,7 +87,9 @@ def test_only_this_machine_gets_in_and_services_get_out_nowhere(project: dict[st
         assert not role or not service.get("ports")
         networks = service.get("networks") or {}
         assert not role or all(project["networks"][each]["internal"] for each in networks), name
-    redis = [name for name, one in project["services"].items() if "store" in one.get("networks", ())]
+    redis = [
+        name for name, one in project["services"].items() if "store" in one.get("networks", ())
+    ]
     assert sorted(redis) == ["kvindex", "redis"]
 
 

@@ -14,7 +14,9 @@ import pytest
 from containers.stack import Clients, Stack, missing
 
 pytestmark = pytest.mark.timeout(3600)
-PROMPTS = [f"{number}. " + "Tell me of the sea and of the ships on it. " * 12 for number in range(6)]
+PROMPTS = [
+    f"{number}. " + "Tell me of the sea and of the ships on it. " * 12 for number in range(6)
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +69,10 @@ def test_scaled_up_and_down_under_load_no_request_fails(
         stack.up(decode=3, prefill=2, frontend=2, tokenizer=2)
         assert len(stack.containers("decode")) == 3
         clients.wait_for(12)
-        nodes = {node["node_id"]: node for node in stack.get("/cluster")["nodes"]}
-        roles = [name.partition("-")[0] for name in nodes]
-        assert roles.count("decode") == 3 and roles.count("frontend") == 2, sorted(nodes)
+        cluster = stack.get("/cluster")
+        roles = [each["role"] for each in cluster["workers"] + cluster["services"]]
+        found = {role: roles.count(role) for role in ("decode", "prefill", "frontend", "tokenizer")}
+        assert found == {"decode": 3, "prefill": 2, "frontend": 2, "tokenizer": 2}
         stack.up(decode=1, prefill=1, frontend=1, tokenizer=1)
         assert len(stack.containers("decode")) == 1
         clients.wait_for(6)

@@ -313,3 +313,20 @@ def test_tokens_stay_inside_the_vocabulary(runner: Runner) -> None:
     for seed in range(20):
         hot = SamplingParams(max_tokens=9, seed=seed, temperature=2.0)
         assert all(0 <= token < VOCAB for token in generate(runner, (3,), hot, 3))
+
+
+def test_a_model_that_takes_long_to_load_says_how_far_it_is(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the words that `slipstream serve` makes a bar of."""
+    folder, _ = saved("llama")
+    config = ModelConfig.read(folder)
+    pool = allocate_pool(config.kv_layout("float32"), 4)
+    caplog.set_level(logging.INFO, "slipstream.engine.runner")
+    Runner(folder, "float32", pool)
+    assert "weights:" not in caplog.text, "not of one that is there at once"
+    monkeypatch.setattr("slipstream.engine.runner.SAID_EVERY_S", 0.0)
+    Runner(folder, "float32", pool)
+    said = [record.message for record in caplog.records if "weights:" in record.message]
+    layers = config.num_layers
+    assert said == [f"weights: {done} of {layers} layers" for done in range(layers)]

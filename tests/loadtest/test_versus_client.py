@@ -97,7 +97,7 @@ async def test_prefixes_are_shared_and_new() -> None:
         async def complete(self, prompt: list[int], max_tokens: int) -> Answer:
             known = any(prompt[:1000] == other[:1000] for other in asked)
             asked.append(prompt)
-            return Answer(0.1 if known else 1.0, 2.0, max_tokens)
+            return Answer(0.1 if known else 1.0, 2.0, max_tokens, 0.1)
 
     numbers = await run(PrefixLoad(prefixes=3, repeats=2), Recorder(), "a")
     assert numbers == {"first_ttft_ms": 1000, "later_ttft_ms": 100, "later_of_first": 0.1}

@@ -6,8 +6,16 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from slipstream.cli.client_config import BenchConfig, ChatConfig, RunConfig, TopConfig, TraceConfig
 from slipstream.cli.config import ServeConfig
-from slipstream.config import ENV_PREFIX, ServiceConfig, ShmDir, env_of
+from slipstream.config import (
+    ENV_PREFIX,
+    KeysDir,
+    RedisUrl,
+    ServiceConfig,
+    ShmDir,
+    env_of,
+)
 from slipstream.decode.config import DecodeConfig
 from slipstream.frontend.config import FrontendConfig
 from slipstream.kvindex.config import KvIndexConfig
@@ -45,6 +53,25 @@ class FitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Checks what Slipstream needs of this machine: one line each, with the way out where something
+    is missing. Exit code 1 if something fails."""
+
+    model: Annotated[
+        str,
+        Meta(
+            description="Model folder, .gguf file or demo that should fit into memory.",
+            extra={"positional": "MODEL"},
+        ),
+    ] = "demo"
+    host: Annotated[str, Meta(min_length=1, description="Address for HTTP.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535, description="Port for HTTP, to be free.")] = 8000
+    redis_url: RedisUrl = ""
+    keys_dir: KeysDir = ""
+    shm_dir: ShmDir = "/dev/shm"
+    json: Annotated[bool, Meta(description="Print JSON instead of a table.")] = False
+
+
+class TransportsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Measures every transport between two processes of this machine."""
 
     json: Annotated[bool, Meta(description="Print JSON instead of a table.")] = False
@@ -59,34 +86,14 @@ class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"--block-kib {self.block_kib} is more than --mib {self.mib}")
 
 
-class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shows the way of one request through all services, with times."""
-
-    id: Annotated[
-        str,
-        Meta(
-            min_length=1,
-            description="The answer's id, or its x-request-id header.",
-            extra={"positional": "ID"},
-        ),
-    ]
-    url: Annotated[str, Meta(description="Any frontend.")] = "http://127.0.0.1:8000"
-    json: Annotated[bool, Meta(description="Print JSON instead of a timeline.")] = False
-    mermaid: Annotated[bool, Meta(description="Print a Mermaid gantt chart instead.")] = False
-    svg: Annotated[str, Meta(description="Also draw it into this file; empty: do not.")] = ""
-
-    def __post_init__(self) -> None:
-        if self.json and (self.mermaid or self.svg):
-            raise ValueError("--json goes with neither --mermaid nor --svg")
-
-
 class ShowConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Prints each setting of a command, and where its value comes from. The options are those of
-    that command."""
+    """Prints the settings of a command as a file for --config, and where each value comes from. The
+    other options are those of that command."""
 
     command: Annotated[
         str, Meta(description="As in `slipstream COMMAND`.", extra={"positional": "COMMAND"})
-    ]
+    ] = "serve"
+    origin: Annotated[bool, Meta(description="Name the origin behind each value.")] = True
 
 
 class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,6 +114,17 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "serve": Command(ServeConfig, "start everything on this machine"),
+    "run": Command(RunConfig, "one prompt, one answer"),
+    "chat": Command(ChatConfig, "a conversation in the terminal"),
+    "top": Command(TopConfig, "what a running cluster does, live"),
+    "trace": Command(TraceConfig, "the way of one request through all services"),
+    "bench": Command(BenchConfig, "put load on a server of OpenAI's API"),
+    "doctor": Command(DoctorConfig, "can this machine run it, and if not, why"),
+    "doctor transports": Command(TransportsConfig, "how KV blocks can move here, how fast"),
+    "model prepare": Command(PrepareConfig, "make a model folder ready, print its path"),
+    "config show": Command(ShowConfig, "the settings of a command and their origin"),
+    "config docs": Command(DocsConfig, "the reference page of all settings"),
+    "keys make": Command(KeysConfig, "keys of the bus, one pair for each role"),
     "frontend": Command(FrontendConfig, "one frontend: the OpenAI API over HTTP"),
     "tokenizer": Command(TokenizerConfig, "one tokenizer: text to tokens and back"),
     "scheduler": Command(SchedulerConfig, "the scheduler: owns every request"),
@@ -115,12 +133,6 @@ COMMANDS: dict[str, Command] = {
     "kvindex": Command(KvIndexConfig, "one index service: prefixes in Redis"),
     "simulate": Command(SimulateConfig, "replay a trace against a cluster in simulated time"),
     "simulate fit": Command(FitConfig, "recordings to a file for simulate --step-model"),
-    "model prepare": Command(PrepareConfig, "make a model folder ready, print its path"),
-    "doctor transports": Command(DoctorConfig, "how KV blocks can move here, how fast, why not"),
-    "trace": Command(TraceConfig, "the way of one request through all services"),
-    "keys make": Command(KeysConfig, "keys of the bus, one pair for each role"),
-    "config show": Command(ShowConfig, "the settings of a command and their origin"),
-    "config docs": Command(DocsConfig, "the reference page of all settings"),
 }
 """By the one or two words that call it."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from slipstream.cli.commands import DoctorConfig
+from slipstream.cli.commands import TransportsConfig
 from slipstream.config import SetupError
 from slipstream.kernels.verified_copy import compiled
 from slipstream.kv.choice import CLEARLY, best_of
@@ -29,7 +29,7 @@ class Report(msgspec.Struct, frozen=True):
     transports: list[Row]
 
 
-def transports(config: DoctorConfig) -> str:
+def transports(config: TransportsConfig) -> str:
     """The whole screen, or its JSON. SetupError: no room for two pools."""
     block_bytes = config.block_kib << 10
     num_blocks = (config.mib << 20) // block_bytes

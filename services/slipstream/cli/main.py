@@ -19,7 +19,7 @@ from slipstream.cli.commands import (
     FitConfig,
     KeysConfig,
     PrepareConfig,
-    TraceConfig,
+    TransportsConfig,
     known_variables,
     unknown_variables,
 )
@@ -34,6 +34,7 @@ from slipstream.config import (
     make_folder,
     resolve,
 )
+from slipstream.config.file import as_toml, check_sections, config_file
 from slipstream.config.help import help_text
 from slipstream.config.values import kind_of
 from slipstream.errors import ExitCode
@@ -67,13 +68,13 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
         return ExitCode.OK
     group = {name: one for name, one in COMMANDS.items() if name.split()[0] == first}
     if not group:
-        hint = did_you_mean(first, sorted({name.split()[0] for name in COMMANDS}))
-        raise ConfigError(f"slipstream: unknown command {first}{hint}")
+        raise ConfigError(f"slipstream: unknown command {first}{_command_meant(first)}")
     name = next((name for name in (" ".join(arguments[:2]), first) if name in group), None)
     rest = arguments[len(name.split()) if name else 1 :]
-    if name is None:
+    if name is None or _is_misspelt_half(group, name, rest):
         return _part_of(group, first, rest)
     _point_out(name, environ)
+    check_sections(f"slipstream {name}", config_file(rest, environ), COMMANDS)
     try:
         return _RUNNERS[name](name, rest, environ)
     except HelpRequested:
@@ -81,12 +82,26 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
         return ExitCode.OK
 
 
+def _command_meant(word: str) -> str:
+    """Also the second half of a command by itself: `prepare`, `transports`."""
+    halves = {part: name for name in COMMANDS for part in reversed(name.split())}
+    if word in halves:
+        return f" (did you mean {halves[word]}?)"
+    return did_you_mean(word, {name.split()[0] for name in COMMANDS} | set(COMMANDS))
+
+
+def _is_misspelt_half(group: Mapping[str, Command], name: str, rest: list[str]) -> bool:
+    """`doctor transprots`: a command by itself, and a word behind it that is nearly another's."""
+    words = [one.split()[1] for one in group if " " in one]
+    return name in group and " " not in name and bool(rest and did_you_mean(rest[0], words))
+
+
 def _part_of(group: Mapping[str, Command], first: str, rest: list[str]) -> int:
     """One word of two."""
     if rest and rest[0] in _HELP:
         print(_overview(group))
         return ExitCode.OK
-    words = [name.split()[1] for name in group]
+    words = [name.split()[1] for name in group if " " in name]
     got = f"got {rest[0]}{did_you_mean(rest[0], words)}" if rest else "got nothing"
     raise ConfigError(f"slipstream {first}: expected {' or '.join(words)}, {got}")
 
@@ -144,8 +159,33 @@ def _prepare(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     return ExitCode.OK
 
 
-def _transports(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+def _ask(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    """run, chat."""
+    loaded = load_with_origin(COMMANDS[command].settings, command, rest, environ)
+    _set_title(command, rest)
+    module = importlib.import_module(f"slipstream.cli.{command}")
+    return int(getattr(module, command)(loaded, environ))
+
+
+def _watch(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    """top, bench."""
+    config = load(COMMANDS[command].settings, command, rest, environ)
+    _set_title(command, rest)
+    module = importlib.import_module(f"slipstream.cli.{command}")
+    return int(getattr(module, command)(config))
+
+
+def _doctor(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     config = load(DoctorConfig, command, rest, environ)
+    from slipstream.cli.checkup import State, checks, screen
+
+    found = list(checks(config, environ))
+    print(msgspec.json.encode(found).decode() if config.json else screen(found))
+    return ExitCode.FAILED if any(one.state is State.FAIL for one in found) else ExitCode.OK
+
+
+def _transports(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(TransportsConfig, command, rest, environ)
     from slipstream.cli.doctor import transports
 
     print(transports(config))
@@ -153,10 +193,10 @@ def _transports(command: str, rest: list[str], environ: Mapping[str, str]) -> in
 
 
 def _trace(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
-    config = load(TraceConfig, command, rest, environ)
+    from slipstream.cli.client_config import TraceConfig
     from slipstream.cli.trace import trace
 
-    print(trace(config))
+    print(trace(load(TraceConfig, command, rest, environ)))
     return ExitCode.OK
 
 
@@ -178,25 +218,29 @@ def _docs(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _show(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
-    shown = rest[0] if rest else ""
-    if shown in _HELP:
+    if any(word in _HELP for word in rest):
         raise HelpRequested
+    named = bool(rest) and not rest[0].startswith("-")
+    shown = rest[0] if named else "serve"
     if shown not in CONFIGURED:
-        got = f"{shown}{did_you_mean(shown, CONFIGURED)}" if shown else "nothing"
+        got = f"{shown}{did_you_mean(shown, CONFIGURED)}"
         raise ConfigError(
             f"slipstream {command}: expected one of {', '.join(CONFIGURED)}, got {got}"
         )
-    cls = CONFIGURED[shown]
-    loaded = load_with_origin(cls, shown, rest[1:], environ)
-    for field in msgspec.structs.fields(cls):
-        value = getattr(loaded.config, field.name)
-        hidden = kind_of(field.type).secret and value != field.default
-        print(f"{field.name} = {'…' if hidden else value!r}  # {loaded.origin[field.name]}")
+    origin = "--no-origin" not in rest
+    flags = [word for word in rest[named:] if word not in ("--origin", "--no-origin")]
+    loaded = load_with_origin(CONFIGURED[shown], shown, flags, environ)
+    print("\n".join(as_toml(shown, loaded, origin)))
     return ExitCode.OK
 
 
 _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "serve": _serve,
+    "run": _ask,
+    "chat": _ask,
+    "top": _watch,
+    "bench": _watch,
+    "doctor": _doctor,
     **dict.fromkeys(SERVICES, _service),
     "simulate": _simulate,
     "simulate fit": _fit,

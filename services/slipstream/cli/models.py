@@ -14,10 +14,10 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from slipstream.cli.model_error import ModelError
 from slipstream.cli.model_folder import check_folder
+from slipstream.cli.progress import progress
 from slipstream.config import did_you_mean, format_bytes
 
 DEMO = "demo"
@@ -25,7 +25,7 @@ DEMO_NAME = "smollm2-135m-instruct"
 _CONVERTER = 1
 """Raised when converted folders would come out differently, so that old ones are made again."""
 _STAMP = "slipstream.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -56,11 +56,13 @@ def prepare(spec: str, cache: Path, console: Console) -> Model:
             raise ModelError(f"{path}: expected a folder or a .gguf file")
         folder = cache / f"{path.stem}-{_digest(path)}"
         return Model(_converted(path, folder, console), path.stem)
-    if _HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
+    if HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
         folder = _from_hub(spec, console)
         check_folder(folder)
         return Model(folder, spec.rpartition("/")[2])
-    raise ModelError(f"{spec}: no such folder or file{did_you_mean(spec, [DEMO])}")
+    hint = did_you_mean(spec, [DEMO])
+    way_out = f"; give one, a hub id such as org/name, or {DEMO}"
+    raise ModelError(f"{spec}: no such folder or file{hint or way_out}")
 
 
 def link_to(folder: Path, link: Path) -> None:
@@ -136,23 +138,17 @@ def _convert(source: Path, folder: Path, console: Console) -> None:
         ) from None
     size = format_bytes(source.stat().st_size)
     console.print(f"Preparing {folder.name} from {source.name} ({size}); once only.")
-    free = shutil.disk_usage(folder.parent).free
-    if free < 5 * source.stat().st_size:
-        raise ModelError(f"{folder.parent}: {format_bytes(free)} free is too little for the model")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    free, need = shutil.disk_usage(folder.parent).free, 5 * source.stat().st_size
+    if free < need:
+        raise ModelError(
+            f"{folder.parent}: {format_bytes(free)} free, {format_bytes(need)} are needed to "
+            "convert the model; make room, or set XDG_CACHE_HOME"
+        )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         target = Path(temporary) / "model"
         target.mkdir()
-        with Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        ) as bar:
-            task = bar.add_task("tensors", total=None)
-            convert_gguf(source, target, lambda done, n: bar.update(task, completed=done, total=n))
+        with progress(console, "tensors") as advance:
+            convert_gguf(source, target, advance)
         check_folder(target)
         (target / _STAMP).write_text(_stamp(source), encoding="utf-8")
         if folder.exists():

@@ -200,7 +200,10 @@ def _child_env(environ: Mapping[str, str]) -> dict[str, str]:
     ours = {field.name for field in msgspec.structs.fields(ServeConfig)} | set(_NEVER_INHERITED)
     hidden = {env_of(name) for name in ours} | set(unknown_variables(environ))
     env = {name: value for name, value in environ.items() if name not in hidden}
+    return env | {"PYTHONPATH": child_path(environ), "PYTHONUNBUFFERED": "1"}
+
+
+def child_path(environ: Mapping[str, str]) -> str:
+    """PYTHONPATH of a child, with our source roots in it."""
     roots = [str(Path(place).parent) for place in import_module("slipstream").__path__]
-    env["PYTHONPATH"] = os.pathsep.join([*roots, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    env["PYTHONUNBUFFERED"] = "1"
-    return env
+    return os.pathsep.join([*roots, environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

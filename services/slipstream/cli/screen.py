@@ -1,5 +1,6 @@
 """What `slipstream serve` shows: lines of the children, the phase it is in, the READY block."""
 
+import re
 import sys
 
 from rich.console import Console
@@ -17,6 +18,16 @@ _COLOURS = {
 }
 
 
+_WEIGHTS = re.compile(r" info weights: (\d+) of (\d+) layers$")
+"""What `engine.runner` says of a model that takes long to load."""
+_BAR = 30
+
+
+def _bar(node_id: str, done: int, layers: int) -> str:
+    full = _BAR * done // max(1, layers)
+    return f"{node_id} loads weights {'━' * full}{'─' * (_BAR - full)} {done}/{layers}"
+
+
 class Screen:
     """Child lines and phases go to stderr, the READY block to stdout."""
 
@@ -29,6 +40,9 @@ class Screen:
         """One line of a child, behind its name."""
         if not self.console.is_terminal:
             print(f"{node_id:<12} {line}", file=sys.stderr, flush=True)
+            return
+        if self._status is not None and (found := _WEIGHTS.search(line)):
+            self._status.update(_bar(node_id, int(found[1]), int(found[2])))
             return
         colour = _COLOURS.get(node_id.rpartition("-")[0] or node_id, "white")
         text = Text(f"{node_id:<12} ", style=colour)

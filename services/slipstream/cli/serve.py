@@ -142,7 +142,8 @@ async def _until_ready(
     if signalled.is_set():
         return None
     return Failure(
-        f"slipstream serve: not ready after {config.ready_timeout_s:g} s: {last_phase}",
+        f"slipstream serve: not ready after {config.ready_timeout_s:g} s: {last_phase}; "
+        "give it longer by --ready-timeout-s, or see what it printed above",
         ExitCode.FAILED,
     )
 

@@ -66,7 +66,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._kill_now = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._die_with_parent = _die_with_parent()
+        self._die_with_parent = die_with_parent()
 
     def start(self) -> None:
         for child in self.children:
@@ -197,7 +197,7 @@ def _ending(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """For a new child: the kernel kills it when this process ends, even by SIGKILL."""
     if not sys.platform.startswith("linux"):
         return None

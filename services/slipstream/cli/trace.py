@@ -7,9 +7,9 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from slipstream.cli.commands import TraceConfig
+from slipstream.cli.client_config import TraceConfig, base_url
 from slipstream.cli.timeline import Trace, as_mermaid, as_svg, as_text
-from slipstream.config import ConfigError, SetupError
+from slipstream.config import SetupError
 
 ASK_TIMEOUT_S = 5.0
 LATE_S = 0.5
@@ -73,15 +73,15 @@ def _goes_on(body: bytes) -> bool:
 
 
 def _ask(config: TraceConfig) -> tuple[int, bytes]:
-    parts = urlsplit(config.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"slipstream trace: --url {config.url}: expected http://host:port")
+    parts = urlsplit(base_url(config.url))
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     secure = parts.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     try:
-        connection = kind(parts.hostname, parts.port, timeout=ASK_TIMEOUT_S)
+        connection = kind(parts.hostname or "", parts.port, timeout=ASK_TIMEOUT_S)
         try:
-            connection.request("GET", f"{parts.path.rstrip('/')}/trace/{quote(config.id, safe='')}")
+            path = f"{parts.path}/trace/{quote(config.id, safe='')}"
+            connection.request("GET", path, headers=headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:

@@ -13,6 +13,7 @@ from slipstream.config.loader import (
 from slipstream.config.rules import AUTO_TRANSPORTS, make_folder, require_folder
 from slipstream.config.service import (
     Dtype,
+    KeysDir,
     KvCacheBytes,
     LogLevel,
     MaxModelLen,
@@ -53,6 +54,7 @@ __all__ = [
     "ConfigError",
     "Dtype",
     "HelpRequested",
+    "KeysDir",
     "KvCacheBytes",
     "Loaded",
     "LogLevel",

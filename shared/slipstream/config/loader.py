@@ -117,7 +117,10 @@ def _parse_flags(prog: str, fields: Mapping[str, FieldInfo], argv: Sequence[str]
         else:
             parser.add_argument(flag_of(name), default=argparse.SUPPRESS, dest=name)
             known.append(flag_of(name))
-    found, unknown = parser.parse_known_args(list(argv))
+    several = sum(bool(kind_of(field.type).positional) for field in fields.values()) > 1
+    # Of several positionals argparse takes none from behind a flag, unless told to.
+    parse = parser.parse_known_intermixed_args if several else parser.parse_known_args
+    found, unknown = parse(list(argv))
     flags = vars(found)
     if flags.pop("help"):
         raise HelpRequested

@@ -1,5 +1,6 @@
 """Settings that every service has, those that both kinds of worker have, and words they share."""
 
+import ipaddress
 import os
 import socket
 import tempfile
@@ -274,7 +275,8 @@ def resolve(config: S, environ: Mapping[str, str]) -> S:
     home = f"ipc://{run_dir}/scheduler.sock"
     is_scheduler = config.role is Role.SCHEDULER
     listen = config.listen or (home if is_scheduler else f"ipc://{run_dir}/{node_id}.sock")
-    advertise = config.advertise or _reachable(listen, host)
+    way = "" if is_scheduler else config.scheduler
+    advertise = config.advertise or _reachable(listen, _own_number(way) or host)
     resolved = msgspec.structs.replace(
         config,
         node_id=node_id,
@@ -308,6 +310,28 @@ def _check_keys(config: ServiceConfig) -> None:
             f"{prog}: --listen {config.listen}: whoever comes there could give orders; give "
             "--keys-dir (slipstream keys make FOLDER), or --insecure-bus on a network of your own"
         )
+
+
+def _own_number(scheduler: str) -> str:
+    """The address that this host has on its way to the scheduler; empty if there is no such way
+    yet, or one that does not leave the host.
+
+    Rather than a name: peers could look that up for long, once it is gone with its container.
+    """
+    host, _, port = scheduler.removeprefix("tcp://").rpartition(":")
+    if not scheduler.startswith("tcp://") or not port.isdigit():
+        return ""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+        family, kind, _, _, place = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing
+            number = ipaddress.ip_address(probe.getsockname()[0])
+    except (OSError, ValueError):
+        return ""
+    if number.is_loopback:
+        return ""
+    return f"[{number}]" if number.version == 6 else str(number)
 
 
 def _reachable(listen: str, host: str) -> str:

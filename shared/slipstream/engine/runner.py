@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from slipstream.engine.history import History
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.packed_file import file_name, shared_weights
 from slipstream.engine.sampler import RowError, Sample, sample
-from slipstream.engine.weights import load_weights
+from slipstream.engine.weights import Progress, load_weights
 from slipstream.kernels import cpu
 from slipstream.kernels.ops import Backend
 from slipstream.kernels.program import PANEL, CpuBackend
@@ -24,6 +25,7 @@ from slipstream.kv.layout import KvDtype, KvLayout
 from slipstream.types import RequestId
 
 _LOG = logging.getLogger(__name__)
+SAID_EVERY_S = 2.0
 _DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,6 +53,19 @@ def choose_backend(
         _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
         return Reference(int8)
     return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, int8)
+
+
+def _said_now_and_then() -> Progress:
+    """In the log, where `slipstream serve` finds it; of a model that is there at once nothing."""
+    said_s = time.monotonic()
+
+    def progress(done: int, layers: int) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= SAID_EVERY_S:
+            said_s = time.monotonic()
+            _LOG.info("weights: %d of %d layers", done, layers)
+
+    return progress
 
 
 class Runner:
@@ -85,7 +100,8 @@ class Runner:
         backend = choose_backend(self.config, pool.dtype, pool.device, int8, threads)
 
         def load() -> DecoderWeights:
-            return load_weights(model_path, self.config, pool.dtype, pool.device, backend)
+            how = self.config, pool.dtype, pool.device, backend
+            return load_weights(model_path, *how, _said_now_and_then())
 
         if packed_dir is None or not isinstance(backend, CpuBackend):
             weights = load()

@@ -4,7 +4,7 @@ Files are mapped into memory, checked against the config, converted and packed; 
 read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from slipstream.engine.decoder import DecoderWeights, LayerWeights
 from slipstream.engine.model_config import ModelConfig, ModelError, weight_files
 from slipstream.kernels.ops import Backend
 
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,6 +29,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     backend: Backend,
+    progress: Progress = lambda done, layers: None,
 ) -> DecoderWeights:
     """All parameters in `dtype`, in memory of our own, matrices as `backend` wants them.
 
@@ -33,7 +37,7 @@ def load_weights(
     that the config does not account for (a feature that would silently be left out).
     """
     with _open_checkpoint(Path(model_path)) as checkpoint:
-        weights = _Loader(checkpoint, config, dtype, device, backend).load()
+        weights = _Loader(checkpoint, config, dtype, device, backend).load(progress)
         if unread := checkpoint.unread(config.tied_embeddings):
             raise ModelError(f"{model_path}: config.json does not account for tensor {unread[0]}")
         return weights
@@ -100,7 +104,7 @@ class _Loader:
         self._device = device
         self._backend = backend
 
-    def load(self) -> DecoderWeights:
+    def load(self, progress: Progress) -> DecoderWeights:
         config = self._config
         vocabulary = (config.vocab_size, config.hidden_size)
         table = self._packed(["model.embed_tokens.weight"], [vocabulary])
@@ -111,10 +115,16 @@ class _Loader:
             head = self._backend.pack(table)
         return DecoderWeights(
             embedding=embedding,
-            layers=tuple(self._layer(f"model.layers.{i}") for i in range(config.num_layers)),
+            layers=tuple(self._layers(progress)),
             norm=self._vector("model.norm.weight", config.hidden_size),
             lm_head=head,
         )
+
+    def _layers(self, progress: Progress) -> Iterator[LayerWeights]:
+        layers = self._config.num_layers
+        for index in range(layers):
+            progress(index, layers)
+            yield self._layer(f"model.layers.{index}")
 
     def _layer(self, at: str) -> LayerWeights:
         config = self._config

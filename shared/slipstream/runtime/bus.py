@@ -20,6 +20,7 @@ from slipstream.core.link import UNACKED_BYTES_MAX, Transmit
 from slipstream.core.node import encode_header
 from slipstream.curve import Door, Keys
 from slipstream.errors import ExitCode
+from slipstream.runtime.names import Names
 from slipstream.runtime.ports import holder
 from slipstream.types import NodeId, Role
 
@@ -55,6 +56,7 @@ class Bus:
         self.frames_malformed = 0
         """Of the wrong number of parts; the node counts those that it cannot decode."""
         self._peers: dict[NodeId, _Peer] = {}
+        self._names = Names()
         self._path: Path | None = None
         """Of our socket, once it is there."""
         self._context: zmq.Context[Socket] = zmq.Context()
@@ -102,8 +104,12 @@ class Bus:
     def transmit(self, frame: Transmit, now_s: float) -> None:
         """Queues the frame, or drops it if the peer's queue is full or its address is no good."""
         header = encode_header(frame.header)
+        address = self._names.numeric(frame.address, now_s)
+        if address is None:
+            self.frames_dropped += 1
+            return
         try:
-            peer = self._peer(frame.peer, frame.address, now_s)
+            peer = self._peer(frame.peer, address, now_s)
             peer.socket.send_multipart((header, frame.payload), zmq.NOBLOCK)
         except zmq.ZMQError:
             self.frames_dropped += 1

@@ -1,12 +1,13 @@
 """One client for all servers: an OpenAI completion as a stream, timed as it comes in."""
 
 import time
-from typing import Any
 
 import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from slipstream.client import stream
+from slipstream.client.stream import short
 from slipstream.loadtest.versus.errors import AnswerError
 
 PATIENCE_S = 1800.0
@@ -20,61 +21,17 @@ class Answer(msgspec.Struct, frozen=True):
     """To the first chunk with a choice in it, whether its token has made text yet or not."""
     last_s: float
     tokens: int
-
-    @property
-    def tpot_s(self) -> float:
-        """Time per output token after the first; a chunk may hold several of them."""
-        return (self.last_s - self.first_s) / max(1, self.tokens - 1)
+    tpot_s: float
 
 
-class _Usage(msgspec.Struct):
-    completion_tokens: int
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[msgspec.Raw] = []
-    usage: _Usage | None = None
-    error: Any = None
-
-
-_decode = msgspec.json.Decoder(_Chunk).decode
-
-
-class Meter:
-    """Reads the bytes of one stream: when its first and its last choice came, and its usage."""
-
-    def __init__(self, begin_s: float) -> None:
-        self._begin_s = begin_s
-        self._first_s = self._last_s = 0.0
-        self._tokens = 0
-        self._rest = b""
-
-    def feed(self, data: bytes, now_s: float) -> None:
-        """AnswerError if the server says that it failed."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            event = line.removeprefix(b"data:").strip()
-            if len(event) == len(line) or event in (b"", b"[DONE]"):
-                continue  # a comment, an empty line, the end
-            try:
-                chunk = _decode(event)
-            except msgspec.DecodeError:
-                raise AnswerError(f"a chunk that cannot be read: {_short(event)}") from None
-            if chunk.error is not None:
-                raise AnswerError(
-                    f"an error in the stream: {_short(msgspec.json.encode(chunk.error))}"
-                )
-            if chunk.choices:
-                self._last_s = now_s - self._begin_s
-                self._first_s = self._first_s or self._last_s
-            if chunk.usage is not None:
-                self._tokens = chunk.usage.completion_tokens
+class Meter(stream.Meter):
+    """Takes whole answers alone."""
 
     def answer(self, wanted: int) -> Answer:
         """AnswerError unless exactly `wanted` tokens came."""
-        if self._tokens != wanted:
-            raise AnswerError(f"{self._tokens} tokens instead of {wanted}")
-        return Answer(self._first_s, self._last_s, self._tokens)
+        if self.tokens != wanted:
+            raise AnswerError(f"{self.tokens} tokens instead of {wanted}")
+        return Answer(self.first_s, self.last_s, self.tokens, self.tpot_s)
 
 
 class Client:
@@ -103,7 +60,7 @@ class Client:
             ) as reply:
                 if reply.status != 200:
                     text = await reply.content.read(500)
-                    raise AnswerError(f"HTTP {reply.status}: {_short(text)}")
+                    raise AnswerError(f"HTTP {reply.status}: {short(text)}")
                 async for data in reply.content.iter_any():
                     meter.feed(data, time.perf_counter())
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
@@ -146,7 +103,3 @@ async def drafts(session: aiohttp.ClientSession, url: str) -> tuple[float, float
         for name in ("draft_tokens", "draft_tokens_right")
     )
     return drafted, right
-
-
-def _short(text: bytes) -> str:
-    return " ".join(text.decode("utf-8", "replace").split())[:200]
