@@ -168,7 +168,7 @@ def _ask(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _watch(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
-    """top, bench."""
+    """top, trace, bench."""
     config = load(COMMANDS[command].settings, command, rest, environ)
     _set_title(command, rest)
     module = importlib.import_module(f"slipstream.cli.{command}")
@@ -189,14 +189,6 @@ def _transports(command: str, rest: list[str], environ: Mapping[str, str]) -> in
     from slipstream.cli.doctor import transports
 
     print(transports(config))
-    return ExitCode.OK
-
-
-def _trace(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
-    from slipstream.cli.client_config import TraceConfig
-    from slipstream.cli.trace import trace
-
-    print(trace(load(TraceConfig, command, rest, environ)))
     return ExitCode.OK
 
 
@@ -239,6 +231,7 @@ _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "run": _ask,
     "chat": _ask,
     "top": _watch,
+    "trace": _watch,
     "bench": _watch,
     "doctor": _doctor,
     **dict.fromkeys(SERVICES, _service),
@@ -246,7 +239,6 @@ _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "simulate fit": _fit,
     "model prepare": _prepare,
     "doctor transports": _transports,
-    "trace": _trace,
     "keys make": _keys,
     "config show": _show,
     "config docs": _docs,

@@ -10,6 +10,7 @@ import msgspec
 from slipstream.cli.client_config import TraceConfig, base_url
 from slipstream.cli.timeline import Trace, as_mermaid, as_svg, as_text
 from slipstream.config import SetupError
+from slipstream.errors import ExitCode
 
 ASK_TIMEOUT_S = 5.0
 LATE_S = 0.5
@@ -31,9 +32,14 @@ class _Refusal(msgspec.Struct):
     error: _Error = msgspec.field(default_factory=_Error)
 
 
-def trace(config: TraceConfig) -> str:
-    """What is to be printed; with --svg the picture is written too. StartError if there is no such
-    trace, or nobody to ask."""
+def trace(config: TraceConfig) -> int:
+    """Prints it; with --svg the picture is written too. StartError if there is no such trace, or
+    nobody to ask."""
+    print(_shown(config))
+    return ExitCode.OK
+
+
+def _shown(config: TraceConfig) -> str:
     body = _found(config)
     if config.json:
         return body.decode()
