@@ -212,3 +212,13 @@ def test_prices_that_are_not_known_well_refuse_nobody() -> None:
     rig.hear(DECODE, msgspec.structs.replace(SLOW, step_samples=[few]))
     rig.submit("d")
     assert rig.refused() == ["d"]
+
+
+def test_a_request_whose_time_is_up_by_both_clocks_ends_once() -> None:
+    """At the same tick it has waited for too long, and its own budget is used up."""
+    rig = Busy()
+    rig.place("a", "b", "c", "d")
+    rig.pass_time(0.1)  # between two ticks
+    rig.submit("e", timeout_s=TARGET_S)
+    rig.pass_time(TARGET_S + 0.5)
+    assert len(rig.all(Failed)) == 1 and rig.state("e") == ""

@@ -101,6 +101,10 @@ class Decisions:
             late = sorted(self._late)[int(LATE_SHARE * len(self._late))]
             self._margin = max(0.0, late) if len(self._late) >= LATE_KNOWN else 0.0, now_s
 
+    def of(self, request_id: RequestId) -> Decision | None:
+        """The last one of this request, if it is kept."""
+        return self._of.get(request_id, (None, 0.0))[0]
+
     def latest(self) -> list[tuple[Decision, float]]:
         """With when each was made, oldest first."""
         return list(self._of.values())

@@ -59,6 +59,8 @@ _KINDS = (
     _Kind(usual=(1.0, 0.0, 0.0, 8.0, 8.0 * 512), terms=(0, 3, 4)),  # decodes alone
     _Kind(usual=(1.0, 256.0, 256.0 * 256, 0.0, 0.0), terms=(1, 2)),  # with part of a prompt
 )
+
+
 class Fit:
     """`believed[i] * x[i]` summed is the price of x; `believed` follows the samples."""
 
