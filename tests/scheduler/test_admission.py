@@ -19,6 +19,7 @@ from slipstream.messages import (
 )
 from slipstream.scheduler.admission import TIMES_ALONE, Expected, too_late
 from slipstream.scheduler.decisions import LATE_FRESH_S, LATE_KNOWN
+from slipstream.scheduler.dispatcher import CAUTION
 from slipstream.scheduler.past import PACE_KNOWN_S, RATE_WINDOW_S, RETRY_AFTER_MAX_S, Past
 from slipstream.scheduler.prices import KNOWN_WELL
 
@@ -120,9 +121,8 @@ def test_who_stands_too_far_behind_is_told_at_once() -> None:
 
 
 def test_who_would_compute_it_too_late_does_not_begin() -> None:
-    rig = Busy(disaggregation="never")
-    for _ in range(4):
-        rig.hear(DECODE, SLOW)
+    rig = Busy(ttft_target_s=CAUTION * 5.0, disaggregation="never")
+    learnt(rig)
     rig.submit("a")
     rig.submit("b")
     assert rig.state("a") == rig.state("b") == "decoding", "both within five seconds"
@@ -135,8 +135,7 @@ def test_who_would_compute_it_too_late_does_not_begin() -> None:
 
 def test_a_prompt_that_takes_long_by_itself_is_taken_when_nothing_else_is_done() -> None:
     rig = Busy(ttft_target_s=0.5, disaggregation="never")
-    for _ in range(4):
-        rig.hear(DECODE, SLOW)
+    learnt(rig)
     rig.submit("a")
     assert rig.state("a") == "decoding" and not rig.refused()
 
@@ -180,13 +179,13 @@ def learnt(rig: Rig) -> None:
 
 
 def test_who_was_late_before_is_expected_late_again() -> None:
-    rig = Busy(disaggregation="never")
+    rig = Busy(ttft_target_s=CAUTION * 5.0, disaggregation="never")
     learnt(rig)
-    late_by(rig, 1.5)
+    late_by(rig, 2.5)
     rig.submit("a")
     rig.submit("b")
     assert rig.state("a") == "decoding"
-    assert rig.refused() == ["b"], "4.2 s and 1.5 s are more than 5"
+    assert rig.refused() == ["b"], "twice 4.2 s and 2.5 s are more than 10"
 
 
 def test_lateness_is_forgotten_and_never_refuses_by_itself() -> None:
