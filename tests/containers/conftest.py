@@ -21,14 +21,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "kind": "Kustomization",
         "namespace": "slipstream",
         "resources": ["../../base", "../../keys"],
-        "components": ["../../components/monitoring", "../../components/hpa"],
+        "components": [f"../../components/{name}" for name in ("monitoring", "hpa", "gpu")],
     }
-    (copy / "overlays" / "hpa").mkdir()
-    file = copy / "overlays" / "hpa" / "kustomization.yaml"
+    (copy / "overlays" / "rest").mkdir()
+    file = copy / "overlays" / "rest" / "kustomization.yaml"
     file.write_text(yaml.safe_dump(overlay), encoding="utf-8")
     return copy
 
 
-@pytest.fixture(scope="module", params=["demo", "production", "hpa"])
+@pytest.fixture(scope="module", params=["demo", "production", "rest"])
 def cluster(request: pytest.FixtureRequest, tree: Path) -> list[Manifest]:
     return built(tree / "overlays" / request.param)

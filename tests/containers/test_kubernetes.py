@@ -1,5 +1,6 @@
 """The Kubernetes manifests, built as kubectl builds them: schemas, references, settings, keys."""
 
+import math
 import os
 import shutil
 import stat
@@ -187,6 +188,11 @@ def test_every_service_has_probes_and_time_to_end(cluster: list[Manifest]) -> No
     assert strategies["scheduler"] == {"type": "Recreate"}
 
 
+def _cpus(said: str) -> int:
+    """Whole ones, rounded up, as the kubelet says them."""
+    return math.ceil(int(said[:-1]) / 1000 if said.endswith("m") else int(said))
+
+
 def environment(role: str, cluster: list[Manifest]) -> dict[str, str]:
     """What the kubelet gives the service of a role."""
     (service,) = services(cluster)[role]["containers"]
@@ -196,7 +202,9 @@ def environment(role: str, cluster: list[Manifest]) -> dict[str, str]:
         env |= maps[source["configMapRef"]["name"]]["data"]
     told = {"metadata.name": f"{role}-6d4cf56db6-x7k2p", "status.podIP": "10.1.2.3"}
     for variable in service["env"]:
-        if "value" in variable:
+        if "resourceFieldRef" in variable.get("valueFrom", {}):
+            value = str(_cpus(service["resources"]["requests"]["cpu"]))
+        elif "value" in variable:
             value = variable["value"].replace("$(POD_IP)", env.get("POD_IP", "$(POD_IP)"))
         else:
             value = told[variable["valueFrom"]["fieldRef"]["fieldPath"]]
@@ -217,6 +225,10 @@ def test_services_understand_their_settings(cluster: list[Manifest]) -> None:
         mounts = {mount["mountPath"] for mount in service["volumeMounts"]}
         wanted = {config.keys_dir, config.run_dir}
         if role in (Role.PREFILL, Role.DECODE):
+            assert (
+                config.threads
+                == {"500m": 1, "2": 2, "8": 8}[service["resources"]["requests"]["cpu"]]
+            )
             wanted |= {env["SLIPSTREAM_SHM_DIR"], env["SLIPSTREAM_PACKED_WEIGHTS_DIR"]}
         assert wanted <= mounts
 

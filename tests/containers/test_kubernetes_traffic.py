@@ -131,7 +131,7 @@ def test_prometheus_understands_what_autoscaling_asks(tmp_path: Path) -> None:
 def test_both_autoscalers_are_the_same(tree: Path) -> None:
     """Equal queries, thresholds, bounds and pace."""
     rules = {rule["name"]["as"]: rule for rule in adapter_rules()}
-    hpas = of_kind(built(tree / "overlays" / "hpa"), "HorizontalPodAutoscaler")
+    hpas = of_kind(built(tree / "overlays" / "rest"), "HorizontalPodAutoscaler")
     asked = set()
     assert hpas.keys() == scaled_objects().keys() == AUTOSCALED
     for name, keda in scaled_objects().items():
