@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 200
 BENCH ?=
+LOAD ?=
 comma := ,
 
 # A machine with an NVIDIA driver gets pip's choice of torch; any other one the version of the CPU
@@ -21,7 +22,7 @@ SOURCES := shared kernels services loadtest
 ROOTS := $(wildcard $(SOURCES) tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo dev check test test-all sim bench-vs docs clean
+.PHONY: help serve demo dev check test test-all sim load bench-vs docs clean
 
 help:
 	@echo "make serve      install, prepare the demo model, start everything"
@@ -29,6 +30,7 @@ help:
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-all   all tests"
 	@echo "make sim        the simulator, SEEDS=200"
+	@echo "make load       a load test of a minute with a report; another: LOAD='--scenario spike'"
 	@echo "make bench-vs   against vLLM and llama.cpp, for hours; a part: BENCH='--rounds 1 --loads short'"
 	@echo "make docs       write the generated pages"
 	@echo "make clean      remove what the build and the tests have made"
@@ -76,6 +78,10 @@ test-all: dev demo
 
 sim: dev
 	PYTHONPATH=tests $(BIN)/python -m sim --seeds $(SEEDS)
+
+# Starts a server of its own, and writes the report to a folder below build/load.
+load: dev demo
+	@exec $(BIN)/python -m slipstream.loadtest.load $(LOAD)
 
 # Installs the other servers under ~/.cache/slipstream/peers and writes docs/benchmarks/versus.md.
 bench-vs: dev demo

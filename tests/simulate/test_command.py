@@ -48,8 +48,8 @@ def test_a_trace_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith("3 requests, 1800 prompt tokens; 1 runs\n")
     trace.write_text(line % 0 + "{}\n")
     assert main(["simulate", "--trace", str(trace)]) == 3
-    expected = f"slipstream simulate: {trace}:2: object missing required field `timestamp`\n"
-    assert capsys.readouterr().err == expected
+    missing = f"{trace}:2: object missing required field `timestamp`\n"
+    assert capsys.readouterr().err == f"slipstream simulate: --trace: {missing}"
 
 
 @pytest.mark.parametrize(

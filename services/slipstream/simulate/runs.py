@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from slipstream.config import SetupError
 from slipstream.simulate.cluster import LAYOUT_ID, Cluster, Run
 from slipstream.simulate.prompts import Prompts
 from slipstream.simulate.report import Summary, summarize
@@ -48,7 +49,10 @@ def requests_of(source: Source) -> list[TraceRequest]:
     if source.synthetic:
         drawn = synthetic_trace(source.synthetic, source.seed)
         return cut(drawn, source.requests, source.duration_s)
-    requests = read_trace(Path(source.trace))
+    try:
+        requests = read_trace(Path(source.trace))
+    except SetupError as error:
+        raise SetupError(f"slipstream simulate: --trace: {error}") from None
     if not source.stamped:
         requests = spread(requests, source.seed)
     return cut(requests, source.requests, source.duration_s)

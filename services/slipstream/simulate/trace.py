@@ -55,26 +55,25 @@ def read_trace(path: Path) -> list[TraceRequest]:
                 if line.strip():
                     requests.append(_parse(line, f"{path}:{number}"))
     except OSError as error:
-        raise SetupError(f"slipstream simulate: --trace: {path}: {error.strerror}") from None
+        raise SetupError(f"{path}: {error.strerror}") from None
     if not requests:
-        raise SetupError(f"slipstream simulate: --trace: {path} holds no request")
+        raise SetupError(f"{path} holds no request")
     requests.sort(key=lambda request: request.arrival_s)
     begin_s = requests[0].arrival_s
     return [_moved(request, request.arrival_s - begin_s) for request in requests]
 
 
 def _parse(line: bytes, where: str) -> TraceRequest:
-    prefix = f"slipstream simulate: {where}"
     try:
         found = _decode(line)
     except msgspec.ValidationError as error:
-        raise SetupError(f"{prefix}: {_explained(str(error), line)}") from None
+        raise SetupError(f"{where}: {_explained(str(error), line)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise SetupError(f"{prefix}: not a JSON object: {error}") from None
+        raise SetupError(f"{where}: not a JSON object: {error}") from None
     chunks = -(-found.input_length // CHUNK_TOKENS)
     if len(found.hash_ids) != chunks:
         raise SetupError(
-            f"{prefix}: hash_ids: {len(found.hash_ids)} ids for input_length {found.input_length}; "
+            f"{where}: hash_ids: {len(found.hash_ids)} ids for input_length {found.input_length}; "
             f"one for each {CHUNK_TOKENS} tokens makes {chunks}"
         )
     return TraceRequest(

@@ -1,0 +1,1 @@
+"""Load tests with locust: scenarios, checks on every answer, a report."""

@@ -1,0 +1,1 @@
+"""Replays a trace in Mooncake's form against a server."""
