@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.accounts import account_of
+from docs.accounts import NEVER_RUN, account_of
 from docs.pages import REPOSITORY, Block, blocks_of, commands_of, pages
 from e2e.stack import PATIENCE_S, Stack, free_port
 
@@ -102,6 +102,7 @@ def test_commands(block: Block, stack: Stack, clone: Path) -> None:
         if check := account_of(command):
             check(command.removeprefix("cd compose && "))
             continue
+        assert not NEVER_RUN.search(command), f"{command}: neither run nor accounted for"
         for pattern, shorter in SHORTER:
             command = re.sub(pattern, shorter, command)
         bash = shutil.which("bash") or "bash"
