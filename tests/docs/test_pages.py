@@ -1,5 +1,6 @@
 """What the pages say of fields, paths, errors and settings is what the code has; links lead on."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import cast
 import msgspec
 import pytest
 
+from docs.accounts import MAKEFILE, split
 from docs.pages import FENCE, REPOSITORY, pages
 from frontend.fakes import FakeGateway
 from slipstream.cli.commands import COMMANDS, known_variables
@@ -113,7 +115,9 @@ def of_us(page: Path) -> bool:
     return page.parent.name != "clients" and page.name not in ("loadtesting.md", "CONTRIBUTING.md")
 
 
-@pytest.mark.parametrize("page", filter(of_us, pages()), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in pages() if of_us(page)], ids=lambda page: page.name
+)
 def test_settings_that_prose_names_are_there(page: Path) -> None:
     fields = members(*(command.settings for command in COMMANDS.values()))
     known = {f"--{name.replace('_', '-')}" for name in fields} | {"--help", "--config"}
@@ -124,6 +128,31 @@ def test_settings_that_prose_names_are_there(page: Path) -> None:
         re.findall(r"^(\w+)=", (REPOSITORY / "compose/.env.example").read_text(), re.M)
     )
     assert not variables - known_variables() - of_compose
+
+
+INLINE = re.compile(r"`((?:\S+=\S+ )*(?:\S*/)?(?:make|slipstream|python) [^`]+)`")
+
+
+PLANNED = "roadmap.md"
+"""Names what is not there yet."""
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in pages() if page.name != PLANNED], ids=lambda page: page.name
+)
+def test_commands_in_prose(page: Path) -> None:
+    """By name only: what is to be typed as it stands is in a block, and is run."""
+    for span in INLINE.findall(prose(page)):
+        _, words = split(span.replace("\n", " "))
+        program, rest = words[0].rpartition("/")[2], words[1:]
+        if program == "make":
+            targets = [word for word in rest if re.fullmatch("[a-z-]+", word)]
+            assert all(re.search(rf"^{one}:", MAKEFILE, re.MULTILINE) for one in targets), span
+        elif program == "slipstream":
+            known = {*COMMANDS, "COMMAND", "--help", *(name.split()[0] for name in COMMANDS)}
+            assert {rest[0], " ".join(rest[:2])} & known, span
+        elif rest[0] == "-m" and rest[1].startswith("slipstream."):
+            assert importlib.util.find_spec(rest[1]), span
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
