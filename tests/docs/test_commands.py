@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from docs.accounts import NEVER_RUN, account_of
 from docs.pages import REPOSITORY, Block, blocks_of, commands_of, pages
-from e2e.stack import PATIENCE_S, Stack, free_port
+from e2e.stack import PATIENCE_S, Stack, free_port, ports_in_a_row, until
 
 BLOCKS = [block for page in pages() for block in blocks_of(page)]
 SHELL = {"sh", "bash", "console"}
@@ -35,7 +36,9 @@ TRACE = {"timestamp": 0, "input_length": 700, "output_length": 20, "hash_ids": [
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    stack = Stack(disaggregation="auto", kv_cache_bytes="512MiB", transports="shm")
+    port = ports_in_a_row(7)
+    settings = {"disaggregation": "auto", "kv_cache_bytes": "512MiB", "transports": "shm"}
+    stack = Stack(port=port, metrics_port=port + 1, **settings)
     yield stack
     stack.close()
 
@@ -131,3 +134,21 @@ def test_data(block: Block) -> None:
         tomllib.loads(block.text)
     else:
         json.loads(block.text)
+
+
+METRIC = re.compile(r"\b((?:slipstream_|vllm:)[a-z0-9_]*[a-z0-9])\b(?!_|\*)")
+
+
+def test_metrics_that_pages_name_are_there(stack: Stack) -> None:
+    until(lambda: len(stack.worker("leases")) == 2, "reports of both workers")
+    there = set[str]()
+    for port in range(stack.port, stack.port + 7):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+            there |= set(re.findall(r"^([a-z0-9_:]+)", reply.read().decode(), re.MULTILINE))
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in there}
+    away = {}
+    for page in pages():
+        named = set(METRIC.findall(page.read_text(encoding="utf-8")))
+        if missing := sorted(named - there - families):
+            away[page.name] = missing
+    assert not away
