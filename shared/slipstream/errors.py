@@ -18,6 +18,7 @@ class ErrorCode(StrEnum):
     UNAUTHORIZED = "invalid_api_key"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
+    TRACE_NOT_FOUND = "trace_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TOO_LARGE = "request_too_large"
     UNSUPPORTED_MEDIA = "unsupported_media_type"
@@ -51,6 +52,7 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.UNAUTHORIZED: ErrorSpec(401, _BAD, False, "The API key is missing or wrong."),
     ErrorCode.MODEL_NOT_FOUND: ErrorSpec(404, _BAD, False, "The model is not served here."),
     ErrorCode.UNKNOWN_URL: ErrorSpec(404, _BAD, False, "No such path."),
+    ErrorCode.TRACE_NOT_FOUND: ErrorSpec(404, _BAD, False, "No trace is kept under this name."),
     ErrorCode.METHOD_NOT_ALLOWED: ErrorSpec(405, _BAD, False, "The path has other methods."),
     ErrorCode.TOO_LARGE: ErrorSpec(413, _BAD, False, "The body is larger than the limit."),
     ErrorCode.UNSUPPORTED_MEDIA: ErrorSpec(415, _BAD, False, "Send application/json, not encoded."),

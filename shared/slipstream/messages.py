@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from slipstream.errors import Problem
+from slipstream.spans import RequestSpans, Trace
 from slipstream.types import (
     BlockId,
     Epoch,
@@ -218,7 +219,20 @@ class ClusterLoad(Message, kw_only=True, frozen=True):
     """Reader -> source -> blocks, since the reader's start."""
 
 
-FrontendInbox: TypeAlias = Peers | Tokenized | TextOut | Failed | CodecResult | ClusterLoad
+class TraceFound(Message, kw_only=True, frozen=True):
+    """Scheduler -> frontend, in answer to `FindTrace`. Lost with the session: the asker gives up
+    in time."""
+
+    call_id: str
+    traces: list[Trace] = []
+    """One for each choice; none: nothing is kept under that name."""
+    kept: Count = 0
+    """Requests of which there are traces."""
+
+
+FrontendInbox: TypeAlias = (
+    Peers | Tokenized | TextOut | Failed | CodecResult | ClusterLoad | TraceFound
+)
 
 
 # --- To the tokenizer -----------------------------------------------------------------------------
@@ -388,6 +402,22 @@ class Located(Message, kw_only=True, frozen=True):
     """How many of them are not in the worker's pool but in a tier below it."""
 
 
+class Spans(Message, kw_only=True, frozen=True):
+    """All -> scheduler: what became of requests here. Nobody waits for it, and it may be lost."""
+
+    role: Role
+    epoch: Epoch
+    requests: list[RequestSpans]
+
+
+class FindTrace(Message, kw_only=True, frozen=True):
+    """Frontend -> scheduler."""
+
+    call_id: str
+    name: Name
+    """A request's id, an answer's, or the client's `x-request-id`."""
+
+
 SchedulerInbox: TypeAlias = (
     Hello
     | Submit
@@ -398,6 +428,8 @@ SchedulerInbox: TypeAlias = (
     | Finished
     | AttemptFailed
     | Located
+    | Spans
+    | FindTrace
 )
 
 
@@ -625,4 +657,3 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     peer_session: int
     seq: int
     ack: int
-    trace_id: str = ""

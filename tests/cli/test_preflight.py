@@ -1,6 +1,7 @@
 """What a child would refuse is one line of `slipstream serve`, before anything starts."""
 
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -52,6 +53,11 @@ def refusal(
         ("--transports shm,", 2, "got 'shm,'"),
         ("--transports shm,auto", 2, "got auto"),
         ("--transports bus,bus", 2, "--transports: bus is there 2 times in bus,bus"),
+        (
+            "--otlp-endpoint localhost:4318",
+            2,
+            "serve: --otlp-endpoint localhost:4318: expected http",
+        ),
         ("--transports cuda_ipc", 3, "no cuda_ipc: the pool is in host memory; leave it out"),
         ("--redis-url http://:hunter2@h:1", 2, "serve: --redis-url: expected redis://"),
         ("--redis-url redis://h:99999", 2, "--redis-url: expected redis://"),
@@ -125,3 +131,12 @@ def test_what_a_killed_run_has_left_does_not_count_as_memory_in_use(
     code, line = refusal("--shm-dir", str(shm), "--kv-cache-bytes", "900TiB")
     assert (code, "is too much" in line) == (6, True), line
     assert not segment.exists() and not left.exists()
+
+
+def test_a_package_that_traces_need_is_asked_for_before_the_start(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.proto.collector.trace.v1", None)
+    code, line = refusal("--otlp-endpoint", "http://localhost:4318")
+    assert (code, line.partition(":")[0]) == (3, "slipstream serve")
+    assert "install 'slipstream[otel]'" in line

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from slipstream.messages import INBOXES, AnyMessage, FrameHeader, Message
+from slipstream.types import Role
 
 SCHEMA = Path(__file__).parents[1] / "data" / "wire_schema.json"
 """Every message as of wire version 1. To add a field or a message: give the field a default, then
@@ -62,7 +63,7 @@ def _example(kind: type[Message]) -> Message:
     for field in msgspec.structs.fields(kind):
         if not field.required:
             continue
-        for value in ("x", 1, b"\1\0\0\0", 0.5, [], {}, True, _NODE, _SAMPLING, _PROMPT, _PROBLEM):
+        for value in _VALUES:
             try:
                 values[field.name] = msgspec.convert(value, field.type)
                 break
@@ -77,6 +78,8 @@ _NODE = {"node_id": "n", "role": "decode", "epoch": 1, "address": "a"}
 _SAMPLING = {"max_tokens": 1, "seed": 0}
 _PROMPT = {"type": "TextPrompt", "text": "hello"}
 _PROBLEM = {"code": "internal_error", "message": "m"}
+_PLAIN = ("x", 1, b"\1\0\0\0", 0.5, [], {}, True, Role.DECODE)
+_VALUES = (*_PLAIN, _NODE, _SAMPLING, _PROMPT, _PROBLEM)
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)

@@ -20,8 +20,10 @@ from slipstream.messages import (
     TextDelta,
     TextLogprob,
     Tokenize,
+    TraceFound,
     WorkerInfo,
 )
+from slipstream.spans import TraceContext
 from slipstream.types import FinishReason, Role, Usage, pack_tokens, unpack_tokens
 
 MODEL = "demo"
@@ -122,6 +124,9 @@ class FakeGateway:
         self.streams: list[FakeStream] = []
         self.coded = DeliverCodec("c", pack_tokens([1, 2]), ("a", "b"), "ab")
         self.codec_calls: list[tuple[Prompt | None, list[int]]] = []
+        self.contexts: list[TraceContext] = []
+        self.traces_asked: list[str] = []
+        self.found: TraceFound | None = TraceFound(call_id="c", kept=3)
         self.broken = False
         self.load = ClusterLoad(gauges={})
 
@@ -130,8 +135,15 @@ class FakeGateway:
             raise KeyError("/tmp/secret")
         return self.now
 
-    def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
+    def open(
+        self,
+        submission: Tokenize,
+        put: Callable[[StreamItem], None],
+        context: TraceContext,
+        model: str,
+    ) -> Callable[[], None]:
         msgspec.msgpack.encode(submission)  # it can travel
+        self.contexts.append(context)
         self.submissions.append(submission)
         self.streams.append(FakeStream(self.script(submission), put))
         return self.streams[-1].close
@@ -140,6 +152,10 @@ class FakeGateway:
         msgspec.msgpack.encode((prompt, tokens))
         self.codec_calls.append((prompt, unpack_tokens(tokens)))
         return self.coded
+
+    async def trace(self, name: str) -> TraceFound | None:
+        self.traces_asked.append(name)
+        return self.found
 
     def cluster(self) -> Cluster:
         return cluster(self.now, self.load, "frontend-0", {"requests_live": 2, "tokens_total": 9})

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import pytest
 
 from scheduler.rig import DECODE, INDEX, TOKENIZER, WORKING, Rig, node
@@ -17,7 +18,10 @@ from slipstream.messages import (
     WorkerLoad,
 )
 from slipstream.scheduler.admission import TIMES_ALONE, Expected, too_late
+from slipstream.scheduler.decisions import LATE_FRESH_S, LATE_KNOWN
+from slipstream.scheduler.dispatcher import CAUTION
 from slipstream.scheduler.past import PACE_KNOWN_S, RATE_WINDOW_S, RETRY_AFTER_MAX_S, Past
+from slipstream.scheduler.prices import KNOWN_WELL
 
 TARGET_S = 5.0
 
@@ -117,9 +121,8 @@ def test_who_stands_too_far_behind_is_told_at_once() -> None:
 
 
 def test_who_would_compute_it_too_late_does_not_begin() -> None:
-    rig = Busy(disaggregation="never")
-    for _ in range(4):
-        rig.hear(DECODE, SLOW)
+    rig = Busy(ttft_target_s=CAUTION * 5.0, disaggregation="never")
+    learnt(rig)
     rig.submit("a")
     rig.submit("b")
     assert rig.state("a") == rig.state("b") == "decoding", "both within five seconds"
@@ -132,8 +135,7 @@ def test_who_would_compute_it_too_late_does_not_begin() -> None:
 
 def test_a_prompt_that_takes_long_by_itself_is_taken_when_nothing_else_is_done() -> None:
     rig = Busy(ttft_target_s=0.5, disaggregation="never")
-    for _ in range(4):
-        rig.hear(DECODE, SLOW)
+    learnt(rig)
     rig.submit("a")
     assert rig.state("a") == "decoding" and not rig.refused()
 
@@ -157,3 +159,65 @@ def test_the_index_may_take_its_time() -> None:
     assert rig.state("e") == "queued"
     rig.pass_time(2.5)
     assert rig.refused() == ["e"]
+
+
+def late_by(rig: Rig, late_s: float, count: int = LATE_KNOWN) -> None:
+    """So many first tokens, each so long after its prediction; one request at a time."""
+    for number in range(count):
+        name = f"late-{number}"
+        rig.submit(name)
+        decision = rig.machine.dispatcher.decisions.latest()[-1][0]
+        rig.pass_time(decision.predicted_ttft_s + late_s)
+        rig.hear(DECODE, FirstToken(request_id=name, attempt=1))
+        rig.end(name)
+        rig.hear(DECODE, SLOW)
+
+
+def learnt(rig: Rig) -> None:
+    for _ in range(4):
+        rig.hear(DECODE, SLOW)
+
+
+def test_who_was_late_before_is_expected_late_again() -> None:
+    rig = Busy(ttft_target_s=CAUTION * 5.0, disaggregation="never")
+    learnt(rig)
+    late_by(rig, 2.5)
+    rig.submit("a")
+    rig.submit("b")
+    assert rig.state("a") == "decoding"
+    assert rig.refused() == ["b"], "twice 4.2 s and 2.5 s are more than 10"
+
+
+def test_lateness_is_forgotten_and_never_refuses_by_itself() -> None:
+    rig = Busy(disaggregation="never")
+    learnt(rig)
+    late_by(rig, 7.0)
+    rig.submit("a")
+    assert rig.state("a") == "decoding", "an idle worker: 2 s, and at most half of the target"
+    rig.submit("b")
+    assert rig.refused() == ["b"]
+    rig.pass_time(LATE_FRESH_S + 1.0)
+    rig.submit("c")
+    assert rig.state("c") == "decoding"
+
+
+def test_prices_that_are_not_known_well_refuse_nobody() -> None:
+    rig = Busy(disaggregation="never")
+    few = StepSample(20, 400, 0, 0, elapsed_s=60.0)
+    rig.hear(DECODE, msgspec.structs.replace(SLOW, step_samples=[few] * (KNOWN_WELL - 1)))
+    for name in "abc":
+        rig.submit(name)
+        assert rig.state(name) == "decoding", "a first step may have waited for anything"
+    rig.hear(DECODE, msgspec.structs.replace(SLOW, step_samples=[few]))
+    rig.submit("d")
+    assert rig.refused() == ["d"]
+
+
+def test_a_request_whose_time_is_up_by_both_clocks_ends_once() -> None:
+    """At the same tick it has waited for too long, and its own budget is used up."""
+    rig = Busy()
+    rig.place("a", "b", "c", "d")
+    rig.pass_time(0.1)  # between two ticks
+    rig.submit("e", timeout_s=TARGET_S)
+    rig.pass_time(TARGET_S + 0.5)
+    assert len(rig.all(Failed)) == 1 and rig.state("e") == ""

@@ -8,10 +8,14 @@ from sim.device import EOS, VOCAB, right_answer
 from sim.faults import Faults
 from sim.world import Process, World, random_prompt
 from slipstream.core import machine as m
+from slipstream.core.span_recorder import SpanRecorder
 from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker_spans import WorkerSpans
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.spans import FrontendSpans
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
+from slipstream.kvindex.spans import KvIndexSpans
 from slipstream.messages import (
     SCHEDULER,
     NodeInfo,
@@ -22,8 +26,11 @@ from slipstream.messages import (
 )
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.settings import SchedulerSettings
+from slipstream.scheduler.spans import SchedulerSpans
+from slipstream.spans import Trace, TraceContext
 from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
 from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.tokenizer.spans import TokenizerSpans
 from slipstream.types import FinishReason, NodeId, Role, SamplingParams, pack_tokens, unpack_tokens
 
 MAX_MODEL_LEN = 256
@@ -147,6 +154,9 @@ class Cluster:
         self.faults = Faults.draw(Random(rng.random()))
         self.world = World(seed, self.faults, Random(rng.random()))
         self.world.exited = self._gone
+        self.world.exported = self._exported
+        self._exports: set[tuple[str, NodeId, int, int]] = set()
+        """Spans that went to a collector, by request, node, epoch and number."""
         self.disaggregation = rng.choice(("always", "always", "never", "auto", "auto"))
         self.policy = rng.choice(
             ("cost", "cost", "cost", "prefix", "load", "random", "round-robin")
@@ -204,7 +214,8 @@ class Cluster:
             )
         epoch = int((self.world.now_s + 1.0) * 1e9)
         info = NodeInfo(node_id=node_id, role=role, epoch=epoch, address=node_id, worker=worker)
-        Process(self.world, info, self._machine(info), self._deliver)
+        machine = self._machine(info)
+        Process(self.world, info, machine, _recorder(info, machine), self._deliver)
 
     def _machine(self, info: NodeInfo) -> m.Machine:
         match info.role:
@@ -253,7 +264,9 @@ class Cluster:
             sampling=client.sampling,
             timeout_s=client.timeout_s,
         )
-        process.post(m.Opened(submission))
+        number = int(name.strip("r'"))
+        context = TraceContext(trace_id=f"{number + 1:032x}")
+        process.post(m.Opened(submission, context))
 
     def _deliver(self, effect: m.Deliver) -> None:
         client = self.clients[effect.request_id]
@@ -261,12 +274,22 @@ class Cluster:
             return  # nobody reads any more
         client.see(effect.item)
         if client.ended in REFUSALS:
+            self._close(client, client.ended)
             client.request_id = self._renamed(client)
             self.world.at(self.world.now_s + 0.5, lambda: self._open(client))
         elif client.ended:
             self._close(client, client.ended)
         elif client.closes_after is not None and len(client.tokens) >= client.closes_after:
             self._close(client, "closed")
+
+    def _exported(self, trace: Trace) -> None:
+        """Each span goes out once, and only after its end."""
+        assert trace.context is not None
+        for process in trace.processes:
+            for span in process.spans:
+                key = trace.request_id, process.node_id, process.epoch, span.number
+                assert span.end_ns >= span.begin_ns and key not in self._exports, key
+                self._exports.add(key)
 
     def _is_over(self, client: Client, name: str) -> None:
         assert client.ended or client.request_id != name, f"{name} outlives its time budget"
@@ -282,7 +305,8 @@ class Cluster:
         client.ended = how
         process = self.world.processes.get(client.frontend)
         if process is not None:
-            self.world.at(self.world.now_s, lambda: process.post(m.Closed(client.request_id)))
+            closed = m.Closed(client.request_id)
+            self.world.at(self.world.now_s, lambda: process.post(closed))
 
     # --- Faults -----------------------------------------------------------------------------------
 
@@ -369,9 +393,25 @@ class Cluster:
                 found.append(f"{node_id} is not there")
                 continue
             held = {k: v for k, v in _held(process).items() if v}
+            if process.spans.book.live:
+                held["spans"] = 1
             if held:
                 found.append(f"{node_id} holds {held}")
         return found
+
+
+def _recorder(info: NodeInfo, machine: m.Machine) -> SpanRecorder:
+    match machine:
+        case SchedulerMachine():
+            return SchedulerSpans(machine, lambda: 0, exports=True)
+        case WorkerMachine():
+            return WorkerSpans(info, lambda: 0, machine.batcher)
+    kinds = {
+        Role.FRONTEND: FrontendSpans,
+        Role.TOKENIZER: TokenizerSpans,
+        Role.KVINDEX: KvIndexSpans,
+    }
+    return kinds[info.role](info, lambda: 0)
 
 
 def _held(process: Process) -> dict[str, float]:

@@ -25,7 +25,7 @@ from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.tokenizer.machine import TokenizerMachine
 
 SEEDS = 2000
-BUG_SEEDS = 1000
+BUG_SEEDS = 2000
 
 
 def test_every_request_ends_once_and_right_and_nothing_stays_held() -> None:

@@ -15,8 +15,10 @@ from slipstream.core import machine as m
 from slipstream.core.link import Transmit
 from slipstream.core.machine import Effect, Event, Machine
 from slipstream.core.node import Node, encode_header
+from slipstream.core.span_recorder import SpanRecorder
 from slipstream.kvindex.memory import MemoryStore
 from slipstream.messages import SCHEDULER, NodeInfo, TokenPrompt
+from slipstream.spans import Trace
 from slipstream.types import NodeId, Role, unpack_tokens
 
 STEP_S, TOKEN_S = 0.004, 0.0002
@@ -24,14 +26,21 @@ READ_BLOCK_S = 0.0005
 
 
 class Checked:
-    """A machine that asserts its invariants after every event."""
+    """A machine that asserts its invariants after every event, and the recorder beside it."""
 
-    def __init__(self, machine: Machine, note: Callable[[Event, Sequence[Effect]], None]):
-        self.inner, self._note = machine, note
+    def __init__(
+        self,
+        machine: Machine,
+        spans: SpanRecorder,
+        note: Callable[[Event, Sequence[Effect]], None],
+    ):
+        self.inner, self.spans, self._note = machine, spans, note
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         effects = list(self.inner.handle(event, now_s))
         self.inner.check()
+        effects += self.spans.saw(event, effects, now_s)
+        self.spans.check()
         self._note(event, effects)
         return effects
 
@@ -51,6 +60,7 @@ class World:
         """Running checksum of all that happened: two runs of one seed must agree."""
         self.exited: Callable[[NodeId], None] = lambda node_id: None
         """A process has ended by itself: its supervisor wants to know."""
+        self.exported: Callable[[Trace], None] = lambda trace: None
         self.show: Callable[[str], None] | None = None
         """Where to tell every event and what came of it, for one's eyes."""
         self.processes: dict[NodeId, Process] = {}
@@ -105,11 +115,17 @@ class Process:
     """One service process: its node, and a shell that carries out effects in simulated time."""
 
     def __init__(
-        self, world: World, info: NodeInfo, machine: Machine, deliver: Callable[..., None]
+        self,
+        world: World,
+        info: NodeInfo,
+        machine: Machine,
+        spans: SpanRecorder,
+        deliver: Callable[..., None],
     ):
         self.world, self.info, self.deliver = world, info, deliver
         self.alive, self.frozen_until_s = True, 0.0
-        checked = Checked(machine, self._note)
+        self.spans = spans
+        checked = Checked(machine, spans, self._note)
         scheduler = None if info.role is Role.SCHEDULER else (SCHEDULER, SCHEDULER)
         self.node = Node(info, checked, scheduler)
         self.device = Device(info.worker.num_blocks) if info.worker is not None else None
@@ -198,6 +214,8 @@ class Process:
                 self.deliver(action)
             case m.Note():
                 pass  # `show` has shown it
+            case m.ExportTrace(trace):
+                world.exported(trace)
             case m.Exit(fault):
                 self.kill()
                 if fault:

@@ -1,4 +1,4 @@
-"""Settings of the commands that ask a server: run, chat, top, bench."""
+"""Settings of the commands that ask a server: run, chat, top, trace, bench."""
 
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -158,3 +158,26 @@ class BenchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         _check_url(self.url)
+
+
+class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shows the way of one request through all services, with times."""
+
+    id: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="The answer's id, or its x-request-id header.",
+            extra={"positional": "ID"},
+        ),
+    ]
+    url: HereUrl = HERE
+    api_key: ApiKey = ""
+    json: Annotated[bool, Meta(description="Print JSON instead of a timeline.")] = False
+    mermaid: Annotated[bool, Meta(description="Print a Mermaid gantt chart instead.")] = False
+    svg: Annotated[str, Meta(description="Also draw it into this file; empty: do not.")] = ""
+
+    def __post_init__(self) -> None:
+        _check_url(self.url)
+        if self.json and (self.mermaid or self.svg):
+            raise ValueError("--json goes with neither --mermaid nor --svg")

@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from slipstream.cli.client_config import BenchConfig, ChatConfig, RunConfig, TopConfig
+from slipstream.cli.client_config import BenchConfig, ChatConfig, RunConfig, TopConfig, TraceConfig
 from slipstream.cli.config import ServeConfig
 from slipstream.config import (
     ENV_PREFIX,
@@ -117,6 +117,7 @@ COMMANDS: dict[str, Command] = {
     "run": Command(RunConfig, "one prompt, one answer"),
     "chat": Command(ChatConfig, "a conversation in the terminal"),
     "top": Command(TopConfig, "what a running cluster does, live"),
+    "trace": Command(TraceConfig, "the way of one request through all services"),
     "bench": Command(BenchConfig, "put load on a server of OpenAI's API"),
     "doctor": Command(DoctorConfig, "can this machine run it, and if not, why"),
     "doctor transports": Command(TransportsConfig, "how KV blocks can move here, how fast"),

@@ -28,7 +28,13 @@ from slipstream.config import (
     Transports,
 )
 from slipstream.config.rules import check_offload, check_transports
-from slipstream.scheduler.config import Disaggregation, Policy, TtftTarget
+from slipstream.scheduler.config import (
+    Disaggregation,
+    OtlpEndpoint,
+    Policy,
+    TtftTarget,
+    check_otlp_endpoint,
+)
 
 Count = Annotated[int, Meta(ge=1, le=64)]
 WorkerCount = Annotated[int, Meta(ge=0, le=64)]
@@ -111,12 +117,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         PortNumber,
         Meta(description="First port for the services' own /metrics, one each; 0: none."),
     ] = 0
+    otlp_endpoint: OtlpEndpoint = ""
     record: Record = ""
 
     def __post_init__(self) -> None:
         if self.prefill == 0 and self.disaggregation == "always":
             raise ValueError("--prefill 0 needs --disaggregation auto or never")
         check_transports(self.transports)
+        check_otlp_endpoint(self.otlp_endpoint)
         check_offload(self.offload_disk_bytes, self.offload_dir)
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")

@@ -168,7 +168,7 @@ def _ask(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _watch(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
-    """top, bench."""
+    """top, trace, bench."""
     config = load(COMMANDS[command].settings, command, rest, environ)
     _set_title(command, rest)
     module = importlib.import_module(f"slipstream.cli.{command}")
@@ -231,6 +231,7 @@ _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "run": _ask,
     "chat": _ask,
     "top": _watch,
+    "trace": _watch,
     "bench": _watch,
     "doctor": _doctor,
     **dict.fromkeys(SERVICES, _service),

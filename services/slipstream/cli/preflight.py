@@ -15,6 +15,7 @@ from slipstream.config import (
 )
 from slipstream.kvindex.config import KvIndexConfig
 from slipstream.runtime.memory import available_memory, require_host_tiers, require_pools
+from slipstream.scheduler.config import SchedulerConfig
 
 _PROG = "slipstream serve"
 
@@ -44,6 +45,10 @@ def _check(config: ServiceConfig) -> None:
         from slipstream.kvindex.connect import require_url
 
         require_url(_PROG, config.redis_url)
+    if isinstance(config, SchedulerConfig) and config.otlp_endpoint:
+        from slipstream.scheduler.otlp import load_proto
+
+        load_proto(_PROG)
 
 
 def _check_memory(workers: Sequence[WorkerConfig]) -> None:

@@ -10,10 +10,12 @@ from slipstream.frontend.app import AppSettings
 from slipstream.frontend.config import FrontendConfig
 from slipstream.frontend.machine import FrontendMachine, FrontendSettings
 from slipstream.frontend.service import FrontendService
+from slipstream.frontend.spans import FrontendSpans
 from slipstream.frontend.validate import Limits
 from slipstream.messages import NodeInfo
 from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.shell import run_service
+from slipstream.runtime.wall import wall_offset_ns
 from slipstream.types import SamplingParams
 
 
@@ -59,7 +61,8 @@ def run(config: FrontendConfig) -> int:
     name = config.served_model_name or (Path(config.model).resolve().name if config.model else "")
     service = FrontendService(machine, app, config.host, config.port, name)
     limit_s = config.drain_timeout_s + CUT_S
-    return run_service(config, node, machine, service, drain_timeout_s=limit_s)
+    spans = FrontendSpans(node, wall_offset_ns)
+    return run_service(config, node, machine, service, drain_timeout_s=limit_s, spans=spans)
 
 
 def default_sampling(model: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from slipstream.errors import ErrorCode
-from slipstream.frontend import chat_api, completion_api, info_api, playground_api
+from slipstream.frontend import chat_api, completion_api, info_api, playground_api, trace_api
 from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
@@ -67,6 +67,7 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
             web.get("/metrics", info_api.metrics),
             web.get("/version", info_api.version),
             web.get("/cluster", info_api.cluster),
+            web.get("/trace/{name}", trace_api.trace),
         ]
     )
     playground_api.install(app)

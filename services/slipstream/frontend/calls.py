@@ -12,6 +12,7 @@ from slipstream.frontend import validate
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.generation import Answers, Call
 from slipstream.frontend.openai import Generate
+from slipstream.frontend.trace_context import trace_context
 from slipstream.messages import Prompt, Tokenize
 from slipstream.types import SamplingParams
 
@@ -58,6 +59,7 @@ def new_call(
         include_usage=include_usage,
         continuous_usage=continuous_usage,
         wants_logprobs=sampling.logprobs is not None,
+        context=trace_context(request),
     )
 
 

@@ -8,7 +8,8 @@ import msgspec
 from slipstream.core.machine import DeliverCodec
 from slipstream.errors import Problem
 from slipstream.frontend.cluster import Cluster
-from slipstream.messages import NodeInfo, Prompt, TextDelta, Tokenize
+from slipstream.messages import NodeInfo, Prompt, TextDelta, Tokenize, TraceFound
+from slipstream.spans import TraceContext
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +36,13 @@ StreamItem: TypeAlias = int | TextDelta | Problem
 class Gateway(Protocol):
     def status(self) -> ClusterStatus: ...
 
-    def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
+    def open(
+        self,
+        submission: Tokenize,
+        put: Callable[[StreamItem], None],
+        context: TraceContext,
+        model: str,
+    ) -> Callable[[], None]:
         """Never refuses: a refusal is the first item. `put` is told every item, on the loop, after
         this has returned; a `Problem`, or a delta with a finish reason, is the last one.
 
@@ -44,6 +51,10 @@ class Gateway(Protocol):
         ...
 
     async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec: ...
+
+    async def trace(self, name: str) -> TraceFound | None:
+        """None: the scheduler does not answer."""
+        ...
 
     def cluster(self) -> Cluster: ...
 

@@ -14,6 +14,7 @@ from slipstream.frontend.gateway import Gateway, StreamItem
 from slipstream.frontend.openai import PromptTokensDetails, StopReason, UsageOut
 from slipstream.frontend.problems import ApiError
 from slipstream.messages import TextDelta, TextLogprob, Tokenize
+from slipstream.spans import TraceContext
 from slipstream.types import FinishReason, Usage
 
 TAKEN_MAX = 64
@@ -36,6 +37,7 @@ class Call(msgspec.Struct, kw_only=True):
     include_usage: bool
     continuous_usage: bool
     wants_logprobs: bool
+    context: TraceContext
 
 
 class Choice:
@@ -102,8 +104,10 @@ class Answers:
                 closing.callback(close)
 
     def open(self) -> None:
-        for index, submission in enumerate(self._call.submissions):
-            self._closing.append(self._gateway.open(submission, partial(self._put, index)))
+        call = self._call
+        for index, submission in enumerate(call.submissions):
+            put = partial(self._put, index)
+            self._closing.append(self._gateway.open(submission, put, call.context, call.model))
 
     async def more(self) -> bool:
         """Waits until there is something to take; False once every choice has ended."""

@@ -14,9 +14,11 @@ from slipstream.core.machine import (
     CodecAsked,
     Deliver,
     DeliverCodec,
+    DeliverTrace,
     Effect,
     Event,
     Opened,
+    TraceAsked,
 )
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
@@ -24,14 +26,19 @@ from slipstream.frontend.cluster_metrics import ClusterMetrics
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.request_metrics import RequestMetrics
-from slipstream.messages import Prompt, Tokenize, WorkerInfo
+from slipstream.messages import Prompt, Tokenize, TraceFound, WorkerInfo
 from slipstream.runtime.metric_table import HTTP
 from slipstream.runtime.metrics import metrics, text
 from slipstream.runtime.ports import port_error
+from slipstream.spans import TraceContext
 from slipstream.types import RequestId
 
 SHUTDOWN_TIMEOUT_S = 2.0
 """For answers that are written but not sent yet; shorter than what the shell grants."""
+
+TRACE_TIMEOUT_S = 2.0
+TRACES_ASKED_MAX = 32
+"""At a time; one more is told that nobody answers."""
 
 _log = logging.getLogger("slipstream.frontend")
 
@@ -50,6 +57,7 @@ class FrontendService:
         self._worker: WorkerInfo | None = None
         self._streams: dict[RequestId, Callable[[StreamItem], None]] = {}
         self._calls: dict[str, asyncio.Future[DeliverCodec]] = {}
+        self._traces: dict[str, asyncio.Future[TraceFound]] = {}
         self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
         self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
 
@@ -76,6 +84,10 @@ class FrontendService:
                 future = self._calls.pop(call_id, None)
                 if future is not None and not future.done():
                     future.set_result(effect)
+            case DeliverTrace(found):
+                asked = self._traces.get(found.call_id)
+                if asked is not None and not asked.done():
+                    asked.set_result(found)
             case _:
                 raise AssertionError(f"not for a frontend: {type(effect).__name__}")
 
@@ -106,12 +118,18 @@ class FrontendService:
             waiting=self._summed("waiting"),
         )
 
-    def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
+    def open(
+        self,
+        submission: Tokenize,
+        put: Callable[[StreamItem], None],
+        context: TraceContext,
+        model: str,
+    ) -> Callable[[], None]:
         request_id = submission.request_id
         worker = self._worker
         watched = self._requests.watch(submission, put, worker.max_model_len if worker else 0)
         self._streams[request_id] = watched.take
-        self._post(Opened(submission))
+        self._post(Opened(submission, context, model))
 
         def close() -> None:
             if self._streams.pop(request_id, None) is not None:
@@ -129,6 +147,20 @@ class FrontendService:
             return await future
         finally:
             self._calls.pop(call_id, None)
+
+    async def trace(self, name: str) -> TraceFound | None:
+        if len(self._traces) >= TRACES_ASKED_MAX:
+            return None
+        call_id = uuid.uuid4().hex
+        future: asyncio.Future[TraceFound] = asyncio.get_running_loop().create_future()
+        self._traces[call_id] = future
+        self._post(TraceAsked(call_id, name))
+        try:
+            return await asyncio.wait_for(future, TRACE_TIMEOUT_S)
+        except TimeoutError:
+            return None
+        finally:
+            del self._traces[call_id]
 
     def cluster(self) -> Cluster:
         machine = self._machine

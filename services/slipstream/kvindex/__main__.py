@@ -3,10 +3,12 @@
 from slipstream.kvindex.config import KvIndexConfig
 from slipstream.kvindex.connect import require_url
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
+from slipstream.kvindex.spans import KvIndexSpans
 from slipstream.kvindex.store import RedisStore
 from slipstream.messages import NodeInfo
 from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.shell import run_service
+from slipstream.runtime.wall import wall_offset_ns
 
 
 def run(config: KvIndexConfig) -> int:
@@ -20,4 +22,5 @@ def run(config: KvIndexConfig) -> int:
         host=host_identity(),
     )
     settings = KvIndexSettings(resync_s=config.resync_s)
-    return run_service(config, node, KvIndexMachine(node, settings), store)
+    machine, spans = KvIndexMachine(node, settings), KvIndexSpans(node, wall_offset_ns)
+    return run_service(config, node, machine, store, spans=spans)

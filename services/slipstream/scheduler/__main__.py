@@ -6,10 +6,12 @@ import msgspec
 
 from slipstream.messages import SCHEDULER, NodeInfo
 from slipstream.runtime.identity import host_identity, new_epoch
-from slipstream.runtime.shell import run_service
+from slipstream.runtime.shell import Executor, run_service
+from slipstream.runtime.wall import wall_offset_ns
 from slipstream.scheduler.config import SchedulerConfig
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.settings import SchedulerSettings
+from slipstream.scheduler.spans import SchedulerSpans
 
 
 def run(config: SchedulerConfig) -> int:
@@ -33,4 +35,15 @@ def run(config: SchedulerConfig) -> int:
         max_migrations=config.max_migrations,
         index_stride=config.index_stride,
     )
-    return run_service(config, node, SchedulerMachine(node, settings))
+    machine = SchedulerMachine(node, settings)
+    spans = SchedulerSpans(machine, wall_offset_ns, exports=bool(config.otlp_endpoint))
+    return run_service(config, node, machine, _exporter(config.otlp_endpoint), spans=spans)
+
+
+def _exporter(endpoint: str) -> Executor | None:
+    """StartError if what it needs is not installed."""
+    if not endpoint:
+        return None
+    from slipstream.scheduler.exporter import OtlpExporter  # aiohttp is slow to import
+
+    return OtlpExporter(endpoint)

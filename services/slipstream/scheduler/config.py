@@ -1,6 +1,7 @@
 """Settings of `slipstream scheduler`."""
 
 from typing import Annotated, ClassVar, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from msgspec import Meta
 
@@ -19,6 +20,13 @@ Policy: TypeAlias = Annotated[
     Meta(
         description="How workers are chosen. cost: by predicted seconds; the others are there to "
         "compare it with: longest cached prefix, least load, chance, in turn."
+    ),
+]
+OtlpEndpoint: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="OpenTelemetry collector (OTLP over HTTP) that gets the spans of all services: "
+        "http://host:4318; empty: none."
     ),
 ]
 TtftTarget: TypeAlias = Annotated[
@@ -56,3 +64,18 @@ class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_f
     index_stride: Annotated[
         int, Meta(ge=1, le=1024, description="Of a prompt every n-th block is in the index.")
     ] = 1
+    otlp_endpoint: OtlpEndpoint = ""
+
+    def __post_init__(self) -> None:
+        check_otlp_endpoint(self.otlp_endpoint)
+
+
+def check_otlp_endpoint(url: str) -> None:
+    """ValueError if it is none. Secrets have no place in it: other users see command lines."""
+    if not url:
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--otlp-endpoint {url}: expected http://host:port")
+    if parts.username is not None or parts.query:
+        raise ValueError("--otlp-endpoint: no user, password or query in it")

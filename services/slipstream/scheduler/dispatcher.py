@@ -20,6 +20,10 @@ from slipstream.scheduler.request import Request, State
 from slipstream.scheduler.roles import Roles
 from slipstream.types import NodeId, RequestId
 
+CAUTION = 2.0
+"""Of a first token's predicted seconds to those that it may take where a target is to be kept: when
+load rises, prices are still those of the time before, and whoever is refused takes CPU time too."""
+
 
 class Dispatcher:
     """Requests wait here, not at the workers, so that they are placed by what is true then."""
@@ -73,12 +77,23 @@ class Dispatcher:
             placement = place(demand, views, self.transfers, self.rules, turn, now_s)
             if placement is None:
                 break
-            waited_s = now_s - request.since_s
-            if self._judge(request, Expected(waited_s, placement.ttft_s, placement.alone_s)):
+            if self._judge(request, self._expected(request, placement, now_s)):
                 effects += self._assign(request, demand, placement, now_s)
         if not self.queue:
             self._full_since_s = now_s
         return effects
+
+    def _expected(self, request: Request, placement: Placement, now_s: float) -> Expected:
+        """By twice its price, and by how late those before it were; by its wait alone if no price
+        is known."""
+        waited_s = now_s - request.since_s
+        known = self.ledger.views[placement.computes].prices.knows_prompts
+        if not (placement.ttft_s and known):
+            return Expected(waited_s, 0.0)
+        # Not more than half of the target: else lateness would turn away who could mend it.
+        margin_s = min(self.decisions.margin_s(now_s), self.ttft_target_s / 2)
+        ahead_s = CAUTION * placement.ttft_s + margin_s
+        return Expected(waited_s, ahead_s, CAUTION * placement.alone_s)
 
     def _judge(self, request: Request, expected: Expected) -> bool:
         """Whether it stays; who is refused is in `late`."""

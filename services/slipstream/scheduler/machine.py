@@ -11,6 +11,7 @@ from collections import Counter
 import msgspec
 
 from slipstream.core.machine import (
+    Counted,
     Drain,
     Effect,
     Event,
@@ -62,6 +63,7 @@ class SchedulerMachine:
         self.past = Past()
         self.dispatcher = Dispatcher(self.fleet, rules, self.past, settings.ttft_target_s)
         self._reports = Reports()
+        self._counted: dict[str, float] = {}
         self._recovering = False
         self._draining = False
         self._load_due_s = 0.0
@@ -86,6 +88,7 @@ class SchedulerMachine:
             "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
             "role_shifts_total": self.dispatcher.roles.shifts,
             "nodes": len(self.fleet.nodes),
+            **self._counted,
         }
 
     def check(self) -> None:
@@ -127,6 +130,8 @@ class SchedulerMachine:
                 ]
             case Drain():
                 self._draining = True
+            case Counted(values):
+                self._counted = values
         return []
 
     def _received(self, source: NodeId, message: object, now_s: float) -> list[Effect]:
@@ -374,7 +379,6 @@ class SchedulerMachine:
     def _tick(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = [SetTimer("tick", now_s + TICK_S)]
         self.past.expire(now_s)
-        self.dispatcher.expire(now_s)
         for request in list(self.requests.values()):
             if now_s >= request.deadline_s:
                 problem = Problem(
@@ -385,6 +389,7 @@ class SchedulerMachine:
             elif request.orphan_s is not None and now_s >= request.orphan_s + ORPHAN_GRACE_S:
                 self.counters["orphaned"] += 1
                 effects += self._end(request, now_s)
+        self.dispatcher.expire(now_s)  # of those that are left: who has ended is not refused too
         if now_s >= self._load_due_s:
             self._load_due_s = now_s + LOAD_S
             gauges = {self.node.node_id: self.statistics(), **self.fleet.gauges()}

@@ -165,6 +165,7 @@ class StepPrices:
         prior = _terms(TYPICAL) if like is None else like.terms
         self._fit = Fit(prior, kinds=len(_KINDS))
         self._learnt_s = [0.0] * len(_KINDS)
+        self._prompts_seen = 0
         self._best: list[tuple[float, ...] | None] = [None] * len(_KINDS)
         """The terms when a usual step of this kind cost least."""
         self._set()
@@ -172,6 +173,7 @@ class StepPrices:
     def learn(self, samples: Sequence[StepSample], now_s: float) -> None:
         self._fit.learn([(int(s.prefill_tokens > 0), _shape(s), s.elapsed_s) for s in samples])
         self._set()
+        self._prompts_seen += sum(sample.prefill_tokens > 0 for sample in samples)
         for kind in {int(sample.prefill_tokens > 0) for sample in samples}:
             self._learnt_s[kind] = now_s
             best, usual = self._best[kind], _KINDS[kind].usual
@@ -190,6 +192,11 @@ class StepPrices:
                     factors[term] = (1.0 + best[term] / self.terms[term]) / 2
                 self._fit.fade(kind, factors)
                 self._set()
+
+    @property
+    def knows_prompts(self) -> bool:
+        """Whether enough has been measured, ever, to turn somebody away by it."""
+        return self._prompts_seen >= KNOWN_WELL
 
     def prompt_s(self, prompt: Prompt) -> float:
         """Of the tokens alone, without the steps that they are spread over."""

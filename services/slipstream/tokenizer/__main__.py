@@ -9,10 +9,12 @@ from slipstream.errors import ExitCode
 from slipstream.messages import NodeInfo
 from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.shell import run_service
+from slipstream.runtime.wall import wall_offset_ns
 from slipstream.tokenizer.codec import CodecError, TokenizerCodec
 from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.tokenizer.spans import TokenizerSpans
 
 
 class _EosFile(msgspec.Struct):
@@ -38,7 +40,8 @@ def run(config: TokenizerConfig) -> int:
     )
     machine = TokenizerMachine(node, settings, codec)
     executor = EncodeExecutor(codec, config.threads, lambda: machine.limits().max_model_len)
-    return run_service(config, node, machine, executor)
+    spans = TokenizerSpans(node, wall_offset_ns)
+    return run_service(config, node, machine, executor, spans=spans)
 
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:

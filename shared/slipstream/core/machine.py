@@ -12,7 +12,8 @@ import msgspec
 
 from slipstream.core.kv_events import KvEvent
 from slipstream.errors import Problem
-from slipstream.messages import AnyMessage, Prompt, TextDelta, Tokenize
+from slipstream.messages import AnyMessage, Prompt, TextDelta, Tokenize, TraceFound
+from slipstream.spans import Trace, TraceContext
 from slipstream.types import (
     BlockHash,
     BlockId,
@@ -135,6 +136,9 @@ class Opened(_Record, frozen=True):
     """An HTTP request was accepted by the frontend's shell."""
 
     submission: Tokenize
+    context: TraceContext | None = None
+    model: str = ""
+    """As the client called it."""
 
 
 class Closed(_Record, frozen=True):
@@ -147,6 +151,14 @@ class CodecAsked(_Record, frozen=True):
     call_id: str
     prompt: Prompt | None = None
     tokens: bytes = b""
+
+
+class TraceAsked(_Record, frozen=True):
+    """Somebody wants to know the way of the request of this name. Ends as `DeliverTrace`, or not at
+    all: whoever asks waits for so long and no longer."""
+
+    call_id: str
+    name: str
 
 
 class Held(_Record, frozen=True):
@@ -168,7 +180,8 @@ class StoreDone(_Record, frozen=True):
 
 
 class Counted(_Record, frozen=True):
-    """What a worker's executor has counted so far, now and then: it goes out with the load."""
+    """What a worker's or the scheduler's executor has counted so far, now and then: it goes out
+    with the load."""
 
     values: dict[str, float]
 
@@ -190,6 +203,7 @@ Event: TypeAlias = (
     | Opened
     | Closed
     | CodecAsked
+    | TraceAsked
     | StoreDone
     | Counted
 )
@@ -343,6 +357,16 @@ class DeliverCodec(_Record, frozen=True):
     problem: Problem | None = None
 
 
+class DeliverTrace(_Record, frozen=True):
+    found: TraceFound
+
+
+class ExportTrace(_Record, frozen=True):
+    """Spans for a collector outside. Nothing comes back."""
+
+    trace: Trace
+
+
 class StoreApply(_Record, frozen=True):
     """Apply one batch of block events if `seq` follows the last; ends as `StoreDone`."""
 
@@ -419,6 +443,8 @@ Effect: TypeAlias = (
     | EncodePrompt
     | Deliver
     | DeliverCodec
+    | DeliverTrace
+    | ExportTrace
     | StoreApply
     | StoreReplace
     | StoreFind

@@ -13,6 +13,7 @@ from slipstream import curve
 from slipstream.config import SetupError, StartError, WorkerConfig, format_bytes
 from slipstream.core.job import blocks_for
 from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker_spans import WorkerSpans
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.model_config import ModelConfig, ModelError
@@ -37,6 +38,7 @@ from slipstream.runtime.log import set_up
 from slipstream.runtime.memory import available_memory, require_host_tiers
 from slipstream.runtime.priority import stand_back
 from slipstream.runtime.shell import run_service
+from slipstream.runtime.wall import wall_offset_ns
 from slipstream.types import Epoch
 
 MEMORY_SHARE = 0.125
@@ -91,7 +93,8 @@ def run_worker(config: WorkerConfig) -> int:
                 offload=_offload(config, segment),
                 kv_events=kv_events,
             )
-            return run_service(config, node, machine, executor)
+            spans = WorkerSpans(node, wall_offset_ns, machine.batcher)
+            return run_service(config, node, machine, executor, spans=spans)
     except ModelError as error:
         raise StartError(f"slipstream {config.role}: {error}", ExitCode.MODEL) from None
 

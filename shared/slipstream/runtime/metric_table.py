@@ -145,6 +145,8 @@ SCHEDULER = {
     "ttft_prediction_error_median": "Relative error of the last 64 predicted times to first token.",
     "role_shifts_total": "Workers told to take streams, or to take no more.",
     "nodes": "Processes in the cluster.",
+    "otlp_spans_sent_total": "Spans that the OTLP collector has taken.",
+    "otlp_spans_dropped_total": "Spans dropped because the collector was behind, or refused them.",
 }
 SCHEDULER_LABELLED = (
     Labelled(

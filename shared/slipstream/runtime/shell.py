@@ -38,6 +38,7 @@ from slipstream.core.machine import (
     TimerFired,
 )
 from slipstream.core.node import Action, Node
+from slipstream.core.span_recorder import SpanRecorder
 from slipstream.errors import ExitCode
 from slipstream.messages import SCHEDULER, NodeInfo
 from slipstream.runtime.bus import Bus
@@ -96,14 +97,16 @@ def run_service(
     executor: Executor | None = None,
     *,
     drain_timeout_s: float = 30.0,
+    spans: SpanRecorder | None = None,
 ) -> int:
-    """Binds `config.listen` and runs until the machine says Exit; returns the exit code.
+    """Binds `config.listen` and runs until the machine says Exit; returns the exit code. `spans`
+    is told of every event.
 
     SIGTERM or SIGINT is the event `Drain`; a second one, or `drain_timeout_s` without an end, ends
     the process at once. StartError if an address is taken or the executor cannot start.
     """
     set_up(config.log_level, info.node_id, config.log_json)
-    shell = _Shell(config, info, machine, executor, drain_timeout_s)
+    shell = _Shell(config, info, machine, executor, drain_timeout_s, spans)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(shell.run())
     logging.shutdown()
@@ -118,6 +121,7 @@ class _Shell:
         machine: Machine,
         executor: Executor | None,
         drain_timeout_s: float,
+        spans: SpanRecorder | None,
     ) -> None:
         self._config, self._info, self._machine = config, info, machine
         self._executor, self._drain_timeout_s = executor, drain_timeout_s
@@ -126,7 +130,7 @@ class _Shell:
         self._recorder = (
             Recorder(Path(config.record), f"{info.node_id}-{info.epoch}") if config.record else None
         )
-        self._witness = Witness(machine, self._bus.forget, self._recorder)
+        self._witness = Witness(machine, self._bus.forget, self._recorder, spans)
         scheduler = None if info.role is Role.SCHEDULER else (SCHEDULER, config.scheduler)
         self._node = Node(info, self._witness, scheduler, config.peer_timeout_s)
         self._timers = Timers()

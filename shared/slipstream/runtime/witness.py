@@ -1,9 +1,11 @@
-"""Sees every event of a machine with its effects, and derives what is logged and recorded."""
+"""Sees every event of a machine with its effects, and derives what is logged and recorded, and
+has spans made of it."""
 
 import logging
 from collections.abc import Callable, Sequence
 
 from slipstream.core.machine import Effect, Event, Machine, PeerDown, PeerUp, Received
+from slipstream.core.span_recorder import SpanRecorder
 from slipstream.runtime.record import Recorder
 from slipstream.types import NodeId
 
@@ -14,17 +16,25 @@ class Witness:
     """Stands before the machine, as a machine itself."""
 
     def __init__(
-        self, machine: Machine, on_down: Callable[[NodeId], None], recorder: Recorder | None
+        self,
+        machine: Machine,
+        on_down: Callable[[NodeId], None],
+        recorder: Recorder | None,
+        spans: SpanRecorder | None = None,
     ) -> None:
         self.up: set[NodeId] = set()
         self.events = 0
         self._machine, self._on_down, self._recorder = machine, on_down, recorder
+        self._spans = spans
 
     def handle(self, event: Event, now_s: float) -> Sequence[Effect]:
         self.events += 1
         effects: Sequence[Effect] = ()
         try:
             effects = self._machine.handle(event, now_s)
+            if self._spans is not None:
+                more = self._spans.saw(event, effects, now_s)
+                effects = [*effects, *more] if more else effects
         except Exception:
             log.error("bug: the machine failed at %s", describe(event))
             raise

@@ -29,8 +29,6 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="load", description=__doc__, allow_abbrev=False)
     parser.add_argument("--url", default="", help="of a server that runs, without /v1")
     parser.add_argument("--serve", default="", help="flags for `slipstream serve`, in one word")
-    admit = "the server refuses whose first token it predicts later; 0: half of --ttft-target-s"
-    parser.add_argument("--admit-s", type=float, default=0.0, help=admit)
     add_arguments(parser)
     ours, others = parser.parse_known_args(words)
     now = datetime.datetime.now(datetime.UTC)
@@ -40,11 +38,11 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return ours, [*own, *others]
 
 
-def launch(admit_s: float, flags: list[str]) -> Launch:
+def launch(ttft_target_s: float, flags: list[str]) -> Launch:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "slipstream.cli.main", "serve", "--port", str(port)]
-    command += ["--ttft-target-s", f"{admit_s:g}", *flags]
+    command += ["--ttft-target-s", f"{ttft_target_s:g}", *flags]
     return Launch([Program(command, f"{url}/readyz")], url)
 
 
@@ -78,8 +76,7 @@ async def run(ours: argparse.Namespace, words: list[str]) -> int:
     log = Path(ours.report_dir) / "server.log"
     print(f"slipstream serve starts; its output: {log}", flush=True)
     # The server goes by a prediction, the verdict by the slowest of a hundred.
-    admit_s = ours.admit_s or ours.ttft_target_s / 2
-    async with running(launch(admit_s, shlex.split(ours.serve)), log) as server:
+    async with running(launch(ours.ttft_target_s, shlex.split(ours.serve)), log) as server:
         print(f"ready after {server.start_s:.1f} s: {server.url}", flush=True)
         return await locust(server.url, words)
 
