@@ -17,6 +17,7 @@ import pytest
 
 from docs.accounts import NEVER_RUN, account_of
 from docs.pages import REPOSITORY, Block, blocks_of, commands_of, pages
+from e2e.client import MODEL
 from e2e.stack import PATIENCE_S, Stack, free_port, ports_in_a_row, until
 
 BLOCKS = [block for page in pages() for block in blocks_of(page)]
@@ -25,7 +26,7 @@ SHOWN = {"text", "mermaid", "ini", "yaml", "js", "ts"}
 """What is looked at by people, or read by programs that are not here."""
 SHORTER = [
     (r"--synthetic \d+", "--synthetic 20"),
-    (r"--requests \d+", "--requests 4"),
+    (r"( bench .*)--requests \d+", r"\1--requests 2 --output-tokens 8"),
     (r"--find-rate", "--requests 8"),  # a search takes many runs
 ]
 """The same commands with less to do."""
@@ -37,8 +38,7 @@ TRACE = {"timestamp": 0, "input_length": 700, "output_length": 20, "hash_ids": [
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     port = ports_in_a_row(7)
-    settings = {"disaggregation": "auto", "kv_cache_bytes": "512MiB", "transports": "shm"}
-    stack = Stack(port=port, metrics_port=port + 1, **settings)
+    stack = Stack(port=port, metrics_port=port + 1, kv_cache_bytes="512MiB", transports="shm")
     yield stack
     stack.close()
 
@@ -58,8 +58,22 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def here(text: str, stack: Stack) -> str:
-    """With the address of our stack, and its recordings."""
+@pytest.fixture(scope="module")
+def answer_id(stack: Stack) -> str:
+    """Of an answer that is there."""
+    body = {"model": MODEL, "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}]}
+    request = urllib.request.Request(
+        f"{stack.url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
+        return str(json.load(reply)["id"])
+
+
+def here(text: str, stack: Stack, answer_id: str) -> str:
+    """With the address of our stack, its recordings, and an answer of its own."""
+    text = re.sub(r"\bchatcmpl-[0-9a-f]{32}\b", answer_id, text)
     text = re.sub(r"(127\.0\.0\.1|localhost):8000", f"127.0.0.1:{stack.port}", text)
     return re.sub(r"\bFOLDER\b", str(stack.records), text)
 
@@ -79,7 +93,8 @@ def run(words: list[str], stack: Stack, clone: Path) -> str:
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # `cut` counts bytes
         timeout=PATIENCE_S,
         check=False,
     )
@@ -98,7 +113,7 @@ def test_every_block_is_of_a_kind_that_is_looked_after() -> None:
 
 
 @pytest.mark.parametrize("block", named(SHELL))
-def test_commands(block: Block, stack: Stack, clone: Path) -> None:
+def test_commands(block: Block, stack: Stack, answer_id: str, clone: Path) -> None:
     commands = commands_of(block)
     assert commands, "a block of commands without one"
     for command in commands:
@@ -109,11 +124,11 @@ def test_commands(block: Block, stack: Stack, clone: Path) -> None:
         for pattern, shorter in SHORTER:
             command = re.sub(pattern, shorter, command)
         bash = shutil.which("bash") or "bash"
-        run([bash, "-e", "-o", "pipefail", "-c", here(command, stack)], stack, clone)
+        run([bash, "-e", "-o", "pipefail", "-c", here(command, stack, answer_id)], stack, clone)
 
 
 @pytest.mark.parametrize("block", named({"python"}))
-def test_programs(block: Block, stack: Stack, clone: Path) -> None:
+def test_programs(block: Block, stack: Stack, answer_id: str, clone: Path) -> None:
     tree = ast.parse(block.text)
     roots = set[str]()
     for node in ast.walk(tree):
@@ -124,7 +139,7 @@ def test_programs(block: Block, stack: Stack, clone: Path) -> None:
     away = {root for root in roots if importlib.util.find_spec(root) is None}
     assert away <= CLIENTS, f"{block.where}: not installed: {away}"
     if not away:
-        printed = run([sys.executable, "-c", here(block.text, stack)], stack, clone)
+        printed = run([sys.executable, "-c", here(block.text, stack, answer_id)], stack, clone)
         assert printed.strip(), f"{block.where} printed nothing"
 
 
@@ -139,8 +154,8 @@ def test_data(block: Block) -> None:
 METRIC = re.compile(r"\b((?:slipstream_|vllm:)[a-z0-9_]*[a-z0-9])\b(?!_|\*)")
 
 
-def test_metrics_that_pages_name_are_there(stack: Stack) -> None:
-    until(lambda: len(stack.worker("leases")) == 2, "reports of both workers")
+def test_metrics_that_pages_name_are_there(stack: Stack, answer_id: str) -> None:
+    until(lambda: stack.worker("transfer_shm_bytes_total").get("decode-0"), f"READ of {answer_id}")
     there = set[str]()
     for port in range(stack.port, stack.port + 7):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
