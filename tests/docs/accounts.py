@@ -144,6 +144,12 @@ def is_kubernetes(command: str) -> None:
             assert (REPOSITORY / path).exists(), f"no {path}"
 
 
+def puts_keys(command: str) -> None:
+    """Into the checkout, where no test leaves any."""
+    _, words = split(command)
+    assert (REPOSITORY / words[-1] / ".gitignore").is_file(), command
+
+
 def is_foreign(command: str) -> None:
     for port in re.findall(r"(?:127\.0\.0\.1|localhost|host\.docker\.internal):(\d+)", command):
         assert port in ("8000", "3000", "4000"), command
@@ -155,6 +161,7 @@ ACCOUNTS: list[tuple[str, Callable[[str], None]]] = [
     (r"make ", makes),
     (r"docker compose ", composes),
     (r"kubectl ", is_kubernetes),
+    (r"slipstream keys make compose/", puts_keys),
     (r"(\S+/)?python -m slipstream\.loadtest\.", is_a_module),
     (r"(\S+/)?locust ", is_locust),
     (rf"(\S+/)?slipstream ({STARTERS})\b(?!.*--once)", starts),
