@@ -140,7 +140,7 @@ def test_replicas_follow_the_variables() -> None:
 def test_the_linter_finds_nothing(project: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "compose.json").write_text(json.dumps(project), encoding="utf-8")
     linter = Path(sys.executable).with_name("compose-lint")
-    words = ["--strict-config", "--fail-on", "low", "--config", FOLDER / ".compose-lint.yml"]
+    words = ["--strict-config", "--fail-on", "low", "--config", str(FOLDER / ".compose-lint.yml")]
     done = subprocess.run(
         [linter, "check", *words, "--skip-suppressed", tmp_path / "compose.json"],
         capture_output=True,
