@@ -53,6 +53,15 @@ def test_clear_keeps_the_system_prompt_and_system_changes_it(talk: Conversation)
     assert talk.messages == []
 
 
+def test_a_retry_that_gets_nothing_leaves_the_answer_that_was_there(talk: Conversation) -> None:
+    talk.take("hi")
+    talk.answered("hello")
+    before = talk.messages
+    assert talk.take("/retry").ask
+    talk.answered("")
+    assert talk.messages == before
+
+
 def test_retry_asks_the_last_question_again(talk: Conversation) -> None:
     assert talk.take("/retry").ask
     assert turns(talk) == "su"

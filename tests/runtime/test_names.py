@@ -56,6 +56,25 @@ def test_a_name_is_known_at_once_if_the_answer_comes_soon(server: Server) -> Non
     until(Names(), "tcp://six:7000", "tcp://[fd00::7]:7000", 0.0)
 
 
+def test_who_has_both_kinds_of_number_is_come_to_by_the_older_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = [(10, 1, 6, "", ("::1", 7000, 0, 0)), (2, 1, 6, "", ("127.0.0.1", 7000))]
+    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *_, **__: answers)
+    until(Names(), "tcp://localhost:7000", "tcp://127.0.0.1:7000", 0.0)
+
+
+def test_names_are_forgotten_before_they_are_too_many(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KNOWN_MAX", 3)
+    names = Names()
+    for number in range(5):
+        server.numbers[f"n{number}"] = f"10.0.0.{number}"
+        until(names, f"tcp://n{number}:7000", f"tcp://10.0.0.{number}:7000", 0.0)
+    assert len(names._known) == 3
+
+
 def test_nobody_waits_for_a_server_that_does_not_answer(server: Server) -> None:
     server.answers.clear()
     names = Names()

@@ -221,3 +221,40 @@ def test_a_request_whose_time_is_up_by_both_clocks_ends_once() -> None:
     rig.submit("e", timeout_s=TARGET_S)
     rig.pass_time(TARGET_S + 0.5)
     assert len(rig.all(Failed)) == 1 and rig.state("e") == ""
+
+
+def test_choices_of_one_call_are_taken_or_refused_together() -> None:
+    """One that is refused ends the whole call, and with it the work on the others."""
+    rig = Busy()
+    names = [f"call-{number}" for number in range(6)]
+    for name in names:
+        rig.submit(name)
+        if rig.state(name) == "prefilling":
+            rig.hear(DECODE, Started(request_id=name, attempt=1))
+    rig.submit("other-0")
+    rig.pass_time(TARGET_S + 1.0)
+    assert rig.refused() == ["other-0"]
+    assert [rig.state(name) for name in names] == ["decoding"] * 4 + ["queued"] * 2
+    for name in names[:4]:
+        rig.end(name)
+    assert rig.state(names[5]) == "prefilling"
+
+
+def test_who_computed_for_another_tokenizer_is_not_refused() -> None:
+    """Its tokenizer died before the first token; the next one submits it anew."""
+    rig = Busy()
+    rig.place("e")
+    rig.pass_time(TARGET_S + 1.0)
+    rig.join(node("tokenizer-1"))
+    rig.lose(TOKENIZER)
+    rig.submit("e", attempt=2, source="tokenizer-1")
+    assert rig.state("e") == "prefilling" and not rig.refused()
+
+
+def test_who_was_there_before_the_scheduler_is_not_refused() -> None:
+    rig = Rig(*WORKING, young=True, ttft_target_s=1.0)
+    rig.submit("e", repeated=True)
+    rig.pass_time(3.0)
+    assert rig.state("e") == "resuming", "nobody has said that it runs there"
+    rig.submit("e", attempt=2)
+    assert rig.state("e") == "prefilling" and not rig.all(Failed)

@@ -43,6 +43,8 @@ class Conversation:
         self.system = system
         self.sampling = sampling
         self.turns: list[Message] = []
+        self._before: list[Message] = []
+        """The turns before the last question, or before it was asked again."""
 
     @property
     def messages(self) -> list[Message]:
@@ -50,16 +52,12 @@ class Conversation:
         return first + self.turns
 
     def answered(self, text: str) -> None:
-        """By as much as came, if it was stopped; by nothing, the question is taken back."""
+        """By as much as came, if it was stopped; by nothing, all is as it was before the question:
+        an answer that should only have been made anew is still there."""
         if text:
             self.turns.append({"role": "assistant", "content": text})
         else:
-            self.take_back()
-
-    def take_back(self) -> None:
-        """The user's last turn, which got no answer."""
-        if self.turns and self.turns[-1]["role"] == "user":
-            self.turns.pop()
+            self.turns = self._before
 
     def take(self, line: str) -> Said:
         """One line that the user typed."""
@@ -67,6 +65,7 @@ class Conversation:
         if not line:
             return Said()
         if not line.startswith("/"):
+            self._before = list(self.turns)
             self.turns.append({"role": "user", "content": line})
             return Said(ask=True)
         command, _, rest = line[1:].partition(" ")
@@ -94,6 +93,7 @@ class Conversation:
     def _retry(self) -> Said:
         if not any(turn["role"] == "user" for turn in self.turns):
             return Said("nothing has been asked yet", failed=True)
+        self._before = list(self.turns)
         while self.turns[-1]["role"] != "user":
             self.turns.pop()
         return Said(ask=True)

@@ -37,8 +37,8 @@ SHUTDOWN_TIMEOUT_S = 2.0
 """For answers that are written but not sent yet; shorter than what the shell grants."""
 
 TRACE_TIMEOUT_S = 2.0
-TRACES_ASKED_MAX = 32
-"""At a time; one more is told that nobody answers."""
+TRACES_ASKED_MAX = 4
+"""At a time, for an answer can be a megabyte; one more is told that nobody answers."""
 
 _log = logging.getLogger("slipstream.frontend")
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
@@ -43,6 +43,8 @@ class Dispatcher:
         """Of all that were placed, together."""
         self.late: list[tuple[Request, Problem]] = []
         """In the queue, and not to be waited for any more: whoever drives this ends them."""
+        self._begun: dict[str, set[RequestId]] = {}
+        """Calls that have several choices, perhaps -> those that were placed and are not over."""
         self._full_since_s = 0.0
         """When the queue began; since then all places are taken."""
 
@@ -97,16 +99,25 @@ class Dispatcher:
 
     def _judge(self, request: Request, expected: Expected) -> bool:
         """Whether it stays; who is refused is in `late`."""
-        problem = None if request.begun else too_late(expected, self.ttft_target_s)
+        begun = request.begun or request.call in self._begun  # one refused choice ends them all
+        problem = None if begun else too_late(expected, self.ttft_target_s)
         if problem is not None:
             self.remove(request)
             self.late.append((request, problem))
         return problem is None
 
     def expire(self, now_s: float) -> None:
-        """Nobody waits for longer than the target."""
-        for request in list(self.queue.values()):
-            self._judge(request, Expected(now_s - request.since_s, 0.0))
+        """Nobody waits for longer than the target, or goes on to wait who will have to."""
+        pace = self._past.pace_per_s(self._full_since_s, now_s)
+        for ahead, request in enumerate(list(self.queue.values())):
+            self._judge(request, Expected(now_s - request.since_s, ahead / pace))
+
+    def ended(self, request: Request) -> None:
+        """It is over, whatever came of it."""
+        siblings = self._begun.get(request.call, set())
+        siblings.discard(request.request_id)
+        if not siblings:
+            self._begun.pop(request.call, None)
 
     def tick(self, now_s: float) -> list[Effect]:
         """To be called about once a second: prices of what is not used fade, roles shift. Who asks
@@ -120,6 +131,11 @@ class Dispatcher:
             return []
         told = Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))
         return [told, Note(shift.line)]
+
+    def check(self, live: Set[RequestId]) -> None:
+        """`live`: all requests that there are."""
+        assert self.queue.keys() <= live and not self.late
+        assert all(placed and placed <= live for placed in self._begun.values())
 
     # --- The account ------------------------------------------------------------------------------
 
@@ -151,6 +167,7 @@ class Dispatcher:
             view.take_back(request.request_id, now_s)
 
     def _give(self, request: Request, worker: NodeId, now_s: float) -> None:
+        self._begun.setdefault(request.call, set()).add(request.request_id)
         view = self.ledger.views[worker]
         view.give(request.request_id, request.num_blocks)
         if worker == request.decode:

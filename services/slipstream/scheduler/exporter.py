@@ -67,11 +67,14 @@ class OtlpExporter:
             with suppress(asyncio.CancelledError):
                 await self._sending
         if self._session is not None:
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(LAST_POST_S):
                     while self._queue:
                         await self._try(self._batch())
-            await self._session.close()
+            except TimeoutError:
+                pass
+            finally:
+                await self._session.close()
 
     def _counters(self) -> dict[str, float]:
         return {"otlp_spans_sent_total": self._sent, "otlp_spans_dropped_total": self._dropped}

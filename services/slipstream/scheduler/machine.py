@@ -99,7 +99,7 @@ class SchedulerMachine:
             placed = request.state in (State.PREFILLING, State.DECODING, State.FINISHING)
             assert placed == (request.decode is not None), request.state
             assert all(worker in self.fleet.nodes for worker in request.workers)
-        assert self.dispatcher.queue.keys() <= self.requests.keys()
+        self.dispatcher.check(self.requests.keys())
         live = [r for r in self.requests.values() if r.state is not State.FINISHING]
         for node_id, view in self.dispatcher.ledger.views.items():
             view.check({r.request_id: r.num_blocks for r in live if node_id in r.workers})
@@ -242,7 +242,7 @@ class SchedulerMachine:
         if not newer and request.state is not State.RESUMING:
             return []
         effects = self._withdraw(request, now_s)
-        request.submit, request.tokenizer, request.attempt = submit, source, submit.attempt
+        request.replace(submit, source)
         return effects + (self._begin if newer else self._start)(request, now_s)
 
     def _accept(self, source: NodeId, submit: Submit, now_s: float) -> list[Effect]:
@@ -370,6 +370,7 @@ class SchedulerMachine:
         finished = request.state is State.FINISHING and problem is None
         effects = [] if finished else self._withdraw(request, now_s)
         del self.requests[request.request_id]
+        self.dispatcher.ended(request)
         self.counters["ended"] += 1
         self.past.bury(request.request_id, request.attempt, problem, now_s)
         return effects

@@ -44,6 +44,8 @@ class Request:
     since_s: float = 0.0
     """When it was submitted."""
     migrations: int = 0
+    was_begun: bool = False
+    """As an earlier submission of it said."""
     orphan_s: float | None = None
     """Since when its tokenizer is silent."""
 
@@ -65,10 +67,22 @@ class Request:
         """Who may hold something of the current attempt."""
         return {node for node in (self.prefill, self.decode) if node is not None}
 
+    def replace(self, submit: Submit, tokenizer: NodeId) -> None:
+        """The next submission of it is there."""
+        self.was_begun = self.begun
+        self.submit, self.tokenizer, self.attempt = submit, tokenizer, submit.attempt
+
+    @property
+    def call(self) -> str:
+        """The call that it is a choice of: its name, less the number of the choice."""
+        return self.request_id.rpartition("-")[0] or self.request_id
+
     @property
     def begun(self) -> bool:
-        """Work was done for it; it is not refused any more, however late it is."""
-        return bool(self.submit.accepted or self.submit.repeated or self.migrations)
+        """Work was done for it, perhaps by somebody's word from before our time; it is not refused
+        any more, however late it is."""
+        submit = self.submit
+        return bool(self.was_begun or self.migrations or submit.accepted or submit.repeated)
 
     def demand(self) -> Demand:
         return Demand(self.request_id, self.num_tokens, self.num_blocks, self.hints, self.lower)

@@ -17,6 +17,8 @@ SPANS_KEPT = 65_536
 REQUEST_SPANS_MAX = 512
 FOUND_MAX = 128
 """Choices of one request are no more (`--max-choices`)."""
+FOUND_SPANS_MAX = 8192
+"""About a megabyte of an answer."""
 EXPORT_AFTER_S = 2.0
 """From the frontend's last word of a request, so that the others have told theirs."""
 
@@ -67,7 +69,7 @@ class TraceStore:
             before = kept.spans.get(key)
             if before is None:
                 if len(kept.spans) >= REQUEST_SPANS_MAX:
-                    break
+                    continue
                 self._spans += 1
             kept.spans[key] = span
             if self._exports and span.end_ns and (before is None or not before.end_ns):
@@ -79,13 +81,15 @@ class TraceStore:
     def find(self, name: str) -> list[Trace]:
         """By a request's id, an answer's, or the `x-request-id` that is part of both."""
         asked = re.compile(rf"([a-z]+-)?{re.escape(name)}(-[0-9a-f]{{8}})?(-\d+)?")
-        found = []
+        found: list[Trace] = []
+        spans = 0
         for request_id in reversed(self._kept):  # a client may say an id twice: the latest ones
             if name in request_id and asked.fullmatch(request_id):
                 kept = self._kept[request_id]
-                found.append(_trace(request_id, kept, kept.spans))
-                if len(found) == FOUND_MAX:
+                spans += len(kept.spans)
+                if len(found) == FOUND_MAX or (found and spans > FOUND_SPANS_MAX):
                     break
+                found.append(_trace(request_id, kept, kept.spans))
         return found[::-1]
 
     def due(self, now_s: float) -> list[Trace]:

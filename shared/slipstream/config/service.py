@@ -276,7 +276,8 @@ def resolve(config: S, environ: Mapping[str, str]) -> S:
     is_scheduler = config.role is Role.SCHEDULER
     listen = config.listen or (home if is_scheduler else f"ipc://{run_dir}/{node_id}.sock")
     way = "" if is_scheduler else config.scheduler
-    advertise = config.advertise or _reachable(listen, _own_number(way) or host)
+    family = socket.AF_INET6 if "[" in listen else socket.AF_INET
+    advertise = config.advertise or _reachable(listen, _own_number(way, family) or host)
     resolved = msgspec.structs.replace(
         config,
         node_id=node_id,
@@ -312,7 +313,7 @@ def _check_keys(config: ServiceConfig) -> None:
         )
 
 
-def _own_number(scheduler: str) -> str:
+def _own_number(scheduler: str, family: socket.AddressFamily) -> str:
     """The address that this host has on its way to the scheduler; empty if there is no such way
     yet, or one that does not leave the host.
 
@@ -322,10 +323,9 @@ def _own_number(scheduler: str) -> str:
     if not scheduler.startswith("tcp://") or not port.isdigit():
         return ""
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
-        family, kind, _, _, place = found[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing
+        found = socket.getaddrinfo(host.strip("[]"), int(port), family, socket.SOCK_DGRAM)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(found[0][4])  # sends nothing
             number = ipaddress.ip_address(probe.getsockname()[0])
     except (OSError, ValueError):
         return ""
