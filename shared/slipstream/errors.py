@@ -14,10 +14,14 @@ class ErrorCode(StrEnum):
     MISSING_PARAMETER = "missing_required_parameter"
     UNSUPPORTED_PARAMETER = "unsupported_parameter"
     UNSUPPORTED_CONTENT = "unsupported_content_type"
+    INVALID_SCHEMA = "invalid_schema"
     CONTEXT_LENGTH = "context_length_exceeded"
     UNAUTHORIZED = "invalid_api_key"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
+    UNSUPPORTED_ENDPOINT = "unsupported_endpoint"
+    RESPONSE_NOT_FOUND = "response_not_found"
+    PREVIOUS_NOT_FOUND = "previous_response_not_found"
     TRACE_NOT_FOUND = "trace_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TOO_LARGE = "request_too_large"
@@ -48,10 +52,14 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.MISSING_PARAMETER: ErrorSpec(400, _BAD, False, "A required field is missing."),
     ErrorCode.UNSUPPORTED_PARAMETER: ErrorSpec(400, _BAD, False, "A field has no effect here."),
     ErrorCode.UNSUPPORTED_CONTENT: ErrorSpec(400, _BAD, False, "Only text content is served."),
+    ErrorCode.INVALID_SCHEMA: ErrorSpec(400, _BAD, False, "A schema or grammar is unusable."),
     ErrorCode.CONTEXT_LENGTH: ErrorSpec(400, _BAD, False, "Prompt and answer exceed the context."),
     ErrorCode.UNAUTHORIZED: ErrorSpec(401, _BAD, False, "The API key is missing or wrong."),
     ErrorCode.MODEL_NOT_FOUND: ErrorSpec(404, _BAD, False, "The model is not served here."),
     ErrorCode.UNKNOWN_URL: ErrorSpec(404, _BAD, False, "No such path."),
+    ErrorCode.UNSUPPORTED_ENDPOINT: ErrorSpec(404, _BAD, False, "This model generates text only."),
+    ErrorCode.RESPONSE_NOT_FOUND: ErrorSpec(404, _BAD, False, "No response is kept by this id."),
+    ErrorCode.PREVIOUS_NOT_FOUND: ErrorSpec(404, _BAD, False, "Nothing to go on from is kept."),
     ErrorCode.TRACE_NOT_FOUND: ErrorSpec(404, _BAD, False, "No trace is kept under this name."),
     ErrorCode.METHOD_NOT_ALLOWED: ErrorSpec(405, _BAD, False, "The path has other methods."),
     ErrorCode.TOO_LARGE: ErrorSpec(413, _BAD, False, "The body is larger than the limit."),

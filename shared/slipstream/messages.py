@@ -6,6 +6,7 @@ are packed little-endian int32, block hashes are concatenated 16-byte strings. D
 relative.
 """
 
+from enum import StrEnum
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -15,6 +16,7 @@ from slipstream.errors import Problem
 from slipstream.spans import RequestSpans, Trace
 from slipstream.types import (
     BlockId,
+    Constraint,
     Epoch,
     FinishReason,
     NodeId,
@@ -116,7 +118,13 @@ class TransferSample(msgspec.Struct, frozen=True, array_like=True):
 class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str = "auto"
+    """auto, none, required, or with `=` before it the name of the function to be called."""
+    parallel_tool_calls: bool = True
+    """Whether an answer may have more than one call."""
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """The answer goes on where the last message ends."""
     template_args: dict[str, str | int | float | bool | None] = {}
 
 
@@ -140,6 +148,22 @@ class TextLogprob(msgspec.Struct, frozen=True, array_like=True):
     raw: bytes
     logprob: float
     top: tuple["TextLogprob", ...] = ()
+
+
+class PartKind(StrEnum):
+    CONTENT = "content"
+    REASONING = "reasoning"
+    CALL = "call"
+    """A tool call begins; the text is the function's name."""
+    ARGUMENTS = "arguments"
+    """More of the JSON text of the call that began last."""
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of an answer that is told apart: what the model thinks, says and calls."""
+
+    kind: PartKind
+    text: str
 
 
 # --- To everybody ---------------------------------------------------------------------------------
@@ -180,7 +204,11 @@ class TextDelta(Message, kw_only=True, frozen=True):
     """Output tokens before this delta."""
     tokens: bytes = b""
     text: str = ""
+    parts: list[Part] = []
+    """Of a chat's answer, in place of `text`."""
     logprobs: list[TextLogprob] | None = None
+    prompt_logprobs: list[TextLogprob] | None = None
+    """With the first output token: one for each prompt token, NaN for the first one."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
@@ -252,6 +280,12 @@ class Tokenize(Message, kw_only=True, frozen=True):
     """Cache namespace of the client; prefixes are shared only within one."""
     clamp_max_tokens: bool = False
     """Shorten `max_tokens` to what the context leaves, where the client named no number."""
+    constraint: Constraint | None = None
+    bad_words: Annotated[tuple[str, ...], Meta(max_length=128)] = ()
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    """Of requests that wait, those with a lower number run first."""
+    parse: bool = False
+    """Tell reasoning and tool calls apart from content: deltas have `parts` in place of `text`."""
 
 
 class Cancel(Message, kw_only=True, frozen=True):
@@ -277,6 +311,8 @@ class TokenSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     position: Count
     tokens: bytes
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """At position 0: of each prompt token but the first."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     cached_tokens: int = 0
@@ -326,6 +362,7 @@ class Submit(Message, kw_only=True, frozen=True):
     timeout_s: Seconds
     salt: str = ""
     block_hashes: bytes = b""
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
 
 
 class StreamEnded(Message, kw_only=True, frozen=True):

@@ -79,6 +79,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=64)] = ()
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     """How many alternatives to report beside the sampled token; None: no logprobs at all."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """The same for each token of the prompt but the first."""
+    logit_bias: Annotated[tuple[tuple[int, float], ...], Meta(max_length=1024)] = ()
+    """Token id -> what is added to its logit."""
+    allowed_token_ids: Annotated[tuple[int, ...], Meta(max_length=65_536)] = ()
+    """Nothing else is drawn; empty: everything may be."""
+    bad_tokens: Annotated[tuple[tuple[int, ...], ...], Meta(max_length=512)] = ()
+    """Sequences that the output must not hold: the last token of one is not drawn after the others.
+    The tokenizer writes them, for the words that the client named."""
+    grammar: Annotated[str, Meta(max_length=1 << 20)] = ""
+    """What the output must follow, as llguidance writes it; empty: nothing. The tokenizer writes
+    it."""
     stop: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -86,6 +98,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0 or self.top_p == 0.0
+
+
+class ConstraintKind(StrEnum):
+    """What a client may ask its answer to be."""
+
+    JSON = "json"
+    """Any JSON object; the text is empty."""
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    """One of the strings of a JSON list."""
+    GRAMMAR = "grammar"
+    """EBNF as of Lark, or GBNF."""
+
+
+class Constraint(msgspec.Struct, frozen=True, kw_only=True):
+    kind: ConstraintKind
+    text: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

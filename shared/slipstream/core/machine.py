@@ -17,6 +17,7 @@ from slipstream.spans import Trace, TraceContext
 from slipstream.types import (
     BlockHash,
     BlockId,
+    Constraint,
     Epoch,
     NodeId,
     RequestId,
@@ -70,6 +71,8 @@ class RowOutput(_Record, frozen=True):
     attempt: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Of the prompt tokens that come after the row's inputs, where they were asked for."""
     drafted: int = 0
     """Tokens that were proposed; the first len(tokens) - 1 of them were right."""
 
@@ -130,6 +133,11 @@ class Encoded(_Record, frozen=True):
     request_id: RequestId
     tokens: tuple[int, ...] = ()
     problem: Problem | None = None
+    grammar: str = ""
+    """What the output must follow, for the workers."""
+    bad_tokens: tuple[tuple[int, ...], ...] = ()
+    answer_format: str = ""
+    """How the answer is told apart; empty: it is content alone."""
 
 
 class Opened(_Record, frozen=True):
@@ -334,10 +342,13 @@ class PublishKvEvents(_Record, frozen=True):
 
 
 class EncodePrompt(_Record, frozen=True):
-    """Render and encode in a thread; ends as `Encoded`."""
+    """Render and encode in a thread, and check what the answer must be; ends as `Encoded`."""
 
     request_id: RequestId
     prompt: Prompt
+    constraint: Constraint | None = None
+    bad_words: tuple[str, ...] = ()
+    parse: bool = False
 
 
 class Deliver(_Record, frozen=True):
