@@ -18,7 +18,7 @@ from slipstream.messages import (
     WorkerLoad,
 )
 from slipstream.scheduler.admission import TIMES_ALONE, Expected, too_late
-from slipstream.scheduler.decisions import LATE_FRESH_S, LATE_KNOWN
+from slipstream.scheduler.decisions import ERRORS_MAX, LATE_FRESH_S, LATE_KNOWN
 from slipstream.scheduler.dispatcher import CAUTION
 from slipstream.scheduler.past import PACE_KNOWN_S, RATE_WINDOW_S, RETRY_AFTER_MAX_S, Past
 from slipstream.scheduler.prices import KNOWN_WELL
@@ -181,11 +181,18 @@ def learnt(rig: Rig) -> None:
 def test_who_was_late_before_is_expected_late_again() -> None:
     rig = Busy(ttft_target_s=CAUTION * 5.0, disaggregation="never")
     learnt(rig)
-    late_by(rig, 2.5)
+    late_by(rig, 4.0)
     rig.submit("a")
     rig.submit("b")
-    assert rig.state("a") == "decoding"
-    assert rig.refused() == ["b"], "twice 4.2 s and 2.5 s are more than 10"
+    assert rig.state("b") == "decoding", "4.2 s, and 4.2 s more for caution, or 4 s for lateness"
+    rig.end("a")
+    rig.end("b")
+    rig.hear(DECODE, SLOW)
+    late_by(rig, 6.5, ERRORS_MAX)
+    rig.submit("c")
+    rig.submit("d")
+    assert rig.state("c") == "decoding"
+    assert rig.refused() == ["d"], "4.2 s and 6.5 s are more than 10"
 
 
 def test_lateness_is_forgotten_and_never_refuses_by_itself() -> None:
@@ -193,7 +200,7 @@ def test_lateness_is_forgotten_and_never_refuses_by_itself() -> None:
     learnt(rig)
     late_by(rig, 7.0)
     rig.submit("a")
-    assert rig.state("a") == "decoding", "an idle worker: 2 s, and at most half of the target"
+    assert rig.state("a") == "decoding", "an idle worker: 2 s, and at most three quarters of the target"
     rig.submit("b")
     assert rig.refused() == ["b"]
     rig.pass_time(LATE_FRESH_S + 1.0)

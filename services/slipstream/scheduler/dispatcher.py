@@ -24,6 +24,9 @@ CAUTION = 2.0
 """Of a first token's predicted seconds to those that it may take where a target is to be kept: when
 load rises, prices are still those of the time before, and whoever is refused takes CPU time too."""
 
+LATE_MOST = 0.75
+"""How late a first token may be expected to be, as a share of the target."""
+
 
 class Dispatcher:
     """Requests wait here, not at the workers, so that they are placed by what is true then."""
@@ -92,9 +95,9 @@ class Dispatcher:
         known = self.ledger.views[placement.computes].prices.knows_prompts
         if not (placement.ttft_s and known):
             return Expected(waited_s, 0.0)
-        # Not more than half of the target: else lateness would turn away who could mend it.
-        margin_s = min(self.decisions.margin_s(now_s), self.ttft_target_s / 2)
-        ahead_s = CAUTION * placement.ttft_s + margin_s
+        # Not more than a part of the target: else lateness would turn away who could mend it.
+        late_s = min(self.decisions.margin_s(now_s), LATE_MOST * self.ttft_target_s)
+        ahead_s = placement.ttft_s + max((CAUTION - 1) * placement.ttft_s, late_s)
         return Expected(waited_s, ahead_s, CAUTION * placement.alone_s)
 
     def _judge(self, request: Request, expected: Expected) -> bool:
