@@ -546,6 +546,8 @@ class KvReady(Message, kw_only=True, frozen=True):
     first_token: int | None = None
     """The sampled token; set on the last chunk alone."""
     first_logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] = []
+    """Of all but the first token of the prompt, where they were asked for; with `first_token`."""
     cached_tokens: int = 0
 
 

@@ -330,3 +330,35 @@ def test_a_model_that_takes_long_to_load_says_how_far_it_is(
     said = [record.message for record in caplog.records if "weights:" in record.message]
     layers = config.num_layers
     assert said == [f"weights: {done} of {layers} layers" for done in range(layers)]
+
+
+def test_log_probabilities_of_a_prompt(saved: Saved) -> None:
+    """In chunks, beside a stream that decodes: what the model gives to each token that is there."""
+    folder, model = saved("llama")
+    runner = runner_for(folder)
+    prompt, other = prompt_of(75, 1), prompt_of(16, 3)
+    table = (5, 60, 7, 8, 9)
+    sampling = msgspec.structs.replace(greedy(), prompt_logprobs=2)
+    beside = Row("b", 1, other, 0, (50, 51), True)
+    chunks = [
+        Row("a", 1, prompt[:48], 0, table, False, prompt_logprobs=48),
+        Row("a", 1, prompt[48:], 48, table, True, prompt_logprobs=26),
+    ]
+    admitted = (admission("b", other, greedy()), admission("a", prompt, sampling))
+    first = runner.run(BatchPlan(1, (beside, chunks[0]), admitted))
+    again = Row("b", 1, (), 16, (50, 51), True, 1, after_previous=True)
+    second = runner.run(BatchPlan(2, (chunks[1], again)))
+    assert [(o.request_id, len(o.tokens), len(o.prompt_logprobs)) for o in (*first, *second)] == [
+        *(("b", 1, 0), ("a", 0, 48)),
+        *(("a", 1, 26), ("b", 1, 0)),
+    ]
+    assert second[0].tokens == expected(model, prompt, 1)
+    assert first[0].tokens + second[1].tokens == expected(model, other, 2)
+    scores = first[1].prompt_logprobs + second[0].prompt_logprobs
+    assert tuple(score.token_id for score in scores) == prompt[1:]
+    with torch.inference_mode():
+        wanted = torch.log_softmax(model(torch.tensor([prompt])).logits[0, :-1].float(), -1)
+    for score, row in zip(scores, wanted, strict=True):
+        assert score.logprob == pytest.approx(float(row[score.token_id]), abs=1e-3)
+        top = row.topk(2)
+        assert [value for _, value in score.top] == pytest.approx(top.values.tolist(), abs=1e-3)

@@ -79,6 +79,7 @@ def submit(
     timeout_s: float = 100.0,
     repeated: bool = False,
     hashes: bytes = b"",
+    priority: int = 0,
 ) -> Submit:
     """A submission; `prompt` and `accepted` in tokens."""
     return Submit(
@@ -90,6 +91,7 @@ def submit(
         sampling=SamplingParams(max_tokens=max_tokens, seed=1),
         timeout_s=timeout_s,
         block_hashes=hashes,
+        priority=priority,
     )
 
 

@@ -200,7 +200,9 @@ def test_lateness_is_forgotten_and_never_refuses_by_itself() -> None:
     learnt(rig)
     late_by(rig, 7.0)
     rig.submit("a")
-    assert rig.state("a") == "decoding", "an idle worker: 2 s, and at most three quarters of the target"
+    assert rig.state("a") == "decoding", (
+        "an idle worker: 2 s, and at most three quarters of the target"
+    )
     rig.submit("b")
     assert rig.refused() == ["b"]
     rig.pass_time(LATE_FRESH_S + 1.0)

@@ -108,6 +108,18 @@ def test_nobody_overtakes() -> None:
     assert large.state is State.PREFILLING and small.state is State.PREFILLING
 
 
+def test_of_those_that_wait_the_lowest_number_goes_first() -> None:
+    desk = Desk(node("tokenizer-0"))
+    desk.add("first")
+    desk.add("later", priority=5)
+    desk.add("second")
+    desk.add("begun", migrations=1, priority=9)
+    desk.add("urgent", priority=-1)
+    desk.add("also urgent", priority=-1)
+    order = ["begun", "urgent", "also urgent", "first", "second", "later"]
+    assert desk.dispatch() == [] and desk.queued == order
+
+
 @pytest.mark.parametrize("begun", [{"accepted": 1}, {"migrations": 1}])
 def test_what_has_begun_goes_first(begun: dict[str, int]) -> None:
     desk = Desk(node("tokenizer-0"))

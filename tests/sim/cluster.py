@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from random import Random
 
-from sim.device import EOS, VOCAB, right_answer
+from sim.device import EOS, VOCAB, prompt_scores, right_answer
 from sim.faults import Faults
 from sim.world import Process, World, random_prompt
 from slipstream.core import machine as m
@@ -31,7 +31,15 @@ from slipstream.spans import Trace, TraceContext
 from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
 from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
-from slipstream.types import FinishReason, NodeId, Role, SamplingParams, pack_tokens, unpack_tokens
+from slipstream.types import (
+    FinishReason,
+    NodeId,
+    Role,
+    SamplingParams,
+    TokenLogprobs,
+    pack_tokens,
+    unpack_tokens,
+)
 
 MAX_MODEL_LEN = 256
 TIMEOUT_S = 300.0
@@ -73,6 +81,7 @@ class Client:
     ended: str = ""
     closes_after: int | None = None
     timeout_s: float = TIMEOUT_S
+    priority: int = 0
 
     @classmethod
     def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
@@ -84,11 +93,13 @@ class Client:
             min_tokens=rng.choice((0, 0, 3)),
             ignore_eos=rng.random() < 0.3,
             logprobs=rng.choice((None, None, 0)),
+            prompt_logprobs=rng.choice((None, None, None, 0)),
             stop=tuple(rng.choice(("ab", "q", "xyz", "e")) for _ in range(rng.choice((0, 0, 1)))),
         )
         tokens, reason = right_answer(prompt, sampling)
         expected, text, reason = _shown(prompt, tokens, reason, sampling)
         client = cls(f"r{number}", prompt, sampling, expected, reason, text)
+        client.priority = rng.choice((0, 0, 0, -1, 3))
         if rng.random() < 0.12:
             client.closes_after = rng.randrange(0, 6)
         if rng.random() < 0.12:
@@ -118,6 +129,9 @@ class Client:
         if self.sampling.logprobs is not None and new:
             got = [logprob.token_id for logprob in item.logprobs or []]
             assert got == new, f"{self.request_id}: logprobs of {got} for {new}"
+        if self.sampling.prompt_logprobs is not None and new and len(self.tokens) == len(new):
+            heard = [TokenLogprobs(x.token_id, x.logprob) for x in item.prompt_logprobs or []]
+            assert heard[1:] == prompt_scores(self.prompt), f"{self.request_id}: {heard}"
         if item.finish_reason is not None:
             whole = self.tokens == self.expected and self.shown == self.text
             assert whole and item.finish_reason == self.reason, f"{self.request_id}: {item}"
@@ -263,6 +277,7 @@ class Cluster:
             prompt=TokenPrompt(tokens=pack_tokens(client.prompt)),
             sampling=client.sampling,
             timeout_s=client.timeout_s,
+            priority=client.priority,
         )
         number = int(name.strip("r'"))
         context = TraceContext(trace_id=f"{number + 1:032x}")

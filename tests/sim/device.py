@@ -32,6 +32,16 @@ def _logprob(token: int, position: int) -> TokenLogprobs:
     return TokenLogprobs(token, -float(token + position))
 
 
+def _scores(tokens: list[int], row: Row) -> tuple[TokenLogprobs, ...]:
+    first = row.start + 1
+    return tuple(_logprob(tokens[i], i) for i in range(first, first + row.prompt_logprobs))
+
+
+def prompt_scores(prompt: list[int]) -> list[TokenLogprobs]:
+    """What is to be heard of a prompt's tokens but the first."""
+    return [_logprob(token, i) for i, token in enumerate(prompt) if i]
+
+
 class Device:
     """One worker's memory and what its runner remembers of each request."""
 
@@ -64,7 +74,8 @@ class Device:
     def _row(self, row: Row) -> RowOutput | None:
         key = row.request_id, row.attempt
         if key in self._lost:
-            return RowOutput(*key, ()) if row.sample else None
+            wanted = row.sample or row.prompt_logprobs
+            return RowOutput(*key, (), None, _scores(self._tokens[key], row)) if wanted else None
         admission, tokens = self._admitted[key], self._tokens[key]
         table = [self.memory[block] for block in row.block_ids]
         inputs, at = row.tokens, row.start
@@ -75,8 +86,9 @@ class Device:
             del tokens[admission.num_prompt + row.position :]
         for offset, token in enumerate(inputs):
             _write(table, at + offset, token)
+        scores = _scores(tokens, row)
         if not row.sample:
-            return None
+            return RowOutput(*key, (), None, scores) if scores else None
         drawn: list[int] = []
         for draft in range(row.drafts + 1):
             end = at + len(inputs) + draft
@@ -93,7 +105,7 @@ class Device:
         if admission.sampling.logprobs is not None:
             first = len(tokens) - len(drawn) - admission.num_prompt
             logprobs = tuple(_logprob(token, first + i) for i, token in enumerate(drawn))
-        return RowOutput(*key, tuple(drawn), logprobs, row.drafts)
+        return RowOutput(*key, tuple(drawn), logprobs, scores, row.drafts)
 
 
 def _write(table: list[list[int]], at: int, token: int) -> None:

@@ -147,6 +147,22 @@ def test_logprobs_have_their_text(rig: Rig) -> None:
     assert [(top.text, top.raw) for top in entry.top] == [("\ufffd", b"\xe4")]
 
 
+def test_logprobs_of_the_prompt_come_with_the_first_token_alone(rig: Rig) -> None:
+    rig.ask(submission(prompt="xyz", prompt_logprobs=1))
+    assert rig.one(Submit).block_hashes == b""
+    scores = [TokenLogprobs(t, -0.5, ((0xE4, -1.0),)) for t in ids("yz")]
+    first = TokenSpan(
+        request_id="r", attempt=1, position=0, tokens=pack_tokens(ids("a")), prompt_logprobs=scores
+    )
+    rig.spans(first)
+    (delta,) = rig.one(TextOut).deltas
+    assert delta.prompt_logprobs is not None and math.isnan(delta.prompt_logprobs[0].logprob)
+    assert [(x.text, len(x.top)) for x in delta.prompt_logprobs] == [("x", 0), ("y", 1), ("z", 1)]
+    rig.spans(span(ids("b"), position=1))
+    (delta,) = rig.one(TextOut).deltas
+    assert delta.prompt_logprobs is None
+
+
 # --- Lengths and refusals ---
 
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Set
+from itertools import takewhile
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
@@ -52,15 +53,23 @@ class Dispatcher:
         """When the queue began; since then all places are taken."""
 
     def enqueue(self, request: Request, now_s: float) -> None:
-        """To the end of the queue; what had begun before goes to its head."""
-        ahead = len(self.queue)
+        """Behind those of the same priority; what had begun before goes to the queue's head."""
         request.state = State.QUEUED
-        self.queue[request.request_id] = request
-        if request.submit.accepted or request.migrations:
-            self.queue.move_to_end(request.request_id, last=False)
-        elif ahead:
+        ahead = self._join(request)
+        if ahead and not request.resumed:
             wait_s = ahead / self._past.pace_per_s(self._full_since_s, now_s)
             self._judge(request, Expected(now_s - request.since_s, wait_s))
+
+    def _join(self, request: Request) -> int:
+        """How many are before it now."""
+        before = request.order
+        behind = list(takewhile(lambda other: other.order > before, reversed(self.queue.values())))
+        self.queue[request.request_id] = request
+        for other in reversed(behind):
+            self.queue.move_to_end(other.request_id)
+        if request.resumed:
+            self.queue.move_to_end(request.request_id, last=False)
+        return len(self.queue) - 1 - len(behind)
 
     def remove(self, request: Request) -> None:
         self.queue.pop(request.request_id, None)

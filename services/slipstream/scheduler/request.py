@@ -1,5 +1,6 @@
 """A request as its owner sees it."""
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -76,6 +77,16 @@ class Request:
     def call(self) -> str:
         """The call that it is a choice of: its name, less the number of the choice."""
         return self.request_id.rpartition("-")[0] or self.request_id
+
+    @property
+    def resumed(self) -> bool:
+        """It ran before, as far as is known here."""
+        return bool(self.submit.accepted or self.migrations)
+
+    @property
+    def order(self) -> float:
+        """In the queue, the least first; of equals whoever came first."""
+        return -math.inf if self.resumed else self.submit.priority
 
     @property
     def begun(self) -> bool:

@@ -45,6 +45,7 @@ class Stream:
         self.tokens: list[int] = accepted
         self.texts: list[str] = []
         self.logprobs: list[TextLogprob] = []
+        self.prompt_logprobs: list[TextLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.problem: Problem | None = None
@@ -100,6 +101,9 @@ class Stream:
             self._cached_tokens = span.cached_tokens
         self._path = span.path or self._path
         self._decision = span.decision or self._decision
+        if span.prompt_logprobs is not None and not start:
+            first = TokenLogprobs(self.prompt[0], math.nan)
+            self.prompt_logprobs = [*map(self._with_text, (first, *span.prompt_logprobs))]
         self._push(tokens[known:], (span.logprobs or ())[known:], span.stop_token)
         ends = span.finish_reason is not None and span.position + len(tokens) == len(self.tokens)
         if ends and self.finish_reason is None and span.finish_reason is not None:
@@ -120,12 +124,13 @@ class Stream:
         return Tokenized(request_id=self.request_id, prompt_tokens=len(self.prompt))
 
     def submit(self, kv_layout_id: str, now_s: float) -> Submit:
-        """To run from here on. Without a layout nobody could hold the blocks: no hashes."""
+        """To run from here on. Without a layout nobody could hold the blocks: no hashes. Nor are
+        there any where all of the prompt is computed in any case."""
         salt = self.submission.salt
         space = namespace(kv_layout_id, salt)
         if space != self._space:
             self._space, self._hashes = space, []
-        if kv_layout_id:
+        if kv_layout_id and self.sampling.prompt_logprobs is None:
             extend_hashes(self._hashes, self.prompt + self.tokens, space)
         repeated, self._submitted = self._submitted == self.attempt, self.attempt
         return Submit(
@@ -138,6 +143,7 @@ class Stream:
             timeout_s=max(0.0, self.deadline_s - now_s),
             salt=salt,
             block_hashes=b"".join(self._hashes),
+            priority=self.submission.priority,
         )
 
     def check(self) -> None:
@@ -190,6 +196,7 @@ class Stream:
             tokens=pack_tokens(self.tokens[start:end]),
             text="".join(self.texts[start:end]) + (self._tail if last else ""),
             logprobs=self.logprobs[start:end] if wants else None,
+            prompt_logprobs=None if start else self.prompt_logprobs or None,
             finish_reason=self.finish_reason if last else None,
             stop_reason=self.stop_reason if last else None,
             usage=self._usage() if last else None,

@@ -206,7 +206,8 @@ class Batcher:
         while self.waiting and len(self.running) < self.max_num_seqs:
             job = self.waiting[0]
             # The last token is computed in any case: its logits are what is wanted.
-            hits = self.pool.match(job.full_hashes(len(job.tokens) - 1))
+            hashes = [] if job.scores_prompt else job.full_hashes(len(job.tokens) - 1)
+            hits = self.pool.match(hashes)
             self.pool.take(hits)
             blocks = self.pool.allocate(blocks_for(len(job.tokens)) - len(hits))
             if blocks is None:
@@ -230,6 +231,8 @@ class Batcher:
         self.running.remove(job)
         self.pool.release(job.block_ids)
         job.block_ids, job.num_computed = [], 0
+        if job.scores_prompt:
+            job.prompt_logprobs.clear()
         job.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(job)
@@ -250,6 +253,7 @@ class Batcher:
     def _row(self, job: Job, end: int) -> Row:
         start, drawing = job.num_computed + job.ahead, job.drawing
         drafts = self._drafts(job, start, end)
+        scored = max(0, min(end, job.num_prompt - 1) - start) if job.scores_prompt else 0
         return Row(
             request_id=job.request_id,
             attempt=job.attempt,
@@ -260,6 +264,7 @@ class Batcher:
             position=job.num_output + drawing,
             after_previous=drawing > 0,
             drafts=drafts,
+            prompt_logprobs=scored,
         )
 
     def _drafts(self, job: Job, start: int, end: int) -> int:

@@ -44,6 +44,7 @@ class Job:
     num_computed: int = 0
     cached_tokens: int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     sent: int = 0
     """Output tokens of this attempt that went to the tokenizer."""
     announced_blocks: int = 0
@@ -90,6 +91,12 @@ class Job:
     def num_output(self) -> int:
         """Output tokens so far, those of earlier attempts included."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt are still to be computed: all of them, for they
+        lie in no cache."""
+        return self.sampling.prompt_logprobs is not None and not self.num_output
 
     @property
     def ahead(self) -> int:
@@ -139,12 +146,14 @@ class Job:
     def span(self, start: int) -> TokenSpan:
         """The output tokens of this attempt from the `start`-th on, for the tokenizer."""
         first = self.num_prompt + self.num_accepted
+        scored = self.sampling.prompt_logprobs is not None and not self.num_accepted + start
         return TokenSpan(
             request_id=self.request_id,
             attempt=self.attempt,
             position=self.num_accepted + start,
             tokens=pack_tokens(self.tokens[first + start :]),
             logprobs=self.logprobs[start:] if self.sampling.logprobs is not None else None,
+            prompt_logprobs=self.prompt_logprobs if scored else None,
             finish_reason=self.finish_reason,
             stop_token=self.stop_token,
             cached_tokens=self.cached_tokens or 0,

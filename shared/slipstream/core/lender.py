@@ -54,6 +54,7 @@ class Lender:
             num_tokens=job.num_computed,
             first_token=job.tokens[-1] if last else None,
             first_logprobs=first,
+            prompt_logprobs=job.prompt_logprobs if last else [],
             cached_tokens=job.cached_tokens or 0,
         )
 

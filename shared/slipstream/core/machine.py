@@ -71,8 +71,8 @@ class RowOutput(_Record, frozen=True):
     attempt: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    """Of the prompt tokens that come after the row's inputs, where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of as many prompt tokens as the row asked for."""
     drafted: int = 0
     """Tokens that were proposed; the first len(tokens) - 1 of them were right."""
 
@@ -268,6 +268,9 @@ class Row(_Record, frozen=True):
     position: int = 0
     after_previous: bool = False
     drafts: int = 0
+    prompt_logprobs: int = 0
+    """After so many inputs, from the first on, a token of the prompt follows whose log probability
+    is wanted."""
 
     @property
     def num_tokens(self) -> int:

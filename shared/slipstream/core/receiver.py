@@ -203,4 +203,5 @@ class Receiver:
         job, last = handover.job, handover.last
         assert last is not None and last.first_token is not None
         job.append(last.first_token, last.first_logprobs)
+        job.prompt_logprobs = last.prompt_logprobs
         job.cached_tokens = last.cached_tokens

@@ -238,7 +238,7 @@ class WorkerMachine:
         landed = self.batcher.land(done.step)
         effects = self._watch(now_s)
         for job, row in landed:
-            if row.sample and not self._append(job, outputs.get(job.key)):
+            if not self._take(job, row, outputs.get(job.key)):
                 problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
                 effects += self._fail(job, "no_token", problem)
                 continue
@@ -253,9 +253,15 @@ class WorkerMachine:
                 effects += self._finish(job, now_s)
         return effects
 
-    def _append(self, job: Job, output: RowOutput | None) -> bool:
-        """Take the row's tokens up to the one that ends the stream; False if there are none."""
-        if output is None or not output.tokens:
+    def _take(self, job: Job, row: Row, output: RowOutput | None) -> bool:
+        """What the row made: its tokens up to the one that ends the stream. False if something is
+        missing."""
+        if not (row.sample or row.prompt_logprobs):
+            return True
+        if output is None or len(output.prompt_logprobs) != row.prompt_logprobs:
+            return False
+        job.prompt_logprobs += output.prompt_logprobs
+        if row.sample and not output.tokens:
             return False
         for index, token in enumerate(output.tokens):
             job.append(token, output.logprobs[index] if output.logprobs else None)

@@ -21,10 +21,16 @@ class Inputs(NamedTuple):
     """What is proposed behind them."""
 
 
+def num_samples(row: Row, inputs: Inputs) -> int:
+    """Of its tokens, the last ones."""
+    return row.prompt_logprobs + row.sample + len(inputs.drafts)
+
+
 def build_batch(
     rows: Sequence[Row], inputs: Sequence[Inputs], device: torch.device
 ) -> ForwardBatch:
-    """Rows that sample do so after their last token and after each draft.
+    """Rows that sample do so after their last token and after each draft; logits are made of all
+    inputs that a token of the prompt follows whose log probability is wanted.
 
     Raises ValueError if a block table does not reach to the row's last token.
     """
@@ -47,7 +53,7 @@ def build_batch(
     positions = np.arange(query_starts[-1]) + (starts - query_starts[:-1])[row_of_token]
     block_ids = tables[row_of_token, positions // BLOCK_TOKENS]
     samples = np.fromiter(
-        (row.sample + len(drafts) for row, (_, _, drafts) in zip(rows, inputs, strict=True)),
+        map(num_samples, rows, inputs),
         np.int64,
         len(rows),
     )

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from slipstream.core.machine import BatchPlan, Row, RowOutput
-from slipstream.engine.batch import Inputs, build_batch
+from slipstream.engine.batch import Inputs, build_batch, num_samples
 from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.history import History
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.packed_file import file_name, shared_weights
-from slipstream.engine.sampler import RowError, Sample, sample
+from slipstream.engine.sampler import RowError, Sample, sample, score
 from slipstream.engine.weights import Progress, load_weights
 from slipstream.kernels import cpu
 from slipstream.kernels.ops import Backend
 from slipstream.kernels.program import PANEL, CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvDtype, KvLayout
-from slipstream.types import RequestId
+from slipstream.types import RequestId, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
 SAID_EVERY_S = 2.0
@@ -120,8 +120,8 @@ class Runner:
     def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
         """One step: forget `dropped`, learn `admitted`, run all rows, sample.
 
-        One output for each row with `sample`, in order of the rows. A row whose logits are no
-        numbers yields no token (it is logged, with the request's name), nor does that request
+        One output for each row that samples or scores, in order of the rows. A row whose logits are
+        no numbers yields no token (it is logged, with the request's name), nor does that request
         later; the rest of the batch is not harmed.
         KeyError: a row of a request that was never admitted. ValueError: a row that contradicts the
         request's history or exceeds its block table; nothing was computed then.
@@ -141,7 +141,9 @@ class Runner:
                 batch = build_batch(plan.rows, inputs, self._pool.device)
                 logits = self.decoder.forward(batch, self._pool)
                 sampling = [
-                    (row, each) for row, each in zip(plan.rows, inputs, strict=True) if row.sample
+                    (row, each)
+                    for row, each in zip(plan.rows, inputs, strict=True)
+                    if num_samples(row, each)
                 ]
                 return self._sample(logits, sampling)
         except BaseException:
@@ -173,10 +175,18 @@ class Runner:
     def _sample(self, logits: Tensor, sampling: list[tuple[Row, Inputs]]) -> tuple[RowOutput, ...]:
         """A token for each row, then one more for each row whose draft was that token, and so on:
         each is drawn as if it were the only one of its step."""
-        firsts = list(accumulate((1 + len(each.drafts) for _, each in sampling), initial=0))
+        ends = list(accumulate(num_samples(row, each) for row, each in sampling))
+        firsts = [
+            end - row.sample - len(x.drafts) for end, (row, x) in zip(ends, sampling, strict=True)
+        ]
         keys = [(row.request_id, row.attempt) for row, _ in sampling]
+        # Before the draws: they write into the logits.
+        scores = [
+            self._scores(logits, first, row)
+            for first, (row, _) in zip(firsts, sampling, strict=True)
+        ]
         drawn: list[list[Sample]] = [[] for _ in sampling]
-        going = list(range(len(sampling)))
+        going = [index for index, (row, _) in enumerate(sampling) if row.sample]
         while going:
             rows = [firsts[index] + len(drawn[index]) for index in going]
             histories = [self._histories[keys[index]] for index in going]
@@ -195,16 +205,32 @@ class Runner:
                         ahead.append(index)
             going = ahead
         return tuple(
-            self._output(key, each, samples)
-            for key, (_, each), samples in zip(keys, sampling, drawn, strict=True)
+            self._output(key, each, samples, scored)
+            for key, (_, each), samples, scored in zip(keys, sampling, drawn, scores, strict=True)
+        )
+
+    def _scores(self, logits: Tensor, end: int, row: Row) -> tuple[TokenLogprobs, ...]:
+        """Of the tokens of the prompt that follow the row's first inputs, by the logits before
+        `end`."""
+        count = row.prompt_logprobs
+        if not count:
+            return ()
+        history = self._histories[row.request_id, row.attempt]
+        tokens = history.tokens[row.start + 1 : row.start + 1 + count]
+        return tuple(
+            score(logits[end - count : end], tokens, history.sampling.prompt_logprobs or 0)
         )
 
     def _output(
-        self, key: tuple[RequestId, int], inputs: Inputs, samples: list[Sample]
+        self,
+        key: tuple[RequestId, int],
+        inputs: Inputs,
+        samples: list[Sample],
+        scored: tuple[TokenLogprobs, ...],
     ) -> RowOutput:
         drafted = len(inputs.drafts)
         if samples:
             self._histories[key].drafts.learn(drafted, len(samples) - 1)
         logprobs = tuple(each.logprobs for each in samples if each.logprobs is not None)
         tokens = tuple(each.token for each in samples)
-        return RowOutput(*key, tokens, logprobs or None, drafted)
+        return RowOutput(*key, tokens, logprobs or None, scored, drafted)

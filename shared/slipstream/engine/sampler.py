@@ -21,6 +21,9 @@ from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Backend
 from slipstream.types import TokenLogprobs
 
+SCORED_AT_A_TIME = 32
+"""Rows: each is a copy of the vocabulary."""
+
 
 class RowError(Exception):
     """One row cannot be sampled; the others of its batch can."""
@@ -93,6 +96,21 @@ def _raw_logprobs(
         for row, history in zip(rows, histories, strict=True)
         if history.sampling.logprobs is not None
     }
+
+
+def score(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Log probabilities of `tokens[i]` by row i of `logits`, float32 `[len(tokens), vocab]`."""
+    found: list[TokenLogprobs] = []
+    for first in range(0, len(tokens), SCORED_AT_A_TIME):
+        part = tokens[first : first + SCORED_AT_A_TIME]
+        logprobs = torch.log_softmax(logits[first : first + len(part)], -1)
+        top = logprobs.topk(min(num_top, logprobs.shape[1]))
+        own = logprobs[torch.arange(len(part)), torch.tensor(part)].tolist()
+        for token, logprob, ids, values in zip(
+            part, own, top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            found.append(TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True))))
+    return found
 
 
 def _report(logprobs: Tensor, token: int, num_top: int) -> TokenLogprobs:
