@@ -11,6 +11,14 @@ class ErrorCode(StrEnum):
     INVALID_JSON = "invalid_json"
     INVALID_TYPE = "invalid_type"
     INVALID_VALUE = "invalid_value"
+    INTEGER_BELOW = "integer_below_min_value"
+    INTEGER_ABOVE = "integer_above_max_value"
+    DECIMAL_BELOW = "decimal_below_min_value"
+    DECIMAL_ABOVE = "decimal_above_max_value"
+    STRING_BELOW = "string_below_min_length"
+    STRING_ABOVE = "string_above_max_length"
+    EMPTY_ARRAY = "empty_array"
+    ARRAY_ABOVE = "array_above_max_length"
     MISSING_PARAMETER = "missing_required_parameter"
     UNSUPPORTED_PARAMETER = "unsupported_parameter"
     UNSUPPORTED_CONTENT = "unsupported_content_type"
@@ -48,7 +56,17 @@ _SERVER = "server_error"
 ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.INVALID_JSON: ErrorSpec(400, _BAD, False, "The body is not JSON."),
     ErrorCode.INVALID_TYPE: ErrorSpec(400, _BAD, False, "A field has the wrong JSON type."),
-    ErrorCode.INVALID_VALUE: ErrorSpec(400, _BAD, False, "A field is out of range."),
+    ErrorCode.INVALID_VALUE: ErrorSpec(
+        400, _BAD, False, "A field has a value that is none of its."
+    ),
+    ErrorCode.INTEGER_BELOW: ErrorSpec(400, _BAD, False, "A whole number is too small."),
+    ErrorCode.INTEGER_ABOVE: ErrorSpec(400, _BAD, False, "A whole number is too large."),
+    ErrorCode.DECIMAL_BELOW: ErrorSpec(400, _BAD, False, "A number is too small."),
+    ErrorCode.DECIMAL_ABOVE: ErrorSpec(400, _BAD, False, "A number is too large."),
+    ErrorCode.STRING_BELOW: ErrorSpec(400, _BAD, False, "A string is too short."),
+    ErrorCode.STRING_ABOVE: ErrorSpec(400, _BAD, False, "A string is too long."),
+    ErrorCode.EMPTY_ARRAY: ErrorSpec(400, _BAD, False, "A list is empty."),
+    ErrorCode.ARRAY_ABOVE: ErrorSpec(400, _BAD, False, "A list is too long."),
     ErrorCode.MISSING_PARAMETER: ErrorSpec(400, _BAD, False, "A required field is missing."),
     ErrorCode.UNSUPPORTED_PARAMETER: ErrorSpec(400, _BAD, False, "A field has no effect here."),
     ErrorCode.UNSUPPORTED_CONTENT: ErrorSpec(400, _BAD, False, "Only text content is served."),

@@ -29,6 +29,18 @@ def raw(text: str | bytes) -> tuple[str, bytes]:
     return CHAT, data.replace(b"%", usual)
 
 
+def tool(name: Any, **members: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **members}}
+
+
+def chosen(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def schema(value: Any, name: str | None = "s") -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": value}}
+
+
 TOOL_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 # name -> ((path, body), status, code, param)
@@ -48,9 +60,9 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "Infinity": (raw('{%,"temperature":Infinity}'), 400, "invalid_json", None),
     "1e999": (raw('{%,"temperature":1e999}'), 400, "invalid_value", "temperature"),
     "deep": (raw('{%,"x":' + "[" * 10_000 + "]" * 10_000 + "}"), 400, "invalid_json", None),
-    "deep, known": (raw('{%,"tools":' + "[" * 40_000), 400, "invalid_json", None),
+    "deep, known": (raw('{%,"tool_choice":' + "[" * 40_000), 400, "invalid_json", None),
     "long integer": (raw('{%,"seed":' + "9" * 5000 + "}"), 400, "invalid_value", "seed"),
-    "last one counts": (raw('{%,"n":1,"n":999}'), 400, "invalid_value", "n"),
+    "last one counts": (raw('{%,"n":1,"n":999}'), 400, "integer_above_max_value", "n"),
     "too large": (chat(user="x" * 200_000), 413, "request_too_large", None),
     # Model
     "no model": (chat(model=UNSET), 400, "missing_required_parameter", "model"),
@@ -63,11 +75,11 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "control model": (chat(model="a\r\n\x1b[31m"), 404, "model_not_found", "model"),
     # Messages
     "no messages": (chat(messages=UNSET), 400, "missing_required_parameter", "messages"),
-    "empty messages": (chat(messages=[]), 400, "invalid_value", "messages"),
+    "empty messages": (chat(messages=[]), 400, "empty_array", "messages"),
     "text messages": (chat(messages="hi"), 400, "invalid_type", "messages"),
     "null messages": (chat(messages=None), 400, "invalid_type", "messages"),
     "number message": (chat(messages=[user("a"), 3]), 400, "invalid_type", "messages[1]"),
-    "many messages": (chat(messages=[{}] * 10_001), 400, "invalid_value", "messages"),
+    "many messages": (chat(messages=[{}] * 10_001), 400, "array_above_max_length", "messages"),
     "no role": (chat(messages=[{"content": "a"}]), 400, "invalid_value", "messages[0].role"),
     "robot": (
         chat(messages=[{"role": "robot", "content": "a"}]),
@@ -137,7 +149,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "empty prompt": (complete(prompt=""), 400, "invalid_value", "prompt"),
     "null prompt": (complete(prompt=None), 400, "invalid_type", "prompt"),
     "object prompt": (complete(prompt={}), 400, "invalid_type", "prompt"),
-    "[]": (complete(prompt=[]), 400, "invalid_value", "prompt"),
+    "[]": (complete(prompt=[]), 400, "empty_array", "prompt"),
     '[""]': (complete(prompt=[""]), 400, "invalid_value", "prompt"),
     "[[]]": (complete(prompt=[[]]), 400, "invalid_value", "prompt"),
     "text and number": (complete(prompt=["a", 1]), 400, "invalid_type", "prompt"),
@@ -148,13 +160,13 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "huge id": (complete(prompt=[2**63]), 400, "invalid_value", "prompt"),
     "bool id": (complete(prompt=[True]), 400, "invalid_value", "prompt"),
     "float id": (complete(prompt=[1.5]), 400, "invalid_value", "prompt"),
-    "many prompts": (complete(prompt=["a"] * 65), 400, "invalid_value", "prompt"),
+    "many prompts": (complete(prompt=["a"] * 65), 400, "array_above_max_length", "prompt"),
     # Lengths
     **{
         f"max_tokens {value}": (chat(max_tokens=value), 400, code, "max_tokens")
         for value, code in [
-            (0, "invalid_value"),
-            (-1, "invalid_value"),
+            (0, "integer_below_min_value"),
+            (-1, "integer_below_min_value"),
             (1.5, "invalid_type"),
             ("10", "invalid_type"),
             (True, "invalid_type"),
@@ -175,40 +187,40 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     **{
         f"{name} {value}": (chat(**{name: value}), 400, code, name)
         for name, value, code in [
-            ("temperature", -0.1, "invalid_value"),
-            ("temperature", 2.01, "invalid_value"),
+            ("temperature", -0.1, "decimal_below_min_value"),
+            ("temperature", 2.01, "decimal_above_max_value"),
             ("temperature", "hot", "invalid_type"),
             ("temperature", True, "invalid_type"),
-            ("top_p", -1, "invalid_value"),
-            ("top_p", 1.0001, "invalid_value"),
-            ("top_k", -2, "invalid_value"),
+            ("top_p", -1, "decimal_below_min_value"),
+            ("top_p", 1.0001, "decimal_above_max_value"),
+            ("top_k", -2, "integer_below_min_value"),
             ("top_k", 1.5, "invalid_type"),
-            ("top_k", 2**40, "invalid_value"),
-            ("min_p", 2, "invalid_value"),
-            ("presence_penalty", 2.1, "invalid_value"),
-            ("frequency_penalty", -2.1, "invalid_value"),
-            ("repetition_penalty", 0, "invalid_value"),
-            ("repetition_penalty", -1, "invalid_value"),
-            ("n", 0, "invalid_value"),
-            ("n", -1, "invalid_value"),
-            ("n", 17, "invalid_value"),
-            ("n", 10**9, "invalid_value"),
+            ("top_k", 2**40, "integer_above_max_value"),
+            ("min_p", 2, "decimal_above_max_value"),
+            ("presence_penalty", 2.1, "decimal_above_max_value"),
+            ("frequency_penalty", -2.1, "decimal_below_min_value"),
+            ("repetition_penalty", 0, "decimal_below_min_value"),
+            ("repetition_penalty", -1, "decimal_below_min_value"),
+            ("n", 0, "integer_below_min_value"),
+            ("n", -1, "integer_below_min_value"),
+            ("n", 17, "integer_above_max_value"),
+            ("n", 10**9, "integer_above_max_value"),
             ("n", 1.0, "invalid_type"),
             ("n", "2", "invalid_type"),
-            ("seed", 2**63, "invalid_value"),
+            ("seed", 2**63, "integer_above_max_value"),
             ("seed", 1.5, "invalid_type"),
             ("seed", "x", "invalid_type"),
-            ("stop", ["a"] * 5, "invalid_value"),
-            ("stop", "", "invalid_value"),
-            ("stop", [""], "invalid_value"),
-            ("stop", "x" * 1001, "invalid_value"),
+            ("stop", ["a"] * 5, "array_above_max_length"),
+            ("stop", "", "string_below_min_length"),
+            ("stop", [""], "string_below_min_length"),
+            ("stop", "x" * 1001, "string_above_max_length"),
             ("stop_token_ids", [-1], "invalid_value"),
             ("stop_token_ids", [1000], "invalid_value"),
-            ("stop_token_ids", [1] * 65, "invalid_value"),
+            ("stop_token_ids", [1] * 65, "array_above_max_length"),
             ("stream", "yes", "invalid_type"),
             ("stream", 1, "invalid_type"),
-            ("timeout", 0, "invalid_value"),
-            ("timeout", 1e9, "invalid_value"),
+            ("timeout", 0, "decimal_below_min_value"),
+            ("timeout", 1e9, "decimal_above_max_value"),
             ("cache_salt", "", "invalid_value"),
             ("cache_salt", "a/b", "invalid_value"),
             ("cache_salt", "a\x00b", "invalid_value"),
@@ -220,13 +232,22 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
         ]
     },
     "stop [1]": (chat(stop=[1]), 400, "invalid_type", "stop[0]"),
-    "21 logprobs": (chat(logprobs=True, top_logprobs=21), 400, "invalid_value", "top_logprobs"),
-    "-1 logprobs": (chat(logprobs=True, top_logprobs=-1), 400, "invalid_value", "top_logprobs"),
+    "21 logprobs": (
+        chat(logprobs=True, top_logprobs=21),
+        400,
+        "integer_above_max_value",
+        "top_logprobs",
+    ),
+    "-1 logprobs": (
+        chat(logprobs=True, top_logprobs=-1),
+        400,
+        "integer_below_min_value",
+        "top_logprobs",
+    ),
     "top without logprobs": (chat(top_logprobs=3), 400, "invalid_value", "top_logprobs"),
-    "completion logprobs": (complete(logprobs=21), 400, "invalid_value", "logprobs"),
-    "completion logprobs -1": (complete(logprobs=-1), 400, "invalid_value", "logprobs"),
+    "completion logprobs": (complete(logprobs=21), 400, "integer_above_max_value", "logprobs"),
+    "completion logprobs -1": (complete(logprobs=-1), 400, "integer_below_min_value", "logprobs"),
     "completion logprobs true": (complete(logprobs=True), 400, "invalid_type", "logprobs"),
-    "echo and logprobs": (complete(logprobs=1, echo=True), 400, "invalid_value", "echo"),
     "options without stream": (
         chat(stream_options={"include_usage": True}),
         400,
@@ -239,34 +260,177 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
         "invalid_type",
         "stream_options.include_usage",
     ),
+    # Tools
+    **{
+        f"tools {number}": (chat(**members), 400, code, param)
+        for number, (members, code, param) in enumerate(
+            [
+                ({"tools": [tool("f")] * 129}, "array_above_max_length", "tools"),
+                ({"tools": [tool("f"), tool("f")]}, "invalid_value", "tools[1].function.name"),
+                ({"tools": [tool("a b")]}, "invalid_value", "tools[0].function.name"),
+                ({"tools": [tool("x" * 65)]}, "invalid_value", "tools[0].function.name"),
+                ({"tools": [tool(None)]}, "missing_required_parameter", "tools[0].function.name"),
+                ({"tools": [tool(5)]}, "invalid_type", "tools[0].function.name"),
+                (
+                    {"tools": [tool("f", parameters="x")]},
+                    "invalid_type",
+                    "tools[0].function.parameters",
+                ),
+                ({"tools": [{"type": "web_search"}]}, "invalid_value", "tools[0].type"),
+                ({"tools": [{"type": "function"}]}, "invalid_value", "tools[0].function"),
+                ({"tools": ["f"]}, "invalid_type", "tools[0]"),
+                ({"tool_choice": "auto"}, "invalid_value", "tool_choice"),
+                (
+                    {"tools": [tool("f")], "tool_choice": "sometimes"},
+                    "invalid_value",
+                    "tool_choice",
+                ),
+                (
+                    {"tools": [tool("f")], "tool_choice": {"type": "function"}},
+                    "invalid_value",
+                    "tool_choice",
+                ),
+                (
+                    {"tools": [tool("f")], "tool_choice": chosen("g")},
+                    "invalid_value",
+                    "tool_choice.function.name",
+                ),
+            ]
+        )
+    },
+    # What the answer must be
+    **{
+        f"format {number}": (chat(**members), 400, code, param)
+        for number, (members, code, param) in enumerate(
+            [
+                ({"response_format": "json"}, "invalid_type", "response_format"),
+                ({"response_format": {"type": "yaml"}}, "invalid_value", "response_format.type"),
+                (
+                    {"response_format": {"type": "json_schema"}},
+                    "missing_required_parameter",
+                    "response_format.json_schema",
+                ),
+                (
+                    {"response_format": schema({}, name=None)},
+                    "missing_required_parameter",
+                    "response_format.json_schema.name",
+                ),
+                (
+                    {"response_format": schema({}, name="a b")},
+                    "invalid_value",
+                    "response_format.json_schema.name",
+                ),
+                (
+                    {"response_format": schema(None)},
+                    "missing_required_parameter",
+                    "response_format.json_schema.schema",
+                ),
+                (
+                    {"response_format": schema("x")},
+                    "invalid_type",
+                    "response_format.json_schema.schema",
+                ),
+                ({"structured_outputs": {}}, "invalid_value", "structured_outputs"),
+                (
+                    {"structured_outputs": {"regex": "a", "grammar": "b"}},
+                    "invalid_value",
+                    "structured_outputs",
+                ),
+                ({"structured_outputs": {"regex": 5}}, "invalid_type", "structured_outputs.regex"),
+                (
+                    {"structured_outputs": {"regex": ""}},
+                    "invalid_value",
+                    "structured_outputs.regex",
+                ),
+                (
+                    {"structured_outputs": {"choice": []}},
+                    "empty_array",
+                    "structured_outputs.choice",
+                ),
+                (
+                    {"structured_outputs": {"choice": [1]}},
+                    "invalid_type",
+                    "structured_outputs.choice",
+                ),
+                (
+                    {"structured_outputs": {"structural_tag": {}}},
+                    "unsupported_parameter",
+                    "structured_outputs.structural_tag",
+                ),
+                (
+                    {
+                        "structured_outputs": {"regex": "a"},
+                        "response_format": {"type": "json_object"},
+                    },
+                    "invalid_value",
+                    "structured_outputs",
+                ),
+            ]
+        )
+    },
+    "a schema of 300 KB": (
+        (
+            CHAT,
+            {**chat()[1], "messages": [user("x")], "structured_outputs": {"regex": "x" * 300_000}},
+        ),
+        413,
+        "request_too_large",
+        None,
+    ),
+    # Biases
+    **{
+        f"{name} {number}": (chat(**{name: value}), 400, code, name)
+        for number, (name, value, code) in enumerate(
+            [
+                ("logit_bias", {"abc": 1}, "invalid_value"),
+                ("logit_bias", {"-1": 1}, "invalid_value"),
+                ("logit_bias", {"999999": 1}, "invalid_value"),
+                ("logit_bias", {"1": 101}, "decimal_above_max_value"),
+                ("logit_bias", {str(i): 1 for i in range(301)}, "array_above_max_length"),
+                ("allowed_token_ids", [], "empty_array"),
+                ("allowed_token_ids", [1000], "invalid_value"),
+                ("bad_words", [""], "string_below_min_length"),
+                ("bad_words", ["a"] * 129, "array_above_max_length"),
+                ("prompt_logprobs", 21, "integer_above_max_value"),
+                ("priority", 2**40, "integer_above_max_value"),
+            ]
+        )
+    },
+    "logit_bias text": (chat(logit_bias={"1": "x"}), 400, "invalid_type", "logit_bias[...]"),
+    "streamed prompt_logprobs": (
+        chat(prompt_logprobs=1, stream=True),
+        400,
+        "invalid_value",
+        "stream",
+    ),
+    "nothing at all": (complete(max_tokens=0), 400, "integer_below_min_value", "max_tokens"),
+    "goes on with a user": (
+        chat(continue_final_message=True),
+        400,
+        "invalid_value",
+        "continue_final_message",
+    ),
     # What would change the answer and is not served
     **{
         f"unserved {name}": (chat(**{name: value}), 400, "unsupported_parameter", name)
         for name, value in {
-            "tools": [{"type": "function", "function": {"name": "f"}}],
-            "tool_choice": "auto",
             "functions": [{"name": "f"}],
             "function_call": "auto",
-            "response_format": {"type": "json_object"},
-            "logit_bias": {"1": 1},
             "audio": {"voice": "x"},
             "modalities": ["text", "audio"],
             "best_of": 2,
             "suffix": "x",
-            "prompt_logprobs": 0,
             "use_beam_search": True,
             "guided_json": {},
             "guided_regex": "a",
-            "structured_outputs": {"regex": "a"},
             "chat_template": "x",
             "prediction": {"type": "content"},
             "reasoning_effort": "high",
-            "continue_final_message": True,
             "truncate_prompt_tokens": 5,
             "detokenize": False,
         }.items()
     },
-    "empty tools": (chat(tools=[]), 400, "invalid_value", "tools"),
+    "empty tools": (chat(tools=[]), 400, "empty_array", "tools"),
     "suffix": (complete(suffix="x"), 400, "unsupported_parameter", "suffix"),
     # Other paths
     "tokenize nothing": (("/tokenize", {}), 400, "missing_required_parameter", "prompt"),

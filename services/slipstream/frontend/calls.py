@@ -9,9 +9,11 @@ import msgspec
 from aiohttp import web
 
 from slipstream.frontend import validate
+from slipstream.frontend.constraints import constraint_of
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.generation import Answers, Call
 from slipstream.frontend.openai import Generate
+from slipstream.frontend.sampling import bad_words
 from slipstream.frontend.trace_context import trace_context
 from slipstream.messages import Prompt, Tokenize
 from slipstream.types import SamplingParams
@@ -27,11 +29,17 @@ def new_call(
     sampling: SamplingParams,
     *,
     clamp: bool,
+    parse: bool = False,
+    forced: bool = False,
 ) -> Call:
+    """`parse`: the answers are told apart: reasoning, content, calls. `forced`: the client has
+    named the function that is called."""
     include_usage, continuous_usage = validate.stream_options(body)
     call_id = f"{prefix}-{_unique(request)}"
     timeout_s = validate.timeout_s(request, body, context.limits)
     salt = validate.salt(body)
+    priority = validate.integer("priority", body.priority or 0, -(2**31), 2**31 - 1)
+    constraint, barred = constraint_of(body), bad_words(body)
     submissions: list[Tokenize] = []
     for prompt in prompts:
         # A seed that the client named is the same for all prompts: each is answered as it would be
@@ -45,6 +53,10 @@ def new_call(
                 timeout_s=timeout_s,
                 salt=salt,
                 clamp_max_tokens=clamp,
+                constraint=constraint,
+                bad_words=barred,
+                priority=priority,
+                parse=parse,
             )
             for choice in range(n)
         ]
@@ -58,6 +70,7 @@ def new_call(
         stream=bool(body.stream),
         include_usage=include_usage,
         continuous_usage=continuous_usage,
+        forced=forced,
         wants_logprobs=sampling.logprobs is not None,
         context=trace_context(request),
     )

@@ -1,17 +1,25 @@
 """POST /v1/chat/completions."""
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 import msgspec
 from aiohttp import web
 
-from slipstream.frontend import calls, validate
+from slipstream.frontend import calls, sampling, validate
 from slipstream.frontend.context import CONTEXT, Context
 from slipstream.frontend.gateway import ClusterStatus
-from slipstream.frontend.generation import Answers, Call, Choice, alternatives, finite
+from slipstream.frontend.generation import (
+    Answers,
+    Call,
+    Choice,
+    alternatives,
+    finite,
+    prompt_logprobs,
+)
 from slipstream.frontend.messages_in import chat_messages, template_args
 from slipstream.frontend.openai import (
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -21,11 +29,14 @@ from slipstream.frontend.openai import (
     ChatReply,
     ChatRequest,
     TokenLogprobOut,
+    ToolCallOut,
     TopLogprob,
     UsageOut,
 )
 from slipstream.frontend.sse import event, stream_events
-from slipstream.messages import ChatPrompt, TextDelta, TextLogprob
+from slipstream.frontend.tool_calls import Blocks, Change, ToolCall
+from slipstream.frontend.tools_in import tools_of
+from slipstream.messages import ChatPrompt, PartKind, TextDelta, TextLogprob
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 _FIRST = ChatDelta(role="assistant", content="")
@@ -36,7 +47,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await validate.read_json(request, _decoder, context.limits.max_body_bytes)
     status = context.gateway.status()
     validate.check_ready(status)
-    call, top = _call(request, context, body, status)
+    call = chat_call(request, context, body, status)
+    top = body.top_logprobs or 0
     with Answers(context.gateway, call) as answers:
         if not call.stream:
             return calls.reply(await _collected(call, answers, top), answers)
@@ -44,32 +56,56 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             return await stream_events(request, events, context.keeper, answers.headers)
 
 
-def _call(
+def chat_call(
     request: web.Request, context: Context, body: ChatRequest, status: ClusterStatus
-) -> tuple[Call, int]:
-    """The call, and how many alternatives to show for each token."""
+) -> Call:
+    """ApiError for what is not to be served."""
     validate.check_model(body.model, status)
-    n = validate.choices(body.n, context.limits)
+    n = sampling.choices(body.n, context.limits)
     validate.check_served(body, n)
-    generate = body.add_generation_prompt
-    prompt = ChatPrompt(
-        messages=chat_messages(body.messages, context.limits),
-        add_generation_prompt=True if generate is None else generate,
-        template_args=template_args(body.chat_template_kwargs),
-    )
-    wanted = validate.wanted_tokens(body, body.max_completion_tokens, status)
+    wanted = sampling.wanted_tokens(body, body.max_completion_tokens, status)
     top = _top_logprobs(body)
-    sampling = validate.sampling(
+    params = sampling.sampling(
         body,
         status,
         context.default_sampling,
         max_tokens=wanted or max(status.max_model_len, 1),
         logprobs=top if body.logprobs else None,
     )
-    call = calls.new_call(
-        request, context, body, "chatcmpl", [prompt], n, sampling, clamp=wanted is None
+    prompt = _prompt(body, context)
+    return calls.new_call(
+        *(request, context, body, "chatcmpl", [prompt], n, params),
+        clamp=wanted is None,
+        parse=True,
+        forced=prompt.tool_choice.startswith("="),
     )
-    return call, top
+
+
+def _prompt(body: ChatRequest, context: Context) -> ChatPrompt:
+    tools, choice = tools_of(body.tools, body.tool_choice)
+    goes_on = bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        validate.refuse(
+            "continue_final_message and add_generation_prompt exclude each other.",
+            "continue_final_message",
+        )
+    messages = chat_messages(body.messages, context.limits)
+    if goes_on and messages[-1]["role"] != "assistant":
+        validate.refuse(
+            "continue_final_message goes on with a message of role 'assistant', but the last one "
+            f"is of role {validate.shown(messages[-1]['role'])}.",
+            "continue_final_message",
+        )
+    generate = body.add_generation_prompt
+    return ChatPrompt(
+        messages=messages,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        add_generation_prompt=not goes_on if generate is None else generate,
+        continue_final_message=goes_on,
+        template_args=template_args(body.chat_template_kwargs),
+    )
 
 
 def _top_logprobs(body: ChatRequest) -> int:
@@ -119,6 +155,7 @@ def _chunk(
 
 async def _events(call: Call, answers: Answers, top: int) -> AsyncGenerator[bytes, None]:
     """What has arrived since the last time, in one piece."""
+    blocks = [Blocks(call.id, index) for index in range(len(answers.choices))]
     begun = [False] * len(answers.choices)
     answers.open()
     while await answers.more():
@@ -129,42 +166,71 @@ async def _events(call: Call, answers: Answers, top: int) -> AsyncGenerator[byte
             if not begun[index]:
                 begun[index] = True
                 events += _chunk(call, [ChatChunkChoice(index=index, delta=_FIRST)], usage)
-            events += _content_chunk(call, choice, index, delta, top, usage)
+            events += _chunks(call, choice, blocks[index], index, delta, top, usage)
         if events:
             yield events
     if call.include_usage:
         yield _chunk(call, [], answers.usage())
 
 
-def _content_chunk(
+def _chunks(
     call: Call,
     choice: Choice,
+    blocks: Blocks,
     index: int,
     delta: TextDelta,
     top: int,
     usage: UsageOut | msgspec.UnsetType,
 ) -> bytes:
-    """Nothing for a delta that has nothing to show."""
+    """Nothing for a delta that has nothing to show. Its log probabilities are in its first chunk,
+    the end in its last one."""
     finished = delta.finish_reason is not None
-    if not (delta.text or finished or delta.logprobs or usage is not msgspec.UNSET):
-        return b""
-    chunk = ChatChunkChoice(
-        index=index,
-        delta=ChatDelta(content=delta.text) if delta.text or not finished else ChatDelta(),
-        logprobs=_logprobs(delta.logprobs, top),
-        finish_reason=choice.finish_reason if finished else None,
-        stop_reason=choice.stop_reason if finished else msgspec.UNSET,
-    )
-    return _chunk(call, [chunk], usage)
+    shown = list(_deltas(blocks, delta))
+    if not shown and (finished or delta.logprobs or usage is not msgspec.UNSET):
+        shown = [ChatDelta() if finished else ChatDelta(content="")]
+    events = b""
+    for number, one in enumerate(shown, 1):
+        last = finished and number == len(shown)
+        chunk = ChatChunkChoice(
+            index=index,
+            delta=one,
+            logprobs=_logprobs(delta.logprobs if number == 1 else None, top),
+            finish_reason=choice.finish_reason if last else None,
+            stop_reason=choice.stop_reason if last else msgspec.UNSET,
+        )
+        events += _chunk(call, [chunk], usage)
+    return events
+
+
+def _deltas(blocks: Blocks, delta: TextDelta) -> Iterator[ChatDelta]:
+    for change, block, text in blocks.take(delta):
+        match change, block.kind:
+            case Change.GREW, PartKind.CONTENT:
+                yield ChatDelta(content=text)
+            case Change.GREW, PartKind.REASONING:
+                yield ChatDelta(reasoning=text, reasoning_content=text)
+            case Change.OPENED, PartKind.CALL:
+                function = CalledFunction(name=block.name, arguments="")
+                number = blocks.num_calls - 1
+                opened = ToolCallOut(
+                    index=number, id=block.call_id, type="function", function=function
+                )
+                yield ChatDelta(tool_calls=[opened])
+            case Change.GREW, _:
+                function = CalledFunction(arguments=text)
+                yield ChatDelta(
+                    tool_calls=[ToolCallOut(index=blocks.num_calls - 1, function=function)]
+                )
 
 
 async def _collected(call: Call, answers: Answers, top: int) -> ChatReply:
-    texts: list[list[str]] = [[] for _ in answers.choices]
+    blocks = [Blocks(call.id, index) for index in range(len(answers.choices))]
     entries: list[list[TextLogprob]] = [[] for _ in answers.choices]
     answers.open()
     while await answers.more():
         for index, delta in answers.take():
-            texts[index].append(delta.text)
+            for _ in blocks[index].take(delta):
+                pass  # it is kept there
             entries[index] += delta.logprobs or ()
     return ChatReply(
         id=call.id,
@@ -175,7 +241,7 @@ async def _collected(call: Call, answers: Answers, top: int) -> ChatReply:
         choices=[
             ChatChoice(
                 index=index,
-                message=ChatMessage(content="".join(texts[index])),
+                message=_message(blocks[index]),
                 logprobs=_logprobs(entries[index], top) if call.wants_logprobs else None,
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
@@ -183,4 +249,21 @@ async def _collected(call: Call, answers: Answers, top: int) -> ChatReply:
             for index, choice in enumerate(answers.choices)
         ],
         usage=answers.usage(),
+        prompt_logprobs=prompt_logprobs(answers.choices[0]),
     )
+
+
+def _message(blocks: Blocks) -> ChatMessage:
+    content, reasoning = blocks.text(PartKind.CONTENT), blocks.text(PartKind.REASONING)
+    called = [_called(call) for call in blocks.calls()]
+    return ChatMessage(
+        content=content if content or not called else None,
+        reasoning=reasoning or msgspec.UNSET,
+        reasoning_content=reasoning or msgspec.UNSET,
+        tool_calls=called or msgspec.UNSET,
+    )
+
+
+def _called(call: ToolCall) -> ToolCallOut:
+    function = CalledFunction(name=call.name, arguments=call.arguments)
+    return ToolCallOut(id=call.id, type="function", function=function)

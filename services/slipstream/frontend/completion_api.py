@@ -2,14 +2,22 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from typing import NamedTuple
 
 import msgspec
 from aiohttp import web
 
-from slipstream.frontend import calls, validate
+from slipstream.frontend import calls, sampling, validate
 from slipstream.frontend.context import CONTEXT, Context
 from slipstream.frontend.gateway import ClusterStatus, Gateway
-from slipstream.frontend.generation import Answers, Call, Choice, alternatives, finite
+from slipstream.frontend.generation import (
+    Answers,
+    Call,
+    Choice,
+    alternatives,
+    finite,
+    prompt_logprobs,
+)
 from slipstream.frontend.messages_in import prompts
 from slipstream.frontend.openai import (
     CompletionChoice,
@@ -17,11 +25,13 @@ from slipstream.frontend.openai import (
     CompletionLogprobs,
     CompletionReply,
     CompletionRequest,
+    StopReason,
     UsageOut,
 )
 from slipstream.frontend.problems import ApiError
 from slipstream.frontend.sse import event, stream_events
 from slipstream.messages import TextDelta, TextLogprob, TextPrompt, TokenPrompt
+from slipstream.types import FinishReason
 
 MAX_TOKENS = 16
 """OpenAI's default for this path."""
@@ -35,41 +45,73 @@ async def completions(request: web.Request) -> web.StreamResponse:
     status = context.gateway.status()
     validate.check_ready(status)
     call, asked = _call(request, context, body, status)
+    shown = Shown(bool(body.echo), body.max_tokens != 0, body.prompt_logprobs is not None)
     heads = [""] * len(call.submissions)
-    if body.echo:
+    if shown.echo:
         heads = [
             text for prompt in asked for text in [await _text(context.gateway, prompt)] * call.n
         ]
     with Answers(context.gateway, call) as answers:
         if not call.stream:
-            return calls.reply(await _collected(call, answers, heads), answers)
-        async with contextlib.aclosing(_events(call, answers, heads)) as events:
+            return calls.reply(await _collected(call, answers, heads, shown), answers)
+        async with contextlib.aclosing(_events(call, answers, heads, shown)) as events:
             return await stream_events(request, events, context.keeper, answers.headers)
+
+
+class Shown(NamedTuple):
+    """Of a choice: the prompt, what comes after it, or both."""
+
+    echo: bool
+    answers: bool
+    """False with max_tokens 0: a token is made, for that is how a prompt is computed, and kept
+    back."""
+    scores: bool
+    """`prompt_logprobs`"""
+
+    def delta(self, delta: TextDelta) -> TextDelta:
+        if self.answers:
+            return delta
+        return msgspec.structs.replace(delta, text="", logprobs=None)
+
+    def end(self, choice: Choice) -> tuple[str, StopReason]:
+        if self.answers:
+            return choice.finish_reason, choice.stop_reason
+        return FinishReason.LENGTH.value, None
+
+    def usage(self, usage: UsageOut) -> UsageOut:
+        if self.answers:
+            return usage
+        return msgspec.structs.replace(usage, completion_tokens=0, total_tokens=usage.prompt_tokens)
+
+    def entries(self, delta: TextDelta) -> list[TextLogprob]:
+        prompt = delta.prompt_logprobs if self.echo else None
+        return [*(prompt or ()), *(delta.logprobs or ())]
 
 
 def _call(
     request: web.Request, context: Context, body: CompletionRequest, status: ClusterStatus
 ) -> tuple[Call, Sequence[TextPrompt | TokenPrompt]]:
     validate.check_model(body.model, status)
-    n = validate.choices(body.n, context.limits)
+    n = sampling.choices(body.n, context.limits)
     validate.check_served(body, n)
-    if body.logprobs is not None:
-        validate.integer("logprobs", body.logprobs, 0, validate.LOGPROBS_MAX)
-        if body.echo:
-            validate.refuse("echo is not served together with logprobs; leave one out.", "echo")
     special = body.add_special_tokens
     asked = prompts(body.prompt, True if special is None else special, context.limits, status)
-    wanted = validate.wanted_tokens(body, None, status)
-    sampling = validate.sampling(
+    wanted = sampling.wanted_tokens(body, None, status, least=0 if body.echo else 1)
+    if body.logprobs is not None:
+        validate.integer("logprobs", body.logprobs, 0, validate.LOGPROBS_MAX)
+    params = sampling.sampling(
         body,
         status,
         context.default_sampling,
-        max_tokens=MAX_TOKENS if wanted is None else wanted,
+        max_tokens=MAX_TOKENS if wanted is None else max(1, wanted),
         logprobs=body.logprobs,
     )
+    if body.echo and body.logprobs is not None:
+        most = max(body.logprobs, params.prompt_logprobs or 0)
+        params = msgspec.structs.replace(params, prompt_logprobs=most)
     # Our default of 16 is no reason to refuse a prompt that leaves room for fewer.
     clamp = wanted is None
-    return calls.new_call(request, context, body, "cmpl", asked, n, sampling, clamp=clamp), asked
+    return calls.new_call(request, context, body, "cmpl", asked, n, params, clamp=clamp), asked
 
 
 async def _text(gateway: Gateway, prompt: TextPrompt | TokenPrompt) -> str:
@@ -81,23 +123,28 @@ async def _text(gateway: Gateway, prompt: TextPrompt | TokenPrompt) -> str:
     return decoded.text
 
 
-def _logprobs(entries: Sequence[TextLogprob], offset: int, top: int) -> CompletionLogprobs:
-    """`offset`: characters of the answer before these tokens. The sampled token is always among the
-    alternatives, as vLLM has it."""
+def _logprobs(
+    entries: Sequence[TextLogprob], offset: int, top: int, begins: bool
+) -> CompletionLogprobs:
+    """`offset`: characters before these tokens. `begins`: the first one is a prompt's, with nothing
+    before it. A token is always among its alternatives, as vLLM has it."""
+    no_first = [None] if begins and entries else []
+    rest = entries[len(no_first) :]
     offsets: list[int] = []
     for entry in entries:
         offsets.append(offset)
         offset += len(entry.text)
     return CompletionLogprobs(
         tokens=[entry.text for entry in entries],
-        token_logprobs=[finite(entry.logprob) for entry in entries],
-        top_logprobs=[
-            {entry.text: finite(entry.logprob)}
-            | {one.text: finite(one.logprob) for one in alternatives(entry, top)}
-            for entry in entries
-        ],
+        token_logprobs=[*no_first, *(finite(entry.logprob) for entry in rest)],
+        top_logprobs=[*no_first, *(_tops(entry, top) for entry in rest)],
         text_offset=offsets,
     )
+
+
+def _tops(entry: TextLogprob, top: int) -> dict[str, float]:
+    own = {entry.text: finite(entry.logprob)}
+    return own | {one.text: finite(one.logprob) for one in alternatives(entry, top)}
 
 
 def _chunk(
@@ -118,56 +165,68 @@ def _chunk(
     )
 
 
-async def _events(call: Call, answers: Answers, heads: list[str]) -> AsyncGenerator[bytes, None]:
+async def _events(
+    call: Call, answers: Answers, heads: list[str], shown: Shown
+) -> AsyncGenerator[bytes, None]:
     """What has arrived since the last time, in one piece."""
     offsets = [0] * len(heads)
     answers.open()
     while await answers.more():
         events = b""
         for index, delta in answers.take():
-            events += _text_chunk(call, answers.choices[index], index, delta, heads, offsets)
+            choice = answers.choices[index]
+            events += _text_chunk(call, choice, index, delta, heads, offsets, shown)
         if events:
             yield events
     if call.include_usage:
-        yield _chunk(call, [], answers.usage())
+        yield _chunk(call, [], shown.usage(answers.usage()))
 
 
 def _text_chunk(
-    call: Call, choice: Choice, index: int, delta: TextDelta, heads: list[str], offsets: list[int]
+    call: Call,
+    choice: Choice,
+    index: int,
+    arrived: TextDelta,
+    heads: list[str],
+    offsets: list[int],
+    shown: Shown,
 ) -> bytes:
     """Nothing for a delta that has nothing to show. `heads` that are shown are taken out."""
-    usage = choice.running_usage() if call.continuous_usage else msgspec.UNSET
+    delta = shown.delta(arrived)
+    running = shown.usage(choice.running_usage()) if call.continuous_usage else msgspec.UNSET
     text = heads[index] + delta.text
     heads[index] = ""
     finished = delta.finish_reason is not None
-    if not (text or finished or delta.logprobs or call.continuous_usage):
+    entries = shown.entries(delta)
+    if not (text or finished or entries or call.continuous_usage):
         return b""
+    top = call.submissions[0].sampling.logprobs
+    logprobs = None
+    if top is not None and entries:
+        begins = shown.echo and delta.prompt_logprobs is not None
+        logprobs = _logprobs(entries, offsets[index], top, begins)
     out = CompletionChoice(
         index=index,
         text=text,
-        logprobs=_delta_logprobs(call, delta, offsets[index]),
-        finish_reason=choice.finish_reason if finished else None,
-        stop_reason=choice.stop_reason if finished else msgspec.UNSET,
+        logprobs=logprobs,
+        finish_reason=shown.end(choice)[0] if finished else None,
+        stop_reason=shown.end(choice)[1] if finished else msgspec.UNSET,
     )
-    offsets[index] += sum(len(entry.text) for entry in delta.logprobs or ())
-    return _chunk(call, [out], usage)
+    offsets[index] += sum(len(entry.text) for entry in entries)
+    return _chunk(call, [out], running)
 
 
-def _delta_logprobs(call: Call, delta: TextDelta, offset: int) -> CompletionLogprobs | None:
-    top = call.submissions[0].sampling.logprobs
-    if top is None or delta.logprobs is None:
-        return None
-    return _logprobs(delta.logprobs, offset, top)
-
-
-async def _collected(call: Call, answers: Answers, heads: list[str]) -> CompletionReply:
+async def _collected(
+    call: Call, answers: Answers, heads: list[str], shown: Shown
+) -> CompletionReply:
     texts = [[head] for head in heads]
     entries: list[list[TextLogprob]] = [[] for _ in heads]
     answers.open()
     while await answers.more():
-        for index, delta in answers.take():
+        for index, arrived in answers.take():
+            delta = shown.delta(arrived)
             texts[index].append(delta.text)
-            entries[index] += delta.logprobs or ()
+            entries[index] += shown.entries(delta)
     top = call.submissions[0].sampling.logprobs
     return CompletionReply(
         id=call.id,
@@ -179,11 +238,12 @@ async def _collected(call: Call, answers: Answers, heads: list[str]) -> Completi
             CompletionChoice(
                 index=index,
                 text="".join(texts[index]),
-                logprobs=None if top is None else _logprobs(entries[index], 0, top),
-                finish_reason=choice.finish_reason,
-                stop_reason=choice.stop_reason,
+                logprobs=None if top is None else _logprobs(entries[index], 0, top, shown.echo),
+                finish_reason=shown.end(choice)[0],
+                stop_reason=shown.end(choice)[1],
+                prompt_logprobs=prompt_logprobs(choice) if shown.scores else msgspec.UNSET,
             )
             for index, choice in enumerate(answers.choices)
         ],
-        usage=answers.usage(),
+        usage=shown.usage(answers.usage()),
     )

@@ -11,9 +11,15 @@ import msgspec
 
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.gateway import Gateway, StreamItem
-from slipstream.frontend.openai import PromptTokensDetails, StopReason, UsageOut
+from slipstream.frontend.openai import (
+    PromptLogprob,
+    PromptLogprobs,
+    PromptTokensDetails,
+    StopReason,
+    UsageOut,
+)
 from slipstream.frontend.problems import ApiError
-from slipstream.messages import TextDelta, TextLogprob, Tokenize
+from slipstream.messages import PartKind, TextDelta, TextLogprob, Tokenize
 from slipstream.spans import TraceContext
 from slipstream.types import FinishReason, Usage
 
@@ -21,6 +27,10 @@ TAKEN_MAX = 64
 """Items that go out in one write: a slow reader is noticed between two."""
 
 LOGPROB_MIN = -9999.0
+
+TOOL_CALLS = "tool_calls"
+"""Why a choice ended that calls functions; where the client named the function, it is a plain stop,
+as OpenAI has it."""
 
 
 class Call(msgspec.Struct, kw_only=True):
@@ -37,6 +47,8 @@ class Call(msgspec.Struct, kw_only=True):
     include_usage: bool
     continuous_usage: bool
     wants_logprobs: bool
+    forced: bool = False
+    """The client has named the function to be called, so that a call is a plain end."""
     context: TraceContext
 
 
@@ -44,10 +56,14 @@ class Choice:
     """What has arrived of one choice."""
 
     __slots__ = (
-        *("decision", "finish_reason", "path", "prompt_tokens", "stop_reason", "tokens", "usage"),
+        *("_forced", "called", "decision", "finish_reason", "path", "prompt_logprobs"),
+        *("prompt_tokens", "stop_reason", "tokens", "usage"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, forced: bool = False) -> None:
+        self._forced = forced
+        self.called = False
+        self.prompt_logprobs: list[TextLogprob] = []
         self.prompt_tokens = 0
         self.tokens = 0
         self.finish_reason = ""
@@ -61,8 +77,12 @@ class Choice:
             self.path, self.decision = delta.path, delta.decision
         if delta.usage is not None:
             self.usage = delta.usage
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.called = self.called or any(part.kind is PartKind.CALL for part in delta.parts)
         if delta.finish_reason is not None:
-            self.finish_reason = delta.finish_reason.value
+            called = self.called and not self._forced and delta.finish_reason is FinishReason.STOP
+            self.finish_reason = TOOL_CALLS if called else delta.finish_reason.value
             self.stop_reason = delta.stop_reason
 
     def running_usage(self) -> UsageOut:
@@ -87,7 +107,7 @@ class Answers:
         self._arrived: deque[tuple[int, StreamItem]] = deque()
         """Not taken yet. Together as long as the answers at most."""
         self._news: asyncio.Future[None] | None = None
-        self.choices = [Choice() for _ in call.submissions]
+        self.choices = [Choice(call.forced) for _ in call.submissions]
         self._running = len(self.choices)
 
     def __enter__(self) -> "Answers":
@@ -177,6 +197,18 @@ def _failure(item: StreamItem) -> ApiError | None:
 def finite(logprob: float) -> float:
     """JSON has no infinity; a comparison with NaN is false."""
     return logprob if logprob > LOGPROB_MIN else LOGPROB_MIN
+
+
+def prompt_logprobs(choice: Choice) -> PromptLogprobs | msgspec.UnsetType:
+    """Of each token of the prompt; the first one has none."""
+    scored = choice.prompt_logprobs[1:]
+    if not choice.prompt_logprobs:
+        return msgspec.UNSET
+    return [None, *({str(x.token_id): _scored(x) for x in (entry, *entry.top)} for entry in scored)]
+
+
+def _scored(entry: TextLogprob) -> PromptLogprob:
+    return PromptLogprob(logprob=finite(entry.logprob), decoded_token=entry.text)
 
 
 def alternatives(entry: TextLogprob, count: int) -> Sequence[TextLogprob]:

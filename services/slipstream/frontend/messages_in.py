@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from slipstream.errors import ErrorCode
 from slipstream.frontend.gateway import ClusterStatus
-from slipstream.frontend.validate import Limits, integer, refuse, shown
+from slipstream.frontend.validate import Limits, at_most, not_empty, refuse, shown, token_id
 from slipstream.messages import TextPrompt, TokenPrompt
 from slipstream.types import pack_tokens
 
@@ -16,13 +16,8 @@ TOOL_CALLS_MAX = 128
 
 
 def chat_messages(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    if not messages:
-        refuse("messages is empty; send at least one message.", "messages")
-    if len(messages) > limits.max_messages:
-        refuse(
-            f"messages has {len(messages)} entries; at most {limits.max_messages} are allowed.",
-            "messages",
-        )
+    not_empty("messages", messages, "send at least one message")
+    at_most("messages", messages, limits.max_messages)
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -145,7 +140,8 @@ def prompts(
         case [_, *_]:
             many = [prompt]
         case []:
-            refuse("prompt is empty; send some text.", "prompt")
+            not_empty("prompt", prompt, "send some text")
+            raise AssertionError  # it has refused
         case _:
             refuse(
                 f"prompt must be a string, a list of strings, or token ids, but is "
@@ -153,10 +149,7 @@ def prompts(
                 "prompt",
                 ErrorCode.INVALID_TYPE,
             )
-    if len(many) > limits.max_prompts:
-        refuse(
-            f"prompt has {len(many)} prompts; at most {limits.max_prompts} are allowed.", "prompt"
-        )
+    at_most("prompt", many, limits.max_prompts)
     return [_prompt(one, type(many[0]), add_special_tokens, status) for one in many]
 
 
@@ -177,10 +170,9 @@ def _prompt(
 
 
 def token_ids(ids: list[Any], name: str, status: ClusterStatus) -> bytes:
-    for token_id in ids:
-        if type(token_id) is not int:
-            refuse(f"{name} has {shown(token_id)} where a token id must be.", name)
-    highest = (status.vocab_size or 2**31) - 1
-    integer(name, min(ids), 0, highest)
-    integer(name, max(ids), 0, highest)
+    for one in ids:
+        if type(one) is not int:
+            refuse(f"{name} has {shown(one)} where a token id must be.", name)
+    token_id(name, min(ids), status.vocab_size)
+    token_id(name, max(ids), status.vocab_size)
     return pack_tokens(ids)

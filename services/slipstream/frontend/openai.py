@@ -14,12 +14,9 @@ class Unserved(msgspec.Struct, kw_only=True):
     """Members that would change the answer and are not served: anything but a neutral value (see
     `validate.NEUTRAL`) is refused by name, never ignored."""
 
-    allowed_token_ids: Any = None
     audio: Any = None
-    bad_words: Any = None
     best_of: Any = None
     chat_template: Any = None
-    continue_final_message: Any = None
     detokenize: Any = None
     documents: Any = None
     function_call: Any = None
@@ -29,20 +26,14 @@ class Unserved(msgspec.Struct, kw_only=True):
     guided_json: Any = None
     guided_regex: Any = None
     length_penalty: Any = None
-    logit_bias: Any = None
     modalities: Any = None
     prediction: Any = None
     prompt_embeds: Any = None
-    prompt_logprobs: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
-    structured_outputs: Any = None
     suffix: Any = None
     thinking_token_budget: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
     verbosity: Any = None
@@ -78,6 +69,13 @@ class Generate(Unserved, kw_only=True):
     include_stop_str_in_output: bool | None = None
     timeout: float | None = None
     cache_salt: str | None = None
+    priority: int | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class ChatRequest(Generate, kw_only=True):
@@ -86,7 +84,12 @@ class ChatRequest(Generate, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    """A word, or an object that names one."""
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(Generate, kw_only=True):
@@ -146,17 +149,44 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None of a prompt's first token: nothing comes before it."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(msgspec.Struct, kw_only=True):
+    logprob: float
+    decoded_token: str
+
+
+PromptLogprobs: TypeAlias = list[dict[str, PromptLogprob] | None]
+"""By token id, for each token of the prompt: itself, and alternatives; as vLLM has it."""
 
 
 StopReason: TypeAlias = str | int | None
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallOut(msgspec.Struct, kw_only=True):
+    index: int | UnsetType = UNSET
+    """In a stream."""
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: CalledFunction
+
+
 class ChatDelta(msgspec.Struct, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """The same text under both names: clients read one of them."""
+    tool_calls: list[ToolCallOut] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
@@ -169,8 +199,11 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
 
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallOut] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -187,6 +220,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: StopReason | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class _Reply(msgspec.Struct, kw_only=True):
@@ -205,6 +239,7 @@ class ChatChunk(_Reply, kw_only=True):
 class ChatReply(_Reply, kw_only=True):
     choices: list[ChatChoice]
     usage: UsageOut
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class CompletionChunk(_Reply, kw_only=True):

@@ -3,10 +3,9 @@
 Every message has the value, the limit and the way out; every refusal names its member.
 """
 
-import random
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Sized
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -16,13 +15,9 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.gateway import ClusterStatus
 from slipstream.frontend.openai import Generate, Unserved
 from slipstream.frontend.problems import ApiError, api_error
-from slipstream.types import SamplingParams
 
 T = TypeVar("T")
 
-STOP_MAX = 4
-STOP_CHARS_MAX = 1000
-STOP_TOKENS_MAX = 64
 LOGPROBS_MAX = 20
 TIMEOUT_MAX_S = 86_400.0
 SALT_CHARS_MAX = 128
@@ -146,19 +141,14 @@ def check_model(model: str, status: ClusterStatus) -> None:
         )
 
 
-# --- Sampling -------------------------------------------------------------------------------------
+# --- Members --------------------------------------------------------------------------------------
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none",),
     "length_penalty": (1,),
     "detokenize": (True,),
-    "bad_words": ([],),
     "documents": ([],),
-    "continue_final_message": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "use_beam_search": (False,),
@@ -173,8 +163,6 @@ def check_served(body: Unserved, n: int) -> None:
             continue
         if name == "best_of" and _same(value, n):
             continue
-        if name == "tools" and value == []:
-            refuse("tools is empty; leave it out.", "tools")
         refuse(
             f"'{name}' is not served here and was given as {shown(value)}; leave it out.",
             name,
@@ -191,121 +179,45 @@ def number(name: str, value: float, low: float, high: float, above: bool = False
     if low <= value <= high and not (above and value == low):
         return value
     least = f"above {low:g}" if above else f"at least {low:g}"
-    refuse(f"{name} must be {least} and at most {high:g}, but is {shown(value)}.", name)
+    code = ErrorCode.DECIMAL_ABOVE if value > high else ErrorCode.DECIMAL_BELOW
+    refuse(f"{name} must be {least} and at most {high:g}, but is {shown(value)}.", name, code)
 
 
 def integer(name: str, value: int, low: int, high: int) -> int:
     if low <= value <= high:
         return value
-    refuse(f"{name} must be at least {low} and at most {high}, but is {shown(value)}.", name)
+    code = ErrorCode.INTEGER_ABOVE if value > high else ErrorCode.INTEGER_BELOW
+    refuse(f"{name} must be at least {low} and at most {high}, but is {shown(value)}.", name, code)
 
 
-def choices(n: int | None, limits: Limits) -> int:
-    return 1 if n is None else integer("n", n, 1, limits.max_choices)
-
-
-def wanted_tokens(body: Generate, newer: int | None, status: ClusterStatus) -> int | None:
-    """`max_tokens` under either of its names; None if the client named none."""
-    older = body.max_tokens
-    if older is not None and newer is not None and older != newer:
-        refuse(
-            f"max_tokens is {shown(older)} and max_completion_tokens is {shown(newer)}; "
-            "send one of them.",
-            "max_completion_tokens",
-        )
-    name = "max_tokens" if newer is None else "max_completion_tokens"
-    wanted = older if newer is None else newer
-    if wanted is None:
-        return None
-    if wanted < 1:
-        refuse(f"{name} must be at least 1, but is {shown(wanted)}.", name)
-    if wanted >= status.max_model_len > 0:
-        refuse(
-            f"This model's maximum context length is {status.max_model_len} tokens, prompt "
-            f"included, but {name} is {shown(wanted)}. Please ask for fewer tokens.",
-            name,
-            ErrorCode.CONTEXT_LENGTH,
-        )
-    return wanted
-
-
-def sampling(
-    body: Generate,
-    status: ClusterStatus,
-    defaults: Mapping[str, float],
-    *,
-    max_tokens: int,
-    logprobs: int | None,
-) -> SamplingParams:
-    """Sampling parameters of the first choice. `defaults` stand where the client says nothing."""
-
-    def given(name: str, otherwise: float) -> float:
-        value = getattr(body, name)
-        return defaults.get(name, otherwise) if value is None else value
-
-    top_k = int(given("top_k", 0))
-    min_tokens = body.min_tokens or 0
-    if not 0 <= min_tokens <= max_tokens:
-        refuse(
-            f"min_tokens must be at least 0 and at most max_tokens ({max_tokens}), but is "
-            f"{shown(min_tokens)}.",
-            "min_tokens",
-        )
-    skip_special = body.skip_special_tokens
-    return SamplingParams(
-        max_tokens=max_tokens,
-        seed=random.getrandbits(63) if body.seed is None else _seed(body.seed),
-        temperature=number("temperature", given("temperature", 1.0), 0, 2),
-        top_p=number("top_p", given("top_p", 1.0), 0, 1),
-        top_k=0 if top_k == -1 else integer("top_k", top_k, 0, 2**31 - 1),
-        min_p=number("min_p", given("min_p", 0.0), 0, 1),
-        presence_penalty=number("presence_penalty", given("presence_penalty", 0.0), -2, 2),
-        frequency_penalty=number("frequency_penalty", given("frequency_penalty", 0.0), -2, 2),
-        repetition_penalty=number(
-            "repetition_penalty", given("repetition_penalty", 1.0), 0, 100, above=True
-        ),
-        min_tokens=min_tokens,
-        ignore_eos=bool(body.ignore_eos),
-        stop_token_ids=_stop_token_ids(body.stop_token_ids, status.vocab_size),
-        logprobs=logprobs,
-        stop=_stop(body.stop),
-        include_stop_str_in_output=bool(body.include_stop_str_in_output),
-        skip_special_tokens=True if skip_special is None else skip_special,
-    )
-
-
-def _seed(seed: int) -> int:
-    return integer("seed", seed, -(2**63), 2**63 - 1)
-
-
-def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(strings) > STOP_MAX:
-        refuse(f"stop has {len(strings)} strings; at most {STOP_MAX} are allowed.", "stop")
-    for text in strings:
-        if not 1 <= len(text) <= STOP_CHARS_MAX:
-            refuse(
-                f"A stop string must have 1 to {STOP_CHARS_MAX} characters, but {shown(text)} "
-                f"has {len(text)}.",
-                "stop",
-            )
-    return strings
-
-
-def _stop_token_ids(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
-    if not ids:
-        return ()
-    if len(ids) > STOP_TOKENS_MAX:
-        refuse(
-            f"stop_token_ids has {len(ids)} ids; at most {STOP_TOKENS_MAX} are allowed.",
-            "stop_token_ids",
-        )
+def token_id(name: str, value: int, vocab_size: int) -> int:
     highest = (vocab_size or 2**31) - 1
-    for token_id in ids:
-        integer("stop_token_ids", token_id, 0, highest)
-    return tuple(ids)
+    if not 0 <= value <= highest:
+        refuse(f"{name} has {shown(value)}; token ids are from 0 to {highest} here.", name)
+    return value
+
+
+def at_most(name: str, items: Sized, most: int) -> None:
+    if len(items) > most:
+        text = f"{name} has {len(items)} entries; at most {most} are allowed."
+        refuse(text, name, ErrorCode.ARRAY_ABOVE)
+
+
+def not_empty(name: str, items: Sized, way_out: str) -> None:
+    if not len(items):
+        refuse(f"{name} is empty; {way_out}.", name, ErrorCode.EMPTY_ARRAY)
+
+
+def some_chars(name: str, text: str, most: int, what: str = "") -> None:
+    """A string of 1 to `most` characters; `what`: how it is called in the message."""
+    if 1 <= len(text) <= most:
+        return
+    code = ErrorCode.STRING_ABOVE if text else ErrorCode.STRING_BELOW
+    refuse(
+        f"{what or name} must have 1 to {most} characters, but {shown(text)} has {len(text)}.",
+        name,
+        code,
+    )
 
 
 def timeout_s(request: web.Request, body: Generate, limits: Limits) -> float:
