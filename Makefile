@@ -22,7 +22,7 @@ SOURCES := shared kernels services loadtest
 ROOTS := $(wildcard $(SOURCES) tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo dev check test test-all sim load bench-vs docs clean
+.PHONY: help serve demo dev clients check test test-all sim load bench-vs docs clean
 
 help:
 	@echo "make serve      install, prepare the demo model, start everything"
@@ -70,10 +70,25 @@ check: dev
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/architecture
 
-test: dev demo
+# Programs that people use, each with packages of its own versions: none of them is ours.
+CLIENTS := build/clients
+$(CLIENTS)/.stamp-python: tests/clients/requirements.txt | $(VENV)/bin/python
+	@echo "Installing clients of OpenAI's and Anthropic's APIs, for the tests."
+	$(PYTHON) -m venv $(CLIENTS)/python
+	$(CLIENTS)/python/bin/python -m pip --disable-pip-version-check install --quiet --constraint compose/constraints-cpu.txt -r $<
+	@touch $@
+
+$(CLIENTS)/.stamp-node: tests/clients/package.json
+	@mkdir -p $(CLIENTS)/node && cp $< $(CLIENTS)/node/
+	$(if $(shell command -v npm),cd $(CLIENTS)/node && npm install --no-package-lock --no-audit --no-fund --silent,@echo "No npm here: clients for node are not tried.")
+	@touch $@
+
+clients: $(CLIENTS)/.stamp-python $(CLIENTS)/.stamp-node
+
+test: dev demo clients
 	$(BIN)/python -m pytest -q -m 'not slow'
 
-test-all: dev demo
+test-all: dev demo clients
 	$(BIN)/python -m pytest -q
 
 sim: dev

@@ -38,7 +38,7 @@ class Reference:
     @classmethod
     def made(cls, config: Any) -> "Reference":
         """Computed once for a model, a set of prompts and a Transformers; pytest keeps it."""
-        model = _model_folder()
+        model = model_folder()
         made_by = [version(name) for name in ("transformers", "torch")]
         source = Path(__file__).read_bytes() + CORPUS.read_bytes()
         prepared = (Path(model) / "slipstream.json").read_bytes()
@@ -56,7 +56,7 @@ class Reference:
         return float(_run(self.model, "gap", tokens)["gap"])
 
 
-def _model_folder() -> str:
+def model_folder() -> str:
     made = subprocess.run(
         [sys.executable, "-m", "slipstream.cli.main", "model", "prepare", "demo"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -59,6 +59,7 @@ class FrontendService:
         self._calls: dict[str, asyncio.Future[DeliverCodec]] = {}
         self._traces: dict[str, asyncio.Future[TraceFound]] = {}
         self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
+        self._defaults = settings.default_sampling
         self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
 
     # --- Executor ---
@@ -73,6 +74,9 @@ class FrontendService:
             raise port_error(*where, error) from None
         self.port = self._runner.addresses[0][1]
         _log.info("HTTP on %s:%d", self._host, self.port)
+        if self._defaults:
+            said = ", ".join(f"{name} {value:g}" for name, value in self._defaults.items())
+            _log.info("generation_config.json: where a client says nothing, %s", said)
 
     def execute(self, effect: Effect) -> None:
         match effect:
