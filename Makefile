@@ -70,12 +70,14 @@ check: dev
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/architecture
 
-# Programs that people use, each with packages of its own versions: none of them is ours.
+# Programs that people use, with packages of their own versions; behind them lies what we have, for guidellm
+# wants torch.
 CLIENTS := build/clients
-$(CLIENTS)/.stamp-python: tests/clients/requirements.txt | $(VENV)/bin/python
-	@echo "Installing clients of OpenAI's and Anthropic's APIs, for the tests."
-	$(PYTHON) -m venv $(CLIENTS)/python
-	$(CLIENTS)/python/bin/python -m pip --disable-pip-version-check install --quiet --constraint compose/constraints-cpu.txt -r $<
+$(CLIENTS)/.stamp-%: tests/clients/requirements-%.txt | $(VENV)/.stamp-dev
+	@echo "Installing clients of OpenAI's and Anthropic's APIs for the tests: $*"
+	$(PYTHON) -m venv $(CLIENTS)/$*
+	@echo "$(CURDIR)/$$(echo $(VENV)/lib/python3.*/site-packages)" > "$$(echo $(CLIENTS)/$*/lib/python3.*/site-packages)/behind.pth"
+	$(CLIENTS)/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
 	@touch $@
 
 $(CLIENTS)/.stamp-node: tests/clients/package.json
@@ -83,7 +85,7 @@ $(CLIENTS)/.stamp-node: tests/clients/package.json
 	$(if $(shell command -v npm),cd $(CLIENTS)/node && npm install --no-package-lock --no-audit --no-fund --silent,@echo "No npm here: clients for node are not tried.")
 	@touch $@
 
-clients: $(CLIENTS)/.stamp-python $(CLIENTS)/.stamp-node
+clients: $(CLIENTS)/.stamp-sdk $(CLIENTS)/.stamp-tools $(CLIENTS)/.stamp-node
 
 test: dev demo clients
 	$(BIN)/python -m pytest -q -m 'not slow'

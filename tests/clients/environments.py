@@ -7,13 +7,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "clients"
-PYTHON = BUILD / "python" / "bin" / "python"
+SDK = BUILD / "sdk" / "bin" / "python"
+TOOLS = BUILD / "tools" / "bin" / "python"
 NODE_MODULES = BUILD / "node" / "node_modules"
 VLLM = Path.home() / ".cache" / "slipstream" / "peers" / "vllm" / "bin" / "python"
 
 
 def lacks_python() -> str:
-    return "" if PYTHON.exists() else "no environment of clients: make clients"
+    return "" if SDK.exists() and TOOLS.exists() else "no environment of clients: make clients"
 
 
 def lacks_node() -> str:
@@ -32,7 +33,12 @@ def lacks_vllm() -> str:
 def run(command: list[str], folder: Path, timeout_s: float, **environ: str) -> str:
     """What it printed; an error with it if it failed. None of our paths lead its imports."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    quiet = {"OPENAI_API_KEY": "none", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    quiet = {
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "OPENAI_API_KEY": "none",
+    }
     done = subprocess.run(
         command,
         cwd=folder,

@@ -16,7 +16,7 @@ from e2e.reference import model_folder
 from e2e.stack import Stack
 
 PROGRAMS = environments.HERE / "programs"
-PYTHON = ["openai_sdk", "anthropic_sdk", "langchain_sdk", "litellm_sdk", "agents"]
+SDKS = ["openai_sdk", "anthropic_sdk", "langchain_sdk", "agents"]
 NODE = ["openai_sdk", "ai_sdk"]
 TIMEOUT_S = 500.0
 
@@ -45,9 +45,10 @@ needs_vllm = pytest.mark.skipif(bool(environments.lacks_vllm()), reason=environm
 
 
 @needs_python
-@pytest.mark.parametrize("program", PYTHON)
+@pytest.mark.parametrize("program", [*SDKS, "litellm_sdk"])
 def test_python(program: str, environ: dict[str, str]) -> None:
-    command = [str(environments.PYTHON), f"{program}.py"]
+    python = environments.SDK if program in SDKS else environments.TOOLS
+    command = [str(python), f"{program}.py"]
     said = environments.run(command, PROGRAMS, TIMEOUT_S, **environ)
     assert said.count(" ok") >= 2, said
 
@@ -77,7 +78,7 @@ def test_lm_eval(environ: dict[str, str], tmp_path: Path) -> None:
         "tokenized_requests": "False",
     }
     command = [
-        *(str(environments.PYTHON), "-m", "lm_eval", "--model", "local-completions"),
+        *(str(environments.TOOLS), "-m", "lm_eval", "--model", "local-completions"),
         *("--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())),
         *("--tasks", "slipstream_words", "--include_path", str(tmp_path)),
         *("--output_path", str(tmp_path / "out")),
@@ -91,14 +92,15 @@ def test_lm_eval(environ: dict[str, str], tmp_path: Path) -> None:
 
 @needs_python
 def test_guidellm(environ: dict[str, str], tmp_path: Path) -> None:
+    root = environ["SLIPSTREAM_BASE_URL"].removesuffix("/v1")
     command = [
-        *(str(environments.PYTHON.with_name("guidellm")), "benchmark", "run"),
-        *("--target", environ["SLIPSTREAM_BASE_URL"].removesuffix("/v1")),
-        *("--model", environ["SLIPSTREAM_MODEL"]),
-        *("--processor", environ["SLIPSTREAM_MODEL_PATH"]),
-        *("--data", "prompt_tokens=32,output_tokens=8"),
-        *("--profile", "concurrent", "--rate", "2", "--max-requests", "6"),
-        *("--output-dir", str(tmp_path)),
+        *(str(environments.TOOLS), "-m", "guidellm", "run", "--disable-console-interactive"),
+        *("--backend", f"kind=openai_http,target={root},model={environ['SLIPSTREAM_MODEL']}"),
+        *("--tokenizer", f"kind=hf_auto,model={environ['SLIPSTREAM_MODEL_PATH']}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=8"),
+        *("--profile", "kind=concurrent,streams=2"),
+        *("--constraint", "kind=max_requests,count=6"),
+        *("--output", f"kind=json,path={tmp_path / 'out.json'}"),
     ]
     environments.run(command, tmp_path, TIMEOUT_S)
     (found,) = tmp_path.rglob("*.json")
