@@ -19,6 +19,7 @@ GRAMMAR_SIZE_MAX = 20_000
 """Symbols of one grammar: it compiles in less than a second of one core."""
 LEXER_STATES_MAX = 50_000
 """Of one answer's lexer, 1 to 2 kB each."""
+REASON_CHARS_MAX = 500
 
 
 class GrammarError(Exception):
@@ -43,10 +44,12 @@ def tokenizer(
     GrammarError: the folder has no tokenizer.json, or one that does not go with these.
     """
     file = Path(model_path) / "tokenizer.json"
+    if not file.is_file():
+        raise GrammarError(f"{file} is not there")
     try:
         return LLTokenizer(str(file), n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
     except ValueError as error:
-        raise GrammarError(f"{file}: {_first_line(str(error))}") from error
+        raise GrammarError(f"{file}: {_one_line(error)}") from error
 
 
 class Grammars:
@@ -73,7 +76,7 @@ class Grammars:
         if not made.is_error():
             made.compute_bitmask()  # a copy inherits what its lexer has learnt
         if made.is_error():
-            raise GrammarError(_first_line(made.get_error()))
+            raise GrammarError(_one_line(made.get_error()))
         with self._lock:
             self._keep(grammar, made)
             return made.deep_copy()
@@ -87,5 +90,5 @@ class Grammars:
             self._chars -= len(oldest)
 
 
-def _first_line(error: str) -> str:
-    return error.partition("\n")[0]
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:REASON_CHARS_MAX]

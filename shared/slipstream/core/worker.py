@@ -73,6 +73,7 @@ TICK_S = 0.5
 LOG_KEEP_S = 30.0
 DEADLINE_SLACK_S = 5.0
 """A worker ends what is overdue by itself only if the scheduler did not."""
+_NO_TOKEN = Problem(code=ErrorCode.INTERNAL, message="The model made no token.")
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,9 +239,9 @@ class WorkerMachine:
         landed = self.batcher.land(done.step)
         effects = self._watch(now_s)
         for job, row in landed:
-            if row.sample and not self._append(job, outputs.get(job.key)):
-                problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
-                effects += self._fail(job, "no_token", problem)
+            output = outputs.get(job.key)
+            if row.sample and not self._append(job, output):
+                effects += self._fail(job, "no_token", (output and output.problem) or _NO_TOKEN)
                 continue
             self.batcher.advance(job, row)
             if row.sample and row.position == job.num_accepted:
