@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slipstream.engine.guide import Bits, Guide
+from slipstream.engine.guide import Guide
 from slipstream.types import SamplingParams
 
 Ids: TypeAlias = npt.NDArray[np.int64]
@@ -52,16 +52,22 @@ class Shaping:
     def apply(self, logits: Tensor, tokens: Sequence[int], eos_token_ids: frozenset[int]) -> None:
         """Changes one row, `[vocab]`, in place; `tokens` are prompt and output.
 
-        If all are barred, all become -inf. GrammarError: see `Guide.allowed`.
+        If all are barred, all become -inf. GrammarError: see `Guide.biases`.
         """
+        biases = None
         if self._guide is not None:
-            _hold(logits, self._guide.allowed(tokens))
+            biases = self._guide.biases(tokens)
+            logits += torch.from_numpy(biases).to(logits.device)
         if self._sampling.allowed_token_ids:
             _keep(logits, _within(self._allowed, logits))
         _bar(logits, self._always_bad)
         if self._bad:
             _bar(logits, self._completing(tokens))
-        self._bar_ends(logits, len(tokens) - self._num_prompt, eos_token_ids)
+        ends = self._too_early(len(tokens) - self._num_prompt, eos_token_ids)
+        if biases is None:
+            _bar(logits, ends)
+        elif (biases[ends[ends < len(biases)]] == 0.0).any():
+            _bar_unless_alone(logits, ends)
         if self._biased.size:
             ids = _within(self._biased, logits)
             logits[ids] += torch.from_numpy(self._bias[: len(ids)]).to(logits.device)
@@ -75,21 +81,15 @@ class Shaping:
             if len(bad) <= most + 1 and tuple(tokens[1 - len(bad) :]) == bad[:-1]
         )
 
-    def _bar_ends(self, logits: Tensor, num_output: int, eos_token_ids: frozenset[int]) -> None:
-        """What ends the answer before its time. A grammar's end is never too early: where nothing
-        else may follow, it stays."""
+    def _too_early(self, num_output: int, eos_token_ids: frozenset[int]) -> Ids:
+        """What would end the answer before its time. Under a grammar an end of sequence is such
+        with `ignore_eos` too: it would end the answer."""
         sampling, held = self._sampling, self._guide is not None
         early, endless = num_output < sampling.min_tokens, sampling.ignore_eos
         ends = set(sampling.stop_token_ids) if early else set()
         if (early or endless) if held else (early and not endless):
             ends |= eos_token_ids
-        if not ends:
-            return
-        ids = _within(_sorted_ids(ends), logits)
-        kept = logits[ids]
-        logits[ids] = -math.inf
-        if held and logits.max() == -math.inf:
-            logits[ids] = kept
+        return _sorted_ids(ends)
 
 
 def _sorted_ids(ids: Iterable[int]) -> Ids:
@@ -101,11 +101,6 @@ def _within(ids: Ids, logits: Tensor) -> Tensor:
     return torch.from_numpy(ids[: np.searchsorted(ids, logits.shape[0])]).to(logits.device)
 
 
-def _hold(logits: Tensor, allowed: Bits) -> None:
-    barred = np.unpackbits(~allowed, count=logits.shape[0], bitorder="little").view(np.bool_)
-    logits.masked_fill_(torch.from_numpy(barred).to(logits.device), -math.inf)
-
-
 def _keep(logits: Tensor, ids: Tensor) -> None:
     kept = logits[ids]
     logits.fill_(-math.inf)
@@ -115,3 +110,12 @@ def _keep(logits: Tensor, ids: Tensor) -> None:
 def _bar(logits: Tensor, ids: Ids) -> None:
     if ids.size:
         logits[_within(ids, logits)] = -math.inf
+
+
+def _bar_unless_alone(logits: Tensor, ids: Ids) -> None:
+    """A grammar's end is never too early: where nothing else may follow, it stays."""
+    known = _within(ids, logits)
+    kept = logits[known]
+    logits[known] = -math.inf
+    if logits.max() == -math.inf:
+        logits[known] = kept
