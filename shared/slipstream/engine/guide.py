@@ -47,8 +47,9 @@ class Guide:
             matcher = self._matcher.result(COMPILE_TIMEOUT_S)
         except TimeoutError as error:
             raise GrammarError(f"it does not compile in {COMPILE_TIMEOUT_S:g} s") from error
-        matcher.consume_tokens(list(tokens[self._fed :]))
-        self._fed = len(tokens)
+        self._fed += matcher.try_consume_tokens(list(tokens[self._fed :]))
+        if self._fed < len(tokens) and not matcher.is_stopped():
+            raise GrammarError(f"token {tokens[self._fed]} of the answer does not follow it")
         biases = self._masks.biases(matcher)
         if matcher.is_error():
             raise GrammarError(" ".join(matcher.get_error().split()))
