@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from engine.test_runner import runner_for
 from engine.test_sampler import logits_of
-from engine.tiny import WORDS, admission, generate, greedy, prompt_of
+from engine.tiny import WORDS, WORDS_VOCAB, admission, generate, greedy, prompt_of
 from slipstream.core.machine import BatchPlan, Row, RowOutput
 from slipstream.engine import guide as guide_module
 from slipstream.engine import sampler
@@ -77,7 +77,7 @@ def guides(folder: Path) -> Guides:
 
 @pytest.fixture(scope="module")
 def grammars(folder: Path) -> Grammars:
-    return Grammars(tokenizer(folder, 512, {EOS}))
+    return Grammars(tokenizer(folder, WORDS_VOCAB, {EOS}))
 
 
 def ended(tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,13 +150,21 @@ def history(guides: Guides, sampling: SamplingParams, tokens: tuple[int, ...] = 
     return History(admission("r", tokens, sampling, 1), guides.guide(sampling.grammar, 1))
 
 
+def drawn(one: History) -> list[Sample | RowError]:
+    """Of logits that favour nothing."""
+    flat = torch.zeros(1, WORDS_VOCAB)
+    return sampler.sample(Reference(), flat, [0], [one], frozenset({EOS}))
+
+
 def draws(grammars: Grammars, guides: Guides, text: str, **changes: Any) -> set[str]:
     """What may be drawn after `text`, by some seed; the end is `.`"""
     output = tuple(grammars.tokens.tokenize_str(text))
     found = set()
     for seed in range(30):
         one = history(guides, held(seed=seed, **changes), (9, *output))
-        (result,) = sampler.sample(Reference(), torch.zeros(1, 512), [0], [one], frozenset({EOS}))
+        (result,) = sampler.sample(
+            Reference(), torch.zeros(1, WORDS_VOCAB), [0], [one], frozenset({EOS})
+        )
         assert isinstance(result, Sample)
         found.add("." if result.token == EOS else grammars.tokens.decode_str([result.token]))
     return found
@@ -228,7 +236,9 @@ def test_an_answer_that_left_its_grammar_goes_on_nowhere(
 ) -> None:
     strayed = tuple(grammars.tokens.tokenize_str("ac"))
     one = history(guides, held(regex("ab+")), (9, *strayed))
-    (result,) = sampler.sample(Reference(), torch.zeros(1, 512), [0], [one], frozenset({EOS}))
+    (result,) = sampler.sample(
+        Reference(), torch.zeros(1, WORDS_VOCAB), [0], [one], frozenset({EOS})
+    )
     assert isinstance(result, RowError) and result.problem.code is ErrorCode.INVALID_SCHEMA
     assert f"token {strayed[-1]} of the answer does not follow it" in result.problem.message
 
@@ -239,7 +249,9 @@ def test_no_step_waits_for_a_grammar_for_ever(
     monkeypatch.setattr(guide_module, "COMPILE_TIMEOUT_S", 0.0)
     hard = {"type": "integer", "multipleOf": 99_991}  # the better part of a second
     one = history(guides, held(grammar_of(hard)))
-    (result,) = sampler.sample(Reference(), torch.zeros(1, 512), [0], [one], frozenset({EOS}))
+    (result,) = sampler.sample(
+        Reference(), torch.zeros(1, WORDS_VOCAB), [0], [one], frozenset({EOS})
+    )
     assert isinstance(result, RowError) and "does not compile in 0 s" in result.problem.message
 
 
@@ -253,7 +265,7 @@ def test_matchers_of_one_grammar_are_apart(grammars: Grammars) -> None:
 
 
 def test_what_is_kept_is_bounded(folder: Path) -> None:
-    grammars = Grammars(tokenizer(folder, 512, {EOS}))
+    grammars = Grammars(tokenizer(folder, WORDS_VOCAB, {EOS}))
     for number in range(KEPT_MAX + 5):
         grammars.matcher(regex(f"a{number}"))
         grammars.matcher(regex("a0"))
@@ -279,7 +291,7 @@ def test_a_grammar_of_too_much_is_refused(grammars: Grammars) -> None:
         grammars.matcher(grammar_of({"type": "object", "properties": many}))
 
 
-@pytest.mark.parametrize(("vocab", "ends"), [(100, {EOS}), (512, set()), (512, {512})])
+@pytest.mark.parametrize(("vocab", "ends"), [(99, {EOS}), (501, set()), (501, {501})])
 def test_tokens_that_do_not_go_with_the_model(folder: Path, vocab: int, ends: set[int]) -> None:
     with pytest.raises(GrammarError, match=r"tokenizer\.json: "):
         tokenizer(folder, vocab, ends)

@@ -16,11 +16,11 @@ from slipstream.errors import ErrorCode
 from slipstream.types import SamplingParams
 
 VOCAB = 24
-EOS = frozenset({2, 5})
+EOS = frozenset({1, 5})
 assert backend  # each test draws with both
 TOKENS = st.integers(-1, VOCAB + 3)
 """Some of them are none of the model's."""
-FEW = st.integers(0, 4)
+FEW = st.integers(0, 2)
 PARAMS = st.fixed_dictionaries(
     {
         "logit_bias": st.lists(st.tuples(TOKENS, st.floats(-100, 100, width=32)), max_size=6),
@@ -82,6 +82,16 @@ def test_nothing_barred_is_ever_drawn_or_the_request_ends(
     assert result.logprobs is not None
     raw = row.log_softmax(-1)[result.token]
     assert result.logprobs.logprob == pytest.approx(float(raw), abs=1e-5), "of the raw logits"
+
+
+def test_a_bad_word_is_the_outputs_alone() -> None:
+    """Not begun in the prompt."""
+    p, tokens = params(bad_tokens=((1, 2, 3), (2, 4))), (1, 2)
+    for num_prompt, barred in ((2, set()), (1, {4})):
+        row, shaping = logits_of(1, vocab=VOCAB), Shaping.of(p, num_prompt, None)
+        assert shaping is not None
+        shaping.apply(row, tokens, EOS)
+        assert set(row.isinf().nonzero().flatten().tolist()) == barred
 
 
 def test_a_request_without_such_rules_has_none() -> None:

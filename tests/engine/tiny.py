@@ -104,7 +104,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WORDS = "llama_words"
 """The case that has a tokenizer; more logits than tokens."""
-CASES[WORDS] = ("llama", {"vocab_size": 512})
+WORDS_VOCAB = 501
+CASES[WORDS] = ("llama", {"vocab_size": WORDS_VOCAB})
 
 
 def save_model(folder: Path, case: str, **changes: Any) -> PreTrainedModel:
