@@ -1,7 +1,8 @@
 """What a JSON schema costs of a decode: `python -m slipstream.loadtest.structured [engine|server]`.
 
-Target: at most 10 % of the throughput of 8 streams. Both take turns; all answers have the same number of tokens, for the schema asks for more than that. `engine`: steps
-of one runner in this process. `server`: streams of `slipstream serve`, which it starts (with
+Target: at most 10 % of the throughput of 8 streams. Steps or rounds with and without a schema take
+turns; all answers have the same number of tokens, for the schema asks for more than that. `engine`:
+steps of one runner in this process. `server`: streams of `slipstream serve`, which it starts (with
 --url: of one that runs), by `response_format`. `--report` keeps both in a page.
 """
 
