@@ -51,6 +51,8 @@ STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
         ([9, 8], {"stop_token_ids": (8,), "ignore_eos": True}, (STOP, 8)),
         ([EOS], {"min_tokens": 1}, None),
         ([9, EOS], {"min_tokens": 1}, (STOP, EOS)),
+        ([9, EOS], {"min_tokens": 9, "ignore_eos": True, "grammar": "g"}, (STOP, EOS)),
+        ([9, 8], {"min_tokens": 9, "stop_token_ids": (8,), "grammar": "g"}, None),
         ([9, EOS], {"min_tokens": 2, "max_tokens": 2}, (LENGTH, None)),
         ([9, 9, 9], {"max_tokens": 3}, (LENGTH, None)),
         ([9, 9, EOS], {"max_tokens": 3}, (STOP, EOS)),

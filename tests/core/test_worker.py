@@ -19,7 +19,7 @@ from slipstream.core.worker import (
     DEADLINE_SLACK_S,
     LOG_KEEP_S,
 )
-from slipstream.errors import ErrorCode
+from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     SCHEDULER,
     AttemptFailed,
@@ -90,6 +90,20 @@ def test_what_ends_a_stream_and_nothing_after_it(
         worker.step(*steps.pop(0))
     assert worker.output() == shown
     assert (worker.said[-1].finish_reason, worker.said[-1].stop_token) == (reason, stop_token)
+
+
+def test_a_stream_without_a_token_ends_with_the_reason_of_the_device(worker: Worker) -> None:
+    """And is tried nowhere else."""
+    barred = Problem(code=ErrorCode.INVALID_VALUE, message="Every token is barred.")
+    nothing = Problem(code=ErrorCode.INTERNAL, message="The model made no token.")
+    for problem, told in ((barred, barred), (None, nothing)):
+        worker.hear(decode(max_tokens=3))
+        (plan,) = worker.plans
+        worker.plans = []
+        worker.handle(m.BatchDone(plan.step, (m.RowOutput("r", 1, (), problem=problem),), {}))
+        failure = AttemptFailed(request_id="r", attempt=1, cause="no_token", problem=told)
+        assert worker.to(SCHEDULER) == [failure]
+        assert worker.held == 0 and not worker.machine.jobs
 
 
 def test_the_context_ends_a_stream() -> None:

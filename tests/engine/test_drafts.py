@@ -6,14 +6,16 @@ from random import Random
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 from transformers import PreTrainedModel
 
 from engine.test_runner import WARM, runner_for
-from engine.tiny import VOCAB, admission, generate, greedy, prompt_of
+from engine.tiny import VOCAB, WORDS, admission, generate, greedy, prompt_of
 from slipstream.core.machine import BatchPlan, Row
 from slipstream.engine.drafts import AT_A_TIME, LOOK_BACK, SIZES, Drafts
 from slipstream.engine.runner import Runner
 from slipstream.engine.sampler import RowError, sample
+from slipstream.errors import ErrorCode, Problem
 from slipstream.types import SamplingParams
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -76,13 +78,24 @@ STRICT = SamplingParams(
 )
 
 
-@pytest.mark.parametrize("sampling", [greedy(logprobs=1), WARM, STRICT])
+HELD = SamplingParams(
+    max_tokens=99,
+    seed=6,
+    temperature=0.9,
+    grammar=LLMatcher.grammar_from_regex(r"([a-f]{2,5}[ ,.:]){9,}"),
+    min_tokens=12,
+    bad_tokens=((70,), (70, 71), (5, 6, 7)),
+    logit_bias=((67, 2.0), (9, -3.0)),
+)
+
+
+@pytest.mark.parametrize("sampling", [greedy(logprobs=1), WARM, STRICT, HELD])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_answer_is_the_same_whatever_is_proposed(
     saved: Saved, monkeypatch: pytest.MonkeyPatch, sampling: SamplingParams, seed: int
 ) -> None:
     """Two streams in one batch, planned one step ahead or not."""
-    runner, draw = runner_for(saved("llama")[0]), Random(seed)
+    runner, draw = runner_for(saved(WORDS)[0]), Random(seed)
     prompts = {name: prompt_of(length, length) for name, length in (("a", 37), ("b", 21))}
     answers = {name: generate(runner, prompt, sampling, 40) for name, prompt in prompts.items()}
     tables = {"a": tuple(range(1, 8)), "b": tuple(range(10, 16))}
@@ -151,22 +164,26 @@ def test_a_request_of_a_step_that_failed_draws_nothing_any_more(saved: Saved) ->
     assert [output.tokens for output in outputs] == [(), alone[:1]]
 
 
-def test_a_row_that_fails_behind_a_right_draft_draws_nothing(
+def test_a_row_that_fails_behind_a_right_draft_has_drawn_what_it_drew(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block that such tokens fill could be written again by the step that is planned already."""
+    """Its request may end with that, as it would have without drafts. If not, it fails next."""
     runner, prompt = runner_for(saved("llama")[0]), prompt_of(20)
     answer = generate(runner, prompt, greedy(), 4)
     monkeypatch.setattr(Drafts, "propose", lambda _, tokens, most: answer[1 : 1 + most])
     first = Row("x", 1, prompt, 0, (1, 2), True)
     runner.run(BatchPlan(1, (first,), (admission("x", prompt, greedy()),)))
     calls: list[int] = []
+    problem = Problem(code=ErrorCode.INTERNAL, message="x")
 
     def failing(*arguments: Any) -> list[object]:
         calls.append(len(arguments[2]))
-        return [RowError("x")] if len(calls) == 2 else [*sample(*arguments)]
+        return [RowError("x", problem)] if len(calls) == 2 else [*sample(*arguments)]
 
     monkeypatch.setattr("slipstream.engine.runner.sample", failing)
     row = Row("x", 1, (answer[0],), 20, (1, 2), True, 1, drafts=2)
     (output,) = runner.run(BatchPlan(2, (row,)))
-    assert output.tokens == () and calls == [1, 1]
+    assert (output.tokens, output.problem) == (answer[1:2], None) and calls == [1, 1]
+    for ahead in (Row("x", 1, (), 21, (1, 2), True, 2, True, 2), row):
+        (output,) = runner.run(BatchPlan(3, (ahead,)))
+        assert (output.tokens, output.problem) == ((), problem)

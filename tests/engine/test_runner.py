@@ -13,6 +13,7 @@ from engine.tiny import VOCAB, admission, generate, greedy, prompt_of
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner, allocate_pool
+from slipstream.errors import ErrorCode, Problem
 from slipstream.kernels import cpu
 from slipstream.types import SamplingParams
 
@@ -217,15 +218,17 @@ def test_a_row_of_nan_harms_nobody_else(
     good = Row("good", 1, prompt, 0, (1, 2), True)
     bad = Row("bad", 1, prompt[16:], 16, (30, 31), True)
     admitted = (admission("good", prompt, greedy()), admission("bad", prompt, WARM))
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.WARNING):
         outputs = runner.run(BatchPlan(0, (bad, good), admitted))
-    assert outputs == (RowOutput("bad", 1, ()), RowOutput("good", 1, alone[:1]))
+    problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
+    failed = RowOutput("bad", 1, (), problem=problem)
+    assert outputs == (failed, RowOutput("good", 1, alone[:1]))
     assert "bad" in caplog.text and "good" not in caplog.text
     # A step that was planned before the failure was known.
     good = Row("good", 1, (), 20, (1, 2), True, 1, after_previous=True)
     bad = Row("bad", 1, (), 20, (30, 31), True, 1, after_previous=True)
     outputs = runner.run(BatchPlan(1, (bad, good)))
-    assert outputs == (RowOutput("bad", 1, ()), RowOutput("good", 1, alone[1:]))
+    assert outputs == (failed, RowOutput("good", 1, alone[1:]))
 
 
 def test_rows_that_do_not_sample_say_nothing(runner: Runner) -> None:

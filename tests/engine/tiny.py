@@ -25,6 +25,7 @@ from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner, allocate_pool, choose_backend
 from slipstream.engine.weights import load_weights
 from slipstream.types import BLOCK_TOKENS, SamplingParams
+from tokenizer.models import byte_level
 
 VOCAB = 199
 _CLASSES: dict[str, tuple[type, type]] = {
@@ -101,6 +102,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3_biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
 }
+WORDS = "llama_words"
+"""The case that has a tokenizer; more logits than tokens."""
+WORDS_VOCAB = 501
+CASES[WORDS] = ("llama", {"vocab_size": WORDS_VOCAB})
 
 
 def save_model(folder: Path, case: str, **changes: Any) -> PreTrainedModel:
@@ -119,6 +124,8 @@ def save_model(folder: Path, case: str, **changes: Any) -> PreTrainedModel:
             else:
                 parameter.normal_(0.0, 0.15)
     model.save_pretrained(folder, max_shard_size=changes.get("max_shard_size", "5GB"))
+    if case == WORDS:
+        byte_level(folder)
     return model
 
 

@@ -75,6 +75,8 @@ class RowOutput(_Record, frozen=True):
     """Of as many prompt tokens as the row asked for."""
     drafted: int = 0
     """Tokens that were proposed; the first len(tokens) - 1 of them were right."""
+    problem: Problem | None = None
+    """Why there are no tokens; nowhere else there would be."""
 
 
 class BatchDone(_Record, frozen=True):

@@ -73,6 +73,7 @@ TICK_S = 0.5
 LOG_KEEP_S = 30.0
 DEADLINE_SLACK_S = 5.0
 """A worker ends what is overdue by itself only if the scheduler did not."""
+_NO_TOKEN = Problem(code=ErrorCode.INTERNAL, message="The model made no token.")
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,9 +239,9 @@ class WorkerMachine:
         landed = self.batcher.land(done.step)
         effects = self._watch(now_s)
         for job, row in landed:
-            if not self._take(job, row, outputs.get(job.key)):
-                problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
-                effects += self._fail(job, "no_token", problem)
+            output = outputs.get(job.key)
+            if not self._take(job, row, output):
+                effects += self._fail(job, "no_token", (output and output.problem) or _NO_TOKEN)
                 continue
             self.batcher.advance(job, row)
             if row.sample and row.position == job.num_accepted:
@@ -254,8 +255,7 @@ class WorkerMachine:
         return effects
 
     def _take(self, job: Job, row: Row, output: RowOutput | None) -> bool:
-        """What the row made: its tokens up to the one that ends the stream. False if something is
-        missing."""
+        """What the row made, up to the token that ends the stream; False if some is missing."""
         if not (row.sample or row.prompt_logprobs):
             return True
         if output is None or len(output.prompt_logprobs) != row.prompt_logprobs:

@@ -3,19 +3,19 @@
 from collections import Counter
 
 import numpy as np
-import numpy.typing as npt
 
 from slipstream.core.machine import Admission
 from slipstream.engine.drafts import Drafts
+from slipstream.engine.guide import Guide
+from slipstream.engine.shaping import Ids, Shaping
 from slipstream.types import SamplingParams
-
-Ids = npt.NDArray[np.int64]
 
 
 class History:
     """Prompt and output tokens of one attempt, grown by one at every sample."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, guide: Guide | None = None) -> None:
+        """`guide`: where the parameters have a grammar."""
         self.request_id = admission.request_id
         self.sampling: SamplingParams = admission.sampling
         self.num_prompt = admission.num_prompt
@@ -23,6 +23,8 @@ class History:
         self._prompt_ids: Ids | None = None
         self._output_counts = Counter(self.tokens[self.num_prompt :])
         self.drafts = Drafts()
+        self.guide = guide
+        self.shaping = Shaping.of(self.sampling, self.num_prompt, guide)
 
     @property
     def num_output(self) -> int:
@@ -37,6 +39,8 @@ class History:
         if num_output >= self.num_output:
             return
         self.drafts.forget()
+        if self.guide is not None:
+            self.guide.truncate(self.num_prompt + num_output)
         for token in self.tokens[self.num_prompt + num_output :]:
             self._output_counts[token] -= 1
         self._output_counts += Counter()  # drops the zeros

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slipstream.core.machine import BatchPlan, Row, RowOutput
+from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.engine.batch import Inputs, build_batch, num_samples
 from slipstream.engine.decoder import Decoder, DecoderWeights
+from slipstream.engine.guide import Guides
 from slipstream.engine.history import History
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.packed_file import file_name, shared_weights
 from slipstream.engine.sampler import RowError, Sample, sample, score
 from slipstream.engine.weights import Progress, load_weights
+from slipstream.errors import Problem
 from slipstream.kernels import cpu
 from slipstream.kernels.ops import Backend
 from slipstream.kernels.program import PANEL, CpuBackend
@@ -97,6 +99,7 @@ class Runner:
         if threads:
             torch.set_num_threads(threads)
         self._pool = pool
+        self._guides = Guides(model_path, self.config)
         backend = choose_backend(self.config, pool.dtype, pool.device, int8, threads)
 
         def load() -> DecoderWeights:
@@ -115,24 +118,26 @@ class Runner:
         self._backend = backend
         self.decoder = Decoder(self.config, weights, backend)
         self._histories: dict[tuple[RequestId, int], History] = {}
-        self._failed: set[tuple[RequestId, int]] = set()
+        self._failed: dict[tuple[RequestId, int], Problem | None] = {}
+        """No tokens come any more, and why."""
+        self._guides.wait()
 
     def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
         """One step: forget `dropped`, learn `admitted`, run all rows, sample.
 
         One output for each row that samples or scores, in order of the rows. A row whose logits are
-        no numbers yields no token (it is logged, with the request's name), nor does that request
-        later; the rest of the batch is not harmed.
+        no numbers, or that lets no token be drawn, yields none but a problem (it is logged, with
+        the request's name), as does that request later; the rest of the batch is not harmed.
         KeyError: a row of a request that was never admitted. ValueError: a row that contradicts the
         request's history or exceeds its block table; nothing was computed then.
         """
         for key in plan.dropped:
             self._histories.pop(key, None)
-            self._failed.discard(key)
+            self._failed.pop(key, None)
         for admission in plan.admitted:
             key = (admission.request_id, admission.attempt)
-            self._histories[key] = History(admission)
-            self._failed.discard(key)
+            self._histories[key] = self._history(admission)
+            self._failed.pop(key, None)
         if not plan.rows:
             return ()
         try:
@@ -148,8 +153,14 @@ class Runner:
                 return self._sample(logits, sampling)
         except BaseException:
             # The step after this one may be on its way, with rows that count on this one's tokens.
-            self._failed.update((row.request_id, row.attempt) for row in plan.rows)
+            for row in plan.rows:
+                self._failed.setdefault((row.request_id, row.attempt))
             raise
+
+    def _history(self, admission: Admission) -> History:
+        grammar = admission.sampling.grammar
+        guide = self._guides.guide(grammar, admission.num_prompt) if grammar else None
+        return History(admission, guide)
 
     def _inputs(self, row: Row) -> Inputs:
         key = (row.request_id, row.attempt)
@@ -174,7 +185,8 @@ class Runner:
 
     def _sample(self, logits: Tensor, sampling: list[tuple[Row, Inputs]]) -> tuple[RowOutput, ...]:
         """A token for each row, then one more for each row whose draft was that token, and so on:
-        each is drawn as if it were the only one of its step."""
+        each is drawn as if it were the only one of its step. What a row drew before it failed
+        counts: its request may end with that."""
         ends = list(accumulate(num_samples(row, each) for row, each in sampling))
         firsts = [
             end - row.sample - len(x.drafts) for end, (row, x) in zip(ends, sampling, strict=True)
@@ -194,9 +206,8 @@ class Runner:
             ahead = []
             for index, history, result in zip(going, histories, results, strict=True):
                 if isinstance(result, RowError):
-                    self._failed.add(keys[index])
-                    drawn[index] = []
-                    _LOG.error("no token: %s", result)
+                    self._failed.setdefault(keys[index], result.problem)
+                    _LOG.warning("no token: %s", result)
                 elif keys[index] not in self._failed:
                     drafts, count = sampling[index][1].drafts, len(drawn[index])
                     history.append(result.token)
@@ -233,4 +244,5 @@ class Runner:
             self._histories[key].drafts.learn(drafted, len(samples) - 1)
         logprobs = tuple(each.logprobs for each in samples if each.logprobs is not None)
         tokens = tuple(each.token for each in samples)
-        return RowOutput(*key, tokens, logprobs or None, scored, drafted)
+        problem = None if samples else self._failed.get(key)
+        return RowOutput(*key, tokens, logprobs or None, scored, drafted, problem)

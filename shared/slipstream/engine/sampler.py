@@ -2,8 +2,8 @@
 
 Nothing depends on the batch that a row happens to be in, and no random state is kept, so that any
 worker draws the same token at position n. The order of steps and the meaning of the penalties
-follow vLLM: logprobs of the raw logits; then min_tokens and penalties; then what the backend draws:
-temperature, min-p, top-k, top-p.
+follow vLLM: logprobs of the raw logits; then `shaping`, then penalties; then what the backend
+draws: temperature, min-p, top-k, top-p.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.history import History
+from slipstream.errors import ErrorCode, Problem
+from slipstream.grammar import GrammarError
 from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Backend
 from slipstream.types import TokenLogprobs
@@ -27,6 +29,11 @@ SCORED_AT_A_TIME = 32
 
 class RowError(Exception):
     """One row cannot be sampled; the others of its batch can."""
+
+    def __init__(self, reason: str, problem: Problem) -> None:
+        """`reason`: for the log, with the request's name; `problem`: for the client."""
+        super().__init__(reason)
+        self.problem = problem
 
 
 class Sample(NamedTuple):
@@ -48,27 +55,51 @@ def sample(
     histories: Sequence[History],
     eos_token_ids: frozenset[int],
 ) -> list[Sample | RowError]:
-    """One token for each of `rows` of `logits`, float32 `[any, vocab]`; penalties overwrite them.
+    """One token for each of `rows` of `logits`, float32 `[any, vocab]`, which are overwritten.
 
     `histories[i]` is the request of `rows[i]`; its next output position keys the draw. A row whose
-    largest logit is not a finite number gets a `RowError` that names the request.
+    largest logit is not a finite number, from the model or since all tokens are barred, or whose
+    grammar cannot be followed, gets a `RowError`.
     """
     raw = _raw_logprobs(logits, rows, histories)
+    errors: dict[int, RowError] = {}
     for row, history in zip(rows, histories, strict=True):
-        _penalize(logits[row], history, eos_token_ids)
+        try:
+            if history.shaping is not None:
+                history.shaping.apply(logits[row], history.tokens, eos_token_ids)
+        except GrammarError as error:
+            errors[row] = _ungrammatical(history, error)
+        _penalize(logits[row], history)
     draws = [_wanted(row, history) for row, history in zip(rows, histories, strict=True)]
+    drawn = backend.draw(logits, draws)
     results: list[Sample | RowError] = []
-    for (token, top), row, history in zip(
-        backend.draw(logits, draws), rows, histories, strict=True
-    ):
-        if not math.isfinite(top):
-            results.append(RowError(f"{history.request_id}: largest logit is {top}"))
+    for (token, top), row, history in zip(drawn, rows, histories, strict=True):
+        if row in errors or not math.isfinite(top):
+            results.append(errors.get(row) or _undrawable(history, top))
             continue
         logprobs = None
         if row in raw:
             logprobs = _report(raw[row], token, history.sampling.logprobs or 0)
         results.append(Sample(token, logprobs))
     return results
+
+
+def _undrawable(history: History, top: float) -> RowError:
+    if history.shaping is None or top != -math.inf:
+        problem = Problem(code=ErrorCode.INTERNAL, message="The model made no number.")
+        return RowError(f"{history.request_id}: largest logit is {top}", problem)
+    message = (
+        f"No token may come after {history.num_output} of the answer: what the request allows, "
+        "bars and asks the answer to be leaves none. Allow more, or bar less."
+    )
+    problem = Problem(code=ErrorCode.INVALID_VALUE, message=message)
+    return RowError(f"{history.request_id}: every token is barred", problem)
+
+
+def _ungrammatical(history: History, error: GrammarError) -> RowError:
+    message = f"The answer cannot be held to its format: {error}. Ask for a simpler one."
+    problem = Problem(code=ErrorCode.INVALID_SCHEMA, message=message)
+    return RowError(f"{history.request_id}: grammar: {error}", problem)
 
 
 def _wanted(row: int, history: History) -> Draw:
@@ -85,7 +116,7 @@ def _wanted(row: int, history: History) -> Draw:
     )
 
 
-# --- Before the draw: log probabilities, min_tokens, penalties ------------------------------------
+# --- Before the draw: log probabilities, penalties ------------------------------------------------
 
 
 def _raw_logprobs(
@@ -119,14 +150,9 @@ def _report(logprobs: Tensor, token: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(logprobs[token]), tuple(pairs))
 
 
-def _penalize(logits: Tensor, history: History, eos_token_ids: frozenset[int]) -> None:
+def _penalize(logits: Tensor, history: History) -> None:
     """Changes one row in place. Repetition counts prompt and output, the other two output alone."""
     sampling = history.sampling
-    if history.num_output < sampling.min_tokens:
-        stops = set(sampling.stop_token_ids)
-        stops |= frozenset() if sampling.ignore_eos else eos_token_ids
-        if known := [token for token in stops if 0 <= token < logits.shape[0]]:
-            logits[known] = -math.inf
     if sampling.repetition_penalty != 1.0:
         seen = _on_device(history.seen_ids(), logits)
         values, penalty = logits[seen], sampling.repetition_penalty
