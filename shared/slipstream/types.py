@@ -113,9 +113,11 @@ class ConstraintKind(StrEnum):
     """EBNF as of Lark, or GBNF."""
 
 
-class Constraint(msgspec.Struct, frozen=True, kw_only=True):
+class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: ConstraintKind
     text: str = ""
+    param: str = "structured_outputs"
+    """The client's field that says so, for refusals."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
