@@ -1,12 +1,31 @@
 """One stream's journal and text: what was asked, which tokens came, what each of them shows."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
 
 from slipstream.core.prefix import extend_hashes, namespace
 from slipstream.errors import Problem
-from slipstream.messages import Submit, TextDelta, TextLogprob, Tokenize, Tokenized, TokenSpan
-from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer, TokenBytes
+from slipstream.messages import (
+    Part,
+    Submit,
+    TextDelta,
+    TextLogprob,
+    Tokenize,
+    Tokenized,
+    TokenSpan,
+)
+from slipstream.tokenizer.detokenizer import (
+    PROMPT_TAIL_TOKENS,
+    Detokenizer,
+    TokenBytes,
+    spelled,
+)
+from slipstream.tokenizer.formats.parser import Parser, merged
+from slipstream.tokenizer.formats.tool_formats import markers, parser
 from slipstream.types import (
     BlockHash,
     FinishReason,
@@ -18,12 +37,24 @@ from slipstream.types import (
 )
 
 
+class Encoding(NamedTuple):
+    """What became of a prompt, as `core.machine.Encoded`."""
+
+    prompt: list[int]
+    grammar: str = ""
+    bad_tokens: tuple[tuple[int, ...], ...] = ()
+    answer_format: str = ""
+
+
+_NOT_YET = Encoding([])
+
+
 class Stream:
     """A request as it lives in the tokenizer.
 
     `prompt` is empty until it is encoded. `tokens` are all output tokens, those that another
-    tokenizer had accepted included; `texts` holds what each of them made showable, so that any part
-    of the answer can be said again.
+    tokenizer had accepted included; `texts` holds what each of them made showable, and `parts` what
+    this is if the answer is told apart, so that any of it can be said again.
     """
 
     def __init__(
@@ -41,9 +72,10 @@ class Stream:
         self.attempt = submission.attempt
         self.deadline_s = deadline_s
         self.sampling: SamplingParams = submission.sampling
-        self.prompt: list[int] = []
+        self.encoding = _NOT_YET
         self.tokens: list[int] = accepted
         self.texts: list[str] = []
+        self.parts: list[list[Part]] = []
         self.logprobs: list[TextLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -60,6 +92,8 @@ class Stream:
         self._eos_ids = frozenset() if self.sampling.ignore_eos else eos_token_ids
         self._tail = ""
         """What was held back until the end."""
+        self._tail_parts: list[Part] = []
+        self._parser: Parser | None = None
         self._cached_tokens: int | None = None
         self._path = self._path_told = self._decision = ""
         self._hashes: list[BlockHash] = []
@@ -68,19 +102,36 @@ class Stream:
         """The last attempt that was submitted."""
 
     @property
+    def prompt(self) -> list[int]:
+        return self.encoding.prompt
+
+    @property
     def encoded(self) -> bool:
         return bool(self.prompt)
 
-    def begin(self, prompt: list[int], sampling: SamplingParams) -> None:
+    @property
+    def submitted_bytes(self) -> int:
+        """About as many as a submission has: ids, their hashes, and the grammar."""
+        return 5 * (len(self.prompt) + len(self.tokens)) + len(self.sampling.grammar)
+
+    def begin(self, encoding: Encoding, sampling: SamplingParams) -> None:
         """The prompt is known: go through the accepted tokens, which may already be the end."""
-        self.prompt, self.sampling = prompt, sampling
+        self.encoding = encoding
+        self.sampling = sampling = msgspec.structs.replace(
+            sampling, grammar=encoding.grammar, bad_tokens=encoding.bad_tokens
+        )
+        shown: frozenset[int] = frozenset()
+        if self.submission.parse:
+            self._parser = parser(encoding.answer_format)
+            shown = spelled(self._codec, markers(encoding.answer_format))
         self._detokenizer = Detokenizer(
             self._codec,
-            prompt[-PROMPT_TAIL_TOKENS:],
+            encoding.prompt[-PROMPT_TAIL_TOKENS:],
             sampling.stop,
             sampling.include_stop_str_in_output,
             sampling.skip_special_tokens,
             sampling.min_tokens,
+            shown,
         )
         accepted, self.tokens = self.tokens, []
         self._push(accepted, (), None)
@@ -143,6 +194,7 @@ class Stream:
     def check(self) -> None:
         if self.encoded:
             assert len(self.texts) == len(self.tokens)
+            assert len(self.parts) == (len(self.tokens) if self.submission.parse else 0)
             assert len(self.tokens) <= self.sampling.max_tokens or self.finish_reason is not None
         if self.sampling.logprobs is not None:
             assert len(self.logprobs) == len(self.texts)
@@ -163,6 +215,8 @@ class Stream:
                 token == stop_token and i == len(tokens) - 1
             )
             self.texts.append("" if silent else self._detokenizer.push(token))
+            if self._parser is not None:
+                self.parts.append(self._parser.push(self.texts[-1]))
             if self.sampling.logprobs is not None:
                 given = logprobs[i] if i < len(logprobs) else TokenLogprobs(token, math.nan)
                 self.logprobs.append(self._with_text(given))
@@ -172,6 +226,8 @@ class Stream:
 
     def _finish(self, reason: FinishReason, stop_token: int | None) -> None:
         self._tail = self._detokenizer.flush()
+        if self._parser is not None:
+            self._tail_parts = self._parser.push(self._tail) + self._parser.end()
         self.finish_reason = reason
         if self._detokenizer.stopped is not None:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self._detokenizer.stopped
@@ -183,12 +239,19 @@ class Stream:
         path = self._path if last or self._path != self._path_told else ""
         self._path_told = path or self._path_told
         wants = self.sampling.logprobs is not None
+        text, parts = "", list[Part]()
+        if self._parser is None:
+            text = "".join(self.texts[start:end]) + (self._tail if last else "")
+        else:
+            said = itertools.chain.from_iterable(self.parts[start:end])
+            parts = merged([*said, *(self._tail_parts if last else ())])
         return TextDelta(
             request_id=self.request_id,
             attempt=self.attempt,
             position=start,
             tokens=pack_tokens(self.tokens[start:end]),
-            text="".join(self.texts[start:end]) + (self._tail if last else ""),
+            text=text,
+            parts=parts,
             logprobs=self.logprobs[start:end] if wants else None,
             finish_reason=self.finish_reason if last else None,
             stop_reason=self.stop_reason if last else None,

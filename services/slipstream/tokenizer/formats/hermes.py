@@ -1,6 +1,10 @@
 """`<tool_call>\\n{"name": "f", "arguments": {…}}\\n</tool_call>`: Hermes, Qwen 2.5 and 3."""
 
+from collections.abc import Sequence
+
+from slipstream.tokenizer.formats import lark
 from slipstream.tokenizer.formats.json_call import HEADS, NO_ARGUMENTS, JsonCalls
+from slipstream.tokenizer.formats.lark import Function, Ref
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -46,3 +50,15 @@ class HermesParser(JsonCalls):
         self._text = self._text.removeprefix(CLOSE)
         self._state = self._free
         return True
+
+
+def rules(functions: Sequence[Function], calls_max: int, ref: Ref) -> str:
+    """Rule `calls`: one call or more."""
+    begin, end = lark.text("\n"), lark.text("\n")
+    return "\n".join(
+        [
+            f"calls: {lark.repeated('call', begin, calls_max)}",
+            f"call: {ref(OPEN)} {begin} object {end} {ref(CLOSE)}",
+            lark.json_calls(functions, "arguments"),
+        ]
+    )

@@ -3,7 +3,11 @@
 An answer is a call if it begins like one. `<|python_tag|>` announces one anywhere.
 """
 
+from collections.abc import Sequence
+
+from slipstream.tokenizer.formats import lark
 from slipstream.tokenizer.formats.json_call import JsonCalls
+from slipstream.tokenizer.formats.lark import Function, Ref
 
 TAG = "<|python_tag|>"
 
@@ -57,3 +61,9 @@ class Llama3JsonParser(JsonCalls):
             self._text = self._text.removeprefix(";")
             self._state = self._start
         return bool(self._text)
+
+
+def rules(functions: Sequence[Function], calls_max: int, ref: Ref) -> str:
+    """Rule `calls`: one call or more."""
+    calls = lark.repeated("object", lark.text("; "), calls_max)
+    return f"calls: {calls}\n{lark.json_calls(functions, 'parameters')}"

@@ -2,11 +2,14 @@
 `[TOOL_CALLS]f[ARGS]{…}` for each call, with or without `[ARGS]`."""
 
 import re
+from collections.abc import Sequence
 
+from slipstream.tokenizer.formats import lark
 from slipstream.tokenizer.formats.json_call import JsonCalls, JsonScan
+from slipstream.tokenizer.formats.lark import Function, Ref
 from slipstream.tokenizer.formats.parser import HEAD_CHARS_MAX
 
-MARKER, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+MARKERS = MARKER, CALL_ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 
 _named = re.compile(
     r"\s*(?P<name>[\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?\s*(?:\[ARGS\])?\s*(?P<arguments>\{)\s*[\"}]"
@@ -71,3 +74,20 @@ class MistralParser(JsonCalls):
             self._text = self._text.removeprefix("]")
             self._state = self._free
         return bool(self._text)
+
+
+def listed_rules(functions: Sequence[Function], calls_max: int, ref: Ref) -> str:
+    """Rule `calls`: a list of one call or more."""
+    calls = lark.repeated("object", lark.text(", "), calls_max)
+    whole = f"{ref(MARKER)} {lark.text('[')} {calls} {lark.text(']')}"
+    return f"calls: {whole}\n{lark.json_calls(functions, 'arguments')}"
+
+
+def named_rules(functions: Sequence[Function], calls_max: int, ref: Ref) -> str:
+    """Rule `calls`: one call or more, each with its marker."""
+    options = [
+        f"{lark.text(f.name)} {ref(ARGUMENTS)} arguments_{i}" for i, f in enumerate(functions)
+    ]
+    schemas = [f"arguments_{i}: {lark.arguments(f.schema)}" for i, f in enumerate(functions)]
+    calls = f"call{{1,{calls_max}}}" if calls_max > 1 else "call"
+    return "\n".join([f"calls: {calls}", f"call: {ref(MARKER)} ({lark.either(options)})", *schemas])

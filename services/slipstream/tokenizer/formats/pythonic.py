@@ -6,7 +6,10 @@ An answer is a list of calls if it begins like one. Arguments become JSON one by
 import ast
 import json
 import re
+from collections.abc import Sequence
 
+from slipstream.tokenizer.formats import lark
+from slipstream.tokenizer.formats.lark import Function, Ref
 from slipstream.tokenizer.formats.parser import Head, ToolParser
 
 START, END = "<|python_start|>", "<|python_end|>"
@@ -200,3 +203,47 @@ def _json(value: str) -> str:
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         return json.dumps(value[1:-1] if quoted else value, ensure_ascii=False)
     return value
+
+
+def rules(functions: Sequence[Function], calls_max: int, ref: Ref) -> str:
+    """Rule `calls`: a list of one call or more. ValueError: a function cannot be written so."""
+    calls = lark.repeated("call", lark.text(", "), calls_max)
+    options = [f"{lark.text(f'{f.name}(')} arguments_{i}" for i, f in enumerate(functions)]
+    lines = [
+        f"calls: {lark.text('[')} {calls} {lark.text(']')}",
+        f"call: {lark.either([f'({option})' for option in options])}",
+    ]
+    for i, function in enumerate(functions):
+        lines += _argument_rules(i, function)
+    return "\n".join(lines)
+
+
+def _argument_rules(number: int, function: Function) -> list[str]:
+    """Rule `arguments_<number>`: those that are required, then some of the others, in the order of
+    the schema, and the bracket that ends them."""
+    schema = function.schema
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    properties = schema.get("properties", {})
+    required = [name for name in schema.get("required", ()) if name in properties]
+    names = required + [n for n in properties if n not in required and n.isidentifier()]
+    for name in (function.name.replace(".", "_"), *required):
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is no name in calls of this model's kind")
+    lines = []
+    end = lark.text(")")
+    for i, name in enumerate(names):
+        value = {**properties[name], **shared} if isinstance(properties[name], dict) else {}
+        lines.append(f"a_{number}_{i}: {lark.text(f'{name}=')} {lark.arguments(value)}")
+    # rest_i: what may follow before argument i; first_i: the same where none has come yet.
+    lines.append(f"rest_{number}_{len(names)}: {end}")
+    lines.append(f"first_{number}_{len(names)}: {end}")
+    for i in reversed(range(len(names))):
+        told, rest = f"a_{number}_{i} rest_{number}_{i + 1}", f"rest_{number}_{i + 1}"
+        if i < len(required):
+            lines.append(f"rest_{number}_{i}: {lark.text(', ')} {told}")
+            lines.append(f"first_{number}_{i}: {told}")
+        else:
+            lines.append(f"rest_{number}_{i}: {lark.text(', ')} {told} | {rest}")
+            lines.append(f"first_{number}_{i}: {told} | first_{number}_{i + 1}")
+    lines.append(f"arguments_{number}: first_{number}_0")
+    return lines
