@@ -150,13 +150,23 @@ def _answer(constraint: Constraint) -> dict[str, Any]:
                 return {"lark_grammar": made["lark_grammar"]}
             case ConstraintKind.CHOICE:
                 choices = msgspec.json.decode(text, type=list[str])
+                if not choices:
+                    _refuse("there are no choices", param)
                 return {"lark_grammar": f"start: {lark.either([lark.text(c) for c in choices])}"}
             case ConstraintKind.GRAMMAR:
                 if len(text) > EBNF_CHARS_MAX:
                     _refuse(f"a grammar has at most {EBNF_CHARS_MAX} characters", param)
-                return {"lark_grammar": any_to_lark(text)}
+                return {"lark_grammar": _lark(text)}
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         _refuse(str(error), param)
+
+
+def _lark(text: str) -> str:
+    """Of Lark or GBNF. ValueError."""
+    try:
+        return any_to_lark(text)
+    except Exception as error:  # the library raises no narrower one for a text that is neither
+        raise ValueError(str(error)) from error
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
@@ -175,9 +185,8 @@ def _checked_length(grammars: list[dict[str, Any]], param: str) -> str:
 
 def unusable(reason: str, param: str) -> str:
     """For the client: why its schema or grammar is none."""
-    plain = " ".join(reason.split())[:300]
-    what = {"tools": "The parameters of tools", "response_format": "The schema of response_format"}
-    return f"{what.get(param, f'What {param} asks for')} cannot be held to: {plain}."
+    plain = " ".join(reason.split())[:300].rstrip(".")
+    return f"{param}: no answer can be held to this: {plain}."
 
 
 def _refuse(reason: str, param: str) -> NoReturn:

@@ -90,7 +90,8 @@ class EncodeExecutor:
 def _problem(verdict: Verdict, param: str) -> Problem | None:
     if not verdict.refused:
         return None
-    message = unusable(verdict.refused, param)
     if verdict.late:
+        message = f"{param}: it could not be compiled, for {verdict.refused}. Try again."
         return Problem(code=ErrorCode.QUEUE_FULL, message=message, param=param, retry_after_s=1.0)
+    message = unusable(verdict.refused, param)
     return Problem(code=ErrorCode.INVALID_SCHEMA, message=message, param=param)

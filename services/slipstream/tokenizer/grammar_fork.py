@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import msgspec
+from llguidance import LLMatcher, LLTokenizer
 
-from slipstream.grammar import GrammarError, Grammars, tokenizer
+from slipstream.grammar import GrammarError, limits, tokenizer
 from slipstream.tokenizer.grammar_check import Question, Reply
 
 CPU_S = 1.0
@@ -37,45 +38,45 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the outer forks
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ids = [int(number) for number in eos_token_ids.split(",") if number] or [int(vocab_size) - 1]
-    grammars, unusable = None, ""
+    tokens, unusable = None, ""
     try:
-        grammars = Grammars(tokenizer(Path(model), int(vocab_size), ids))
+        tokens = tokenizer(Path(model), int(vocab_size), ids)
     except GrammarError as error:
         unusable = f"no answer of this model can be held to anything ({error})"
     for line in sys.stdin.buffer:
         if os.fork() == 0:
             question = msgspec.json.decode(line, type=Question)
-            if grammars is None:
+            if tokens is None:
                 _say(question.number, Reply(0, unusable))
             else:
-                _answer(question, grammars)
+                _answer(question, tokens)
             os._exit(0)
 
 
-def _answer(question: Question, grammars: Grammars) -> None:
+def _answer(question: Question, tokens: LLTokenizer) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     compiling = os.fork()
     if compiling == 0:
-        _say(question.number, _compiled(question.grammar, grammars))
+        _say(question.number, _compiled(question.grammar, tokens))
         os._exit(0)
     _, status = os.waitpid(compiling, 0)
     if status != 0:
         _say(question.number, _DEATHS.get(os.WTERMSIG(status), _BROKEN))
 
 
-def _compiled(grammar: str, grammars: Grammars) -> Reply:
+def _compiled(grammar: str, tokens: LLTokenizer) -> Reply:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library's last words are for nobody
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     signal.setitimer(signal.ITIMER_REAL, WALL_S)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    try:
-        matcher = grammars.matcher(grammar)
-    except GrammarError as error:
-        return Reply(0, str(error))
-    if matcher.is_stopped() and not matcher.is_accepting():
-        return Reply(0, "nothing follows it")
+    matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits())
+    if matcher.is_error():
+        return Reply(0, matcher.get_error())
+    matcher.compute_bitmask()  # the first step may be too much as well
+    if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
+        return Reply(0, "no text follows it, or too many do")
     return Reply(0)
 
 
