@@ -7,6 +7,7 @@ import ast
 import json
 import re
 from collections.abc import Sequence
+from typing import NoReturn
 
 from slipstream.tokenizer.formats import lark
 from slipstream.tokenizer.formats.lark import Function, Ref
@@ -189,6 +190,10 @@ class PythonicParser(ToolParser):
         return True
 
 
+def _refused(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def _json(value: str) -> str:
     """A Python literal as JSON; JSON stays as it is, and what is neither becomes a string."""
     value = value.strip()
@@ -198,7 +203,7 @@ def _json(value: str) -> str:
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         pass
     try:
-        json.loads(value)
+        json.loads(value, parse_constant=_refused)
     except (ValueError, RecursionError):
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         return json.dumps(value[1:-1] if quoted else value, ensure_ascii=False)

@@ -32,12 +32,14 @@ class ThinkParser:
 
     def _start(self, ended: bool) -> list[Part]:
         body = self._text.lstrip()
+        self._spaces.append(self._text[: len(self._text) - len(body)])
+        self._text = body
         if OPEN.startswith(body) and body != OPEN and not ended:
             return []
-        if body.startswith(OPEN):
-            self._text = body.removeprefix(OPEN)
-        elif not self._inside:
+        if not body.startswith(OPEN) and not self._inside:
             return self._rest()
+        self._text = body.removeprefix(OPEN)
+        self._spaces = []
         self._state = self._thinks
         return self._thinks(ended)
 
@@ -53,12 +55,13 @@ class ThinkParser:
         return parts
 
     def _seam(self, ended: bool) -> list[Part]:
+        self._spaces = []
         self._text = self._text.lstrip()
         return self._rest() if self._text else []
 
     def _rest(self) -> list[Part]:
         self._state = self._answered
-        text, self._text = self._text, ""
+        text, self._text = "".join(self._spaces) + self._text, ""
         return self._answer.push(text)
 
     def _answered(self, ended: bool) -> list[Part]:
