@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from slipstream.tokenizer.vocabulary import UnknownDecoderError, Vocabulary, rea
 from slipstream.types import unpack_tokens
 
 __all__ = ["CodecError", "PromptError", "TokenizerCodec"]
+
+
+_END_TOKENS = 32
+"""Enough for `</think>` and white space, however it is cut into tokens."""
 
 
 class CodecError(Exception):
@@ -71,8 +75,9 @@ class TokenizerCodec:
         return self._vocabulary.special_ids
 
     @property
-    def special_texts(self) -> Mapping[str, int]:
-        return self._vocabulary.special_texts
+    def added_texts(self) -> Mapping[str, int]:
+        """Tokens that were added to the vocabulary whole, special or not, by what they spell."""
+        return self._vocabulary.added_texts
 
     @property
     def strip_leading(self) -> int:
@@ -94,6 +99,10 @@ class TokenizerCodec:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         assembler = TextAssembler(self, skip_special_tokens)
         return "".join(map(assembler.push, ids)) + assembler.flush()
+
+    def end_of(self, ids: Sequence[int]) -> str:
+        """The last words of a prompt."""
+        return self.decode(ids[-_END_TOKENS:], skip_special_tokens=False)
 
     # --- prompts to ids ---
 

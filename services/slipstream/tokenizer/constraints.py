@@ -36,12 +36,13 @@ def planned(
     prompt: ChatPrompt | None,
     constraint: Constraint | None,
     dialect: Dialect,
-    specials: Mapping[str, int],
+    added: Mapping[str, int],
     prompt_end: str,
 ) -> Answer:
     """`prompt`: a chat whose answer is told apart; None: the answer is text.
 
-    `specials`: text of special tokens -> id. `prompt_end`: the last words of the rendered prompt.
+    `added`: text of tokens that are not made of others -> id. `prompt_end`: the last words of the
+    rendered prompt.
     PromptError: INVALID_SCHEMA.
     """
     reasoning, words = "", []
@@ -58,7 +59,7 @@ def planned(
         return Answer(format=answer_format)
 
     def ref(text: str) -> str:
-        return f"<[{specials[text]}]>" if text in specials else lark.text(text)
+        return f"<[{added[text]}]>" if text in added else lark.text(text)
 
     options, rules = [], []
     if prompt is not None and tools and dialect.tools is not None:
@@ -78,7 +79,7 @@ def planned(
         others.append({"name": "answer", **answer})
         options.append("@answer")
     whole = f"({lark.either(options)})"
-    rules.insert(0, _after_reasoning(whole, reasoning, think.CLOSE in specials, ref))
+    rules.insert(0, _after_reasoning(whole, reasoning, think.CLOSE in added, ref))
     made = [{"lark_grammar": "\n".join(rules)}, *others]
     return Answer(_checked_length(made, param), answer_format, param)
 

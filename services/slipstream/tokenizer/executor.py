@@ -11,7 +11,6 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import ChatPrompt
 from slipstream.tokenizer.codec import PromptError, TokenizerCodec
 from slipstream.tokenizer.constraints import planned, unusable
-from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS
 from slipstream.tokenizer.grammar_check import GrammarCheck, Verdict
 
 _log = logging.getLogger(__name__)
@@ -74,8 +73,8 @@ class EncodeExecutor:
             chat,
             effect.constraint,
             self._codec.dialect,
-            self._codec.special_texts,
-            self._codec.decode(tokens[-PROMPT_TAIL_TOKENS:], skip_special_tokens=False),
+            self._codec.added_texts,
+            self._codec.end_of(tokens),
         )
         encoded = Encoded(
             effect.request_id,

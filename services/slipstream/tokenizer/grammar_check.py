@@ -26,7 +26,9 @@ class Verdict(NamedTuple):
     refused: str = ""
     """Why it cannot be used; empty: it can."""
     late: bool = False
-    """There was no time to find out; another time there may be."""
+    """There was no time to find out."""
+    passing: bool = False
+    """Another time it may be otherwise."""
 
 
 Told: TypeAlias = Callable[[Verdict], None]
@@ -41,6 +43,7 @@ class Reply(msgspec.Struct, array_like=True):
     number: int
     refused: str = ""
     late: bool = False
+    passing: bool = False
 
 
 class _Waiting(NamedTuple):
@@ -91,7 +94,7 @@ class GrammarCheck:
                 self._kept.move_to_end(grammar)
                 return kept
             if len(self._waiting) >= WAITING_MAX:
-                return Verdict(f"{WAITING_MAX} others are being compiled", late=True)
+                return Verdict(f"{WAITING_MAX} others are being compiled", late=True, passing=True)
             process = self._running()
             assert process.stdin is not None
             self._count += 1
@@ -116,9 +119,9 @@ class GrammarCheck:
         assert process.stdout is not None
         for line in process.stdout:
             reply = msgspec.json.decode(line, type=Reply)
-            self._tell(reply.number, Verdict(reply.refused, reply.late))
+            self._tell(reply.number, Verdict(reply.refused, reply.late, reply.passing))
         process.wait()
-        died = Verdict("the process that compiles it has died", late=True)
+        died = Verdict("the process that compiles it has died", late=True, passing=True)
         with self._lock:
             asked = [n for n, waiting in self._waiting.items() if waiting.process is process]
         for number in asked:
@@ -127,7 +130,7 @@ class GrammarCheck:
     def _tell(self, number: int, verdict: Verdict) -> None:
         with self._lock:
             waiting = self._waiting.pop(number, None)
-            if waiting is not None and not verdict.late:
+            if waiting is not None and not verdict.passing:
                 self._keep(waiting.grammar, verdict)
         if waiting is not None:
             waiting.told(verdict)

@@ -10,7 +10,7 @@ CALLS_MAX = 16
 """Of an answer that is held to calls: a small model may find no end."""
 
 Ref: TypeAlias = Callable[[str], str]
-"""A marker as grammars write it: a special token where the vocabulary has one for it, else text."""
+"""A marker as grammars write it: as a token where one was added for it, else as text."""
 
 JSON_OPTIONS = {
     # A space or a line with its indentation. Without a bound small models write spaces for good.
