@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from sim.device import EOS, VOCAB, right_answer
 from sim.faults import Faults
 from sim.world import Process, World, random_prompt
@@ -31,7 +33,16 @@ from slipstream.spans import Trace, TraceContext
 from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
 from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
-from slipstream.types import FinishReason, NodeId, Role, SamplingParams, pack_tokens, unpack_tokens
+from slipstream.types import (
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    NodeId,
+    Role,
+    SamplingParams,
+    pack_tokens,
+    unpack_tokens,
+)
 
 MAX_MODEL_LEN = 256
 TIMEOUT_S = 300.0
@@ -73,6 +84,9 @@ class Client:
     ended: str = ""
     closes_after: int | None = None
     timeout_s: float = TIMEOUT_S
+    constraint: Constraint | None = None
+    bad_words: tuple[str, ...] = ()
+    parse: bool = False
 
     @classmethod
     def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
@@ -86,9 +100,16 @@ class Client:
             logprobs=rng.choice((None, None, 0)),
             stop=tuple(rng.choice(("ab", "q", "xyz", "e")) for _ in range(rng.choice((0, 0, 1)))),
         )
-        tokens, reason = right_answer(prompt, sampling)
+        grammar = f"start: {number}" if number % 4 == 1 else ""
+        bad_words = ("no",) if number % 5 == 2 else ()
+        bad_tokens = tuple(tuple(word.encode()) for word in bad_words)
+        held = msgspec.structs.replace(sampling, grammar=grammar, bad_tokens=bad_tokens)
+        tokens, reason = right_answer(prompt, held)
         expected, text, reason = _shown(prompt, tokens, reason, sampling)
         client = cls(f"r{number}", prompt, sampling, expected, reason, text)
+        if grammar:
+            client.constraint = Constraint(kind=ConstraintKind.GRAMMAR, text=grammar)
+        client.bad_words, client.parse = bad_words, number % 3 == 0
         if rng.random() < 0.12:
             client.closes_after = rng.randrange(0, 6)
         if rng.random() < 0.12:
@@ -110,7 +131,8 @@ class Client:
         assert item.position == len(self.tokens), f"{self.request_id}: {item}"
         new = unpack_tokens(item.tokens)
         self.tokens += new
-        self.shown += item.text
+        assert not (item.text if self.parse else item.parts), item
+        self.shown += item.text + "".join(part.text for part in item.parts)
         assert self.tokens == self.expected[: len(self.tokens)], (
             f"{self.request_id}: wrong token {self.tokens} for {self.expected}"
         )
@@ -263,6 +285,9 @@ class Cluster:
             prompt=TokenPrompt(tokens=pack_tokens(client.prompt)),
             sampling=client.sampling,
             timeout_s=client.timeout_s,
+            constraint=client.constraint,
+            bad_words=client.bad_words,
+            parse=client.parse,
         )
         number = int(name.strip("r'"))
         context = TraceContext(trace_id=f"{number + 1:032x}")
