@@ -93,7 +93,7 @@ def test_it_is_said_again_token_by_token(rig: Rig, known: int) -> None:
     rig.spans(span([EOS], len(ANSWER), finish=FinishReason.STOP, stop_token=EOS))
     first += [part for out in rig.all(TextOut) for delta in out.deltas for part in delta.parts]
     assert merged(first) == PARTS
-    rig.ask(msgspec.structs.replace(message, accepted=b''))
+    rig.ask(msgspec.structs.replace(message, accepted=b""))
     deltas = rig.one(TextOut).deltas
     assert [count_tokens(delta.tokens) for delta in deltas] == [1] * (len(ANSWER) + 1) + [0]
     told = [part for delta in deltas for part in delta.parts]
