@@ -354,6 +354,8 @@ async def test_verdicts_are_kept_and_the_process_is_started_again(
     other = msgspec.structs.replace(bad, constraint=YES)
     (third,) = await asked(byte_level_codec, byte_level_folder, [other], checker)
     assert third.problem is None and checker._process is not process
+    counted = {"grammars_compiling": 0, "grammars_total": 2, "grammars_refused_total": 1}
+    assert checker.statistics() == {**counted, "grammars_late_total": 0}
     checker.close()
 
 

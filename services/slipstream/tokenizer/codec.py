@@ -16,7 +16,7 @@ from slipstream.errors import ErrorCode
 from slipstream.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from slipstream.tokenizer.chat import ChatTemplate, PromptError, refuse
 from slipstream.tokenizer.detokenizer import TextAssembler
-from slipstream.tokenizer.dialect import AUTO, DialectError, detect
+from slipstream.tokenizer.dialect import AUTO, NONE, DialectError, detect
 from slipstream.tokenizer.vocabulary import UnknownDecoderError, Vocabulary, read_vocabulary
 from slipstream.types import unpack_tokens
 
@@ -173,7 +173,8 @@ class TokenizerCodec:
             )
 
     def _encode_chat(self, prompt: ChatPrompt, max_tokens: int | None) -> list[int]:
-        template = self._templates.get("tool_use") if prompt.tools else None
+        with_tools = prompt.tools and prompt.tool_choice != NONE
+        template = self._templates.get("tool_use") if with_tools else None
         template = template or self._templates.get("default")
         if template is None:
             refuse(

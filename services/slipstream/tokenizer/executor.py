@@ -40,6 +40,9 @@ class EncodeExecutor:
         assert isinstance(effect, EncodePrompt)
         self._threads.submit(self._encode, effect, self._max_model_len() or None)
 
+    def statistics(self) -> dict[str, float]:
+        return self._grammars.statistics()
+
     async def close(self) -> None:
         """What is being encoded is for nobody any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)

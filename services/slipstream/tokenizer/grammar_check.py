@@ -58,13 +58,13 @@ class GrammarCheck:
     def __init__(self, model: Path, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         ids = ",".join(map(str, sorted(eos_token_ids)))
         self._command = [
-            *(sys.executable, "-m", "slipstream.tokenizer.grammar_fork"),
+            *(sys.executable, "-P", "-m", "slipstream.tokenizer.grammar_fork"),
             *(str(model), str(vocab_size), ids),
         ]
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._waiting: dict[int, _Waiting] = {}
-        self._count = 0
+        self._count = self._refused = self._late = 0
         self._kept: OrderedDict[str, Verdict] = OrderedDict()
         self._chars = 0
 
@@ -78,14 +78,23 @@ class GrammarCheck:
         if known is not None:
             told(known)
 
+    def statistics(self) -> dict[str, float]:
+        """Any thread."""
+        with self._lock:
+            return {
+                "grammars_compiling": len(self._waiting),
+                "grammars_total": self._count,
+                "grammars_refused_total": self._refused,
+                "grammars_late_total": self._late,
+            }
+
     def close(self) -> None:
         """Nobody is told anything any more."""
         with self._lock:
             self._waiting.clear()
             process, self._process = self._process, None
-        if process is not None and process.stdin is not None:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
+        if process is not None:
+            process.kill()  # its forks die by their timers
             process.wait()
 
     def _ask(self, grammar: str, told: Told) -> Verdict | None:
@@ -94,6 +103,7 @@ class GrammarCheck:
                 self._kept.move_to_end(grammar)
                 return kept
             if len(self._waiting) >= WAITING_MAX:
+                self._late += 1
                 return Verdict(f"{WAITING_MAX} others are being compiled", late=True, passing=True)
             process = self._running()
             assert process.stdin is not None
@@ -130,6 +140,8 @@ class GrammarCheck:
     def _tell(self, number: int, verdict: Verdict) -> None:
         with self._lock:
             waiting = self._waiting.pop(number, None)
+            self._refused += bool(verdict.refused) and not verdict.late
+            self._late += verdict.late
             if waiting is not None and not verdict.passing:
                 self._keep(waiting.grammar, verdict)
         if waiting is not None:

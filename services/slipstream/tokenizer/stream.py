@@ -53,8 +53,8 @@ class Stream:
     """A request as it lives in the tokenizer.
 
     `prompt` is empty until it is encoded. `tokens` are all output tokens, those that another
-    tokenizer had accepted included; `texts` holds what each of them made showable, and `parts` what
-    this is if the answer is told apart, so that any of it can be said again.
+    tokenizer had accepted included; `texts` holds what each of them made showable, or `parts` if
+    the answer is told apart, so that any of it can be said again.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Stream:
         self.encoding = _NOT_YET
         self.tokens: list[int] = accepted
         self.texts: list[str] = []
-        self.parts: list[list[Part]] = []
+        self.parts: list[tuple[Part, ...]] = []
         self.logprobs: list[TextLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -193,11 +193,10 @@ class Stream:
 
     def check(self) -> None:
         if self.encoded:
-            assert len(self.texts) == len(self.tokens)
-            assert len(self.parts) == (len(self.tokens) if self.submission.parse else 0)
+            assert len(self.parts if self.submission.parse else self.texts) == len(self.tokens)
             assert len(self.tokens) <= self.sampling.max_tokens or self.finish_reason is not None
         if self.sampling.logprobs is not None:
-            assert len(self.logprobs) == len(self.texts)
+            assert len(self.logprobs) == (len(self.tokens) if self.encoded else 0)
         assert self.problem is None or self.finish_reason is None
 
     def _stops(self, token: int, num_output: int) -> bool:
@@ -214,9 +213,11 @@ class Stream:
             silent = self._stops(token, len(self.tokens)) or (
                 token == stop_token and i == len(tokens) - 1
             )
-            self.texts.append("" if silent else self._detokenizer.push(token))
-            if self._parser is not None:
-                self.parts.append(self._parser.push(self.texts[-1]))
+            text = "" if silent else self._detokenizer.push(token)
+            if self._parser is None:
+                self.texts.append(text)
+            else:
+                self.parts.append(tuple(self._parser.push(text)))
             if self.sampling.logprobs is not None:
                 given = logprobs[i] if i < len(logprobs) else TokenLogprobs(token, math.nan)
                 self.logprobs.append(self._with_text(given))
