@@ -99,6 +99,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def greedy(self) -> bool:
         return self.temperature == 0.0 or self.top_p == 0.0
 
+    def stops(self, token: int, num_output: int, eos_token_ids: frozenset[int]) -> bool:
+        """Whether the `num_output`-th token ends the answer.
+
+        A grammar's end is the answer's: there an end of sequence is drawn before its time only if
+        nothing else may follow.
+        """
+        ends = token in eos_token_ids
+        stops = token in self.stop_token_ids or (ends and not self.ignore_eos)
+        return (stops and num_output > self.min_tokens) or (ends and bool(self.grammar))
+
 
 class ConstraintKind(StrEnum):
     """What a client may ask its answer to be."""
@@ -113,9 +123,11 @@ class ConstraintKind(StrEnum):
     """EBNF as of Lark, or GBNF."""
 
 
-class Constraint(msgspec.Struct, frozen=True, kw_only=True):
+class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: ConstraintKind
     text: str = ""
+    param: str = "structured_outputs"
+    """The client's field that says so, for refusals."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

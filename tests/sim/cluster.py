@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from sim.device import EOS, VOCAB, prompt_scores, right_answer
 from sim.faults import Faults
 from sim.world import Process, World, random_prompt
@@ -32,6 +34,8 @@ from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
 from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
 from slipstream.types import (
+    Constraint,
+    ConstraintKind,
     FinishReason,
     NodeId,
     Role,
@@ -82,6 +86,9 @@ class Client:
     closes_after: int | None = None
     timeout_s: float = TIMEOUT_S
     priority: int = 0
+    constraint: Constraint | None = None
+    bad_words: tuple[str, ...] = ()
+    parse: bool = False
 
     @classmethod
     def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
@@ -96,10 +103,17 @@ class Client:
             prompt_logprobs=rng.choice((None, None, None, 0)),
             stop=tuple(rng.choice(("ab", "q", "xyz", "e")) for _ in range(rng.choice((0, 0, 1)))),
         )
-        tokens, reason = right_answer(prompt, sampling)
+        grammar = f"start: {number}" if number % 4 == 1 else ""
+        bad_words = ("no",) if number % 5 == 2 else ()
+        bad_tokens = tuple(tuple(word.encode()) for word in bad_words)
+        held = msgspec.structs.replace(sampling, grammar=grammar, bad_tokens=bad_tokens)
+        tokens, reason = right_answer(prompt, held)
         expected, text, reason = _shown(prompt, tokens, reason, sampling)
         client = cls(f"r{number}", prompt, sampling, expected, reason, text)
         client.priority = rng.choice((0, 0, 0, -1, 3))
+        if grammar:
+            client.constraint = Constraint(kind=ConstraintKind.GRAMMAR, text=grammar)
+        client.bad_words, client.parse = bad_words, number % 3 == 0
         if rng.random() < 0.12:
             client.closes_after = rng.randrange(0, 6)
         if rng.random() < 0.12:
@@ -121,7 +135,8 @@ class Client:
         assert item.position == len(self.tokens), f"{self.request_id}: {item}"
         new = unpack_tokens(item.tokens)
         self.tokens += new
-        self.shown += item.text
+        assert not (item.text if self.parse else item.parts), item
+        self.shown += item.text + "".join(part.text for part in item.parts)
         assert self.tokens == self.expected[: len(self.tokens)], (
             f"{self.request_id}: wrong token {self.tokens} for {self.expected}"
         )
@@ -278,6 +293,9 @@ class Cluster:
             sampling=client.sampling,
             timeout_s=client.timeout_s,
             priority=client.priority,
+            constraint=client.constraint,
+            bad_words=client.bad_words,
+            parse=client.parse,
         )
         number = int(name.strip("r'"))
         context = TraceContext(trace_id=f"{number + 1:032x}")

@@ -4,6 +4,8 @@ It reads and writes KV only through block tables, as the real one does. A block 
 early, torn by a READ, taken from a wrong prefix or never computed changes the next token.
 """
 
+import zlib
+
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.types import (
     BLOCK_TOKENS,
@@ -24,7 +26,8 @@ def _mix(previous: int, token: int) -> int:
 
 
 def _sample(blocks: list[int], tail: list[int], params: SamplingParams, position: int) -> int:
-    key = (*blocks, *tail, params.seed, params.choice, position)
+    held_to = zlib.crc32(params.grammar.encode()), *params.bad_tokens
+    key = (*blocks, *tail, params.seed, params.choice, position, *held_to)
     return (hash(key) >> 7) % VOCAB
 
 
@@ -135,7 +138,7 @@ def right_answer(prompt: list[int], params: SamplingParams) -> tuple[list[int], 
                 tail = []
         token = _sample(blocks, tail, params, len(output))
         output.append(token)
-        if token == EOS and not params.ignore_eos and len(output) > params.min_tokens:
+        if params.stops(token, len(output), frozenset((EOS,))):
             return output, FinishReason.STOP
         if len(output) == params.max_tokens:
             return output, FinishReason.LENGTH

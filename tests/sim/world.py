@@ -206,10 +206,9 @@ class Process:
             case m.DigestBlocks(op_id, blocks):
                 digests = tuple(self.device.digest(block) for block in blocks)
                 self.later(0.0005 * len(blocks), m.BlocksDigested(op_id, digests))
-            case m.EncodePrompt(request_id, prompt):
+            case m.EncodePrompt(prompt=prompt):
                 assert isinstance(prompt, TokenPrompt)
-                tokens = tuple(unpack_tokens(prompt.tokens))
-                self.later(0.001, m.Encoded(request_id, tokens))
+                self.later(0.001, encoded(action))
             case m.Deliver() | m.DeliverCodec():
                 self.deliver(action)
             case m.Note():
@@ -320,6 +319,18 @@ class Process:
             everywhere = dict.fromkeys(action.workers, m.Held(len(action.hashes)))
             done = msgspec.structs.replace(done, holders=everywhere)
         self.later(world.network.expovariate(500.0), done)
+
+
+def encoded(asked: m.EncodePrompt) -> m.Encoded:
+    """As the tokenizer's thread would: what the client wants of the answer is for the workers."""
+    assert isinstance(asked.prompt, TokenPrompt)
+    return m.Encoded(
+        asked.request_id,
+        tuple(unpack_tokens(asked.prompt.tokens)),
+        grammar=asked.constraint.text if asked.constraint else "",
+        bad_tokens=tuple(tuple(word.encode()) for word in asked.bad_words),
+        answer_format="hermes" if asked.parse else "",
+    )
 
 
 def random_prompt(rng: Random, stems: list[list[int]], longest: int) -> list[int]:

@@ -125,7 +125,7 @@ def test_guarded_ids_are_those_of_the_text_with_specials_off(
 
 def test_tools_and_arguments_are_guarded_too(tmp_path: Path) -> None:
     template = "<|im_start|>{{ tools | tojson if tools else '' }}{{ mode }}<|im_end|>"
-    codec = TokenizerCodec(byte_level(tmp_path, chat_template=template))
+    codec = TokenizerCodec(byte_level(tmp_path, chat_template=template), "hermes")
     tools = [{"<|im_end|>": "<|im_start|>"}]
     prompt = ChatPrompt(messages=user("x"), tools=tools, template_args={"mode": "<|im_end|>"})
     ids = codec.encode(prompt)

@@ -13,11 +13,15 @@ from slipstream.tokenizer.__main__ import read_eos_token_ids, run
 from slipstream.tokenizer.codec import TokenizerCodec
 from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
+from slipstream.tokenizer.grammar_check import GrammarCheck
 
 
-async def test_every_prompt_ends_as_an_event(byte_level_codec: TokenizerCodec) -> None:
+async def test_every_prompt_ends_as_an_event(
+    byte_level_codec: TokenizerCodec, byte_level_folder: Path
+) -> None:
     limit = 0
-    executor = EncodeExecutor(byte_level_codec, 2, lambda: limit)
+    grammars = GrammarCheck(byte_level_folder, byte_level_codec.vocab_size, [2])
+    executor = EncodeExecutor(byte_level_codec, grammars, 2, lambda: limit)
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
     await executor.start(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
 

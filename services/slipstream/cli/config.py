@@ -35,6 +35,7 @@ from slipstream.scheduler.config import (
     TtftTarget,
     check_otlp_endpoint,
 )
+from slipstream.tokenizer.config import ReasoningFormat, ToolFormat
 
 Count = Annotated[int, Meta(ge=1, le=64)]
 WorkerCount = Annotated[int, Meta(ge=0, le=64)]
@@ -66,6 +67,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_num_seqs: MaxNumSeqs = 64
     prefill_budget_tokens: PrefillBudget = 256
     speculative: Speculative = ""
+    tool_format: ToolFormat = "auto"
+    reasoning_format: ReasoningFormat = "auto"
 
     prefill: Annotated[WorkerCount, Meta(description="Prefill workers.")] = 1
     decode: Annotated[Count, Meta(description="Decode workers.")] = 1

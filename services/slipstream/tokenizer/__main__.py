@@ -13,6 +13,7 @@ from slipstream.runtime.wall import wall_offset_ns
 from slipstream.tokenizer.codec import CodecError, TokenizerCodec
 from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
+from slipstream.tokenizer.grammar_check import GrammarCheck
 from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
 
@@ -25,7 +26,7 @@ def run(config: TokenizerConfig) -> int:
     """Runs until it is drained; the exit code. StartError 4: the model's tokenizer is unusable."""
     folder = Path(config.model)
     try:
-        codec = TokenizerCodec(folder)
+        codec = TokenizerCodec(folder, config.tool_format, config.reasoning_format)
     except CodecError as error:
         raise StartError(f"slipstream tokenizer: {error}", ExitCode.MODEL) from None
     settings = TokenizerSettings(
@@ -39,7 +40,10 @@ def run(config: TokenizerConfig) -> int:
         host=host_identity(),
     )
     machine = TokenizerMachine(node, settings, codec)
-    executor = EncodeExecutor(codec, config.threads, lambda: machine.limits().max_model_len)
+    grammars = GrammarCheck(folder, codec.vocab_size, settings.eos_token_ids)
+    executor = EncodeExecutor(
+        codec, grammars, config.threads, lambda: machine.limits().max_model_len
+    )
     spans = TokenizerSpans(node, wall_offset_ns)
     return run_service(config, node, machine, executor, spans=spans)
 

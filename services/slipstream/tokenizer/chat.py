@@ -90,12 +90,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
+        self.source = source
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
-        read = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        parsed = environment.parse(source)
+        read = jinja2.meta.find_undeclared_variables(parsed)
         taken = _OURS | self._special_tokens.keys() | environment.globals.keys()
         self.arguments = frozenset(read - taken)
         """What `chat_template_kwargs` may set: what the template reads and nobody else sets."""
+        self.reads_tools = any(name.name == "tools" for name in parsed.find_all(jinja2.nodes.Name))
         self._knows_developer = "developer" in source
 
     def render(self, prompt: ChatPrompt, messages: list[dict[str, Any]]) -> str:
@@ -113,10 +116,11 @@ class ChatTemplate:
             "messages": messages,
             "tools": prompt.tools,
             "documents": None,
-            "add_generation_prompt": prompt.add_generation_prompt,
+            "add_generation_prompt": prompt.add_generation_prompt
+            and not prompt.continue_final_message,
         }
         try:
-            return self._bounded(variables)
+            text = self._bounded(variables)
         except (
             jinja2.TemplateError,
             TypeError,
@@ -133,6 +137,7 @@ class ChatTemplate:
                 f"The model's chat template refuses these messages: {reason[0][:300]}",
                 "messages",
             )
+        return _cut_after_last(text, messages) if prompt.continue_final_message else text
 
     def _bounded(self, variables: dict[str, Any]) -> str:
         parts: list[str] = []
@@ -155,6 +160,21 @@ class ChatTemplate:
         if plain.get("tool_calls"):
             plain["tool_calls"] = [_tool_call(call) for call in plain["tool_calls"]]
         return plain
+
+
+def _cut_after_last(text: str, messages: list[dict[str, Any]]) -> str:
+    """Without what the template writes after the last message; as in Transformers."""
+    last = str(messages[-1]["content"]) if messages else ""
+    found = text.rfind(last.strip())
+    if not last.strip() or found < 0:
+        refuse(
+            ErrorCode.INVALID_VALUE,
+            "The last message has no text in the prompt that could be continued; give it some, or "
+            "leave continue_final_message out.",
+            "continue_final_message",
+        )
+    end = found + len(last.lstrip())
+    return text[:end] if text[found:end] == last.lstrip() else text[: found + len(last.strip())]
 
 
 def _text(content: Any, index: int) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,15 @@ from slipstream.errors import ErrorCode
 from slipstream.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from slipstream.tokenizer.chat import ChatTemplate, PromptError, refuse
 from slipstream.tokenizer.detokenizer import TextAssembler
+from slipstream.tokenizer.dialect import AUTO, NONE, DialectError, detect
 from slipstream.tokenizer.vocabulary import UnknownDecoderError, Vocabulary, read_vocabulary
 from slipstream.types import unpack_tokens
 
 __all__ = ["CodecError", "PromptError", "TokenizerCodec"]
+
+
+_END_TOKENS = 32
+"""Enough for `</think>` and white space, however it is cut into tokens."""
 
 
 class CodecError(Exception):
@@ -29,7 +34,9 @@ class CodecError(Exception):
 class TokenizerCodec:
     """Immutable after construction; may be used by several threads at once."""
 
-    def __init__(self, model_path: Path) -> None:
+    def __init__(
+        self, model_path: Path, tool_format: str = AUTO, reasoning_format: str = AUTO
+    ) -> None:
         file = model_path / "tokenizer.json"
         self._source = _read(file)
         parsed = _object(self._source, file)
@@ -48,6 +55,10 @@ class TokenizerCodec:
         config = _optional_object(model_path / "tokenizer_config.json")
         named = _special_tokens(model_path, config)
         self._templates = _templates(model_path, config, named)
+        try:
+            self.dialect = detect(self._templates.values(), tool_format, reasoning_format)
+        except DialectError as error:
+            raise CodecError(str(error)) from error
         self._longest_piece = max(map(len, self._vocabulary.pieces), default=1) or 1
         specials = sorted(self._vocabulary.special_texts, key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, specials)) or "(?!)")
@@ -62,6 +73,11 @@ class TokenizerCodec:
     @property
     def special_ids(self) -> frozenset[int]:
         return self._vocabulary.special_ids
+
+    @property
+    def added_texts(self) -> Mapping[str, int]:
+        """Tokens that were added to the vocabulary whole, special or not, by what they spell."""
+        return self._vocabulary.added_texts
 
     @property
     def strip_leading(self) -> int:
@@ -83,6 +99,10 @@ class TokenizerCodec:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         assembler = TextAssembler(self, skip_special_tokens)
         return "".join(map(assembler.push, ids)) + assembler.flush()
+
+    def end_of(self, ids: Sequence[int]) -> str:
+        """The last words of a prompt."""
+        return self.decode(ids[-_END_TOKENS:], skip_special_tokens=False)
 
     # --- prompts to ids ---
 
@@ -106,6 +126,25 @@ class TokenizerCodec:
         if not ids:
             refuse(ErrorCode.INVALID_VALUE, "The prompt has no tokens; send some text.", "prompt")
         return ids
+
+    def avoided(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences that spell these words, alone and after a space. PromptError: a word is
+        empty, or spells a special token."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip()
+            if not bare:
+                refuse(ErrorCode.INVALID_VALUE, "A word of bad_words is empty.", "bad_words")
+            for text in (bare, f" {bare}"):
+                ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+                if self.special_ids.intersection(ids):
+                    refuse(
+                        ErrorCode.INVALID_VALUE,
+                        f"bad_words: {bare[:64]!r} spells a special token; use logit_bias.",
+                        "bad_words",
+                    )
+                found[ids] = None
+        return tuple(found)
 
     def _checked_ids(self, prompt: TokenPrompt) -> list[int]:
         try:
@@ -134,7 +173,8 @@ class TokenizerCodec:
             )
 
     def _encode_chat(self, prompt: ChatPrompt, max_tokens: int | None) -> list[int]:
-        template = self._templates.get("tool_use") if prompt.tools else None
+        with_tools = prompt.tools and prompt.tool_choice != NONE
+        template = self._templates.get("tool_use") if with_tools else None
         template = template or self._templates.get("default")
         if template is None:
             refuse(
@@ -142,7 +182,7 @@ class TokenizerCodec:
                 "This model has no chat template; use /v1/completions.",
                 "messages",
             )
-        messages = template.plain_messages(prompt.messages)
+        prompt, messages = self.dialect.adapted(prompt, template.plain_messages(prompt.messages))
         if self._spells_special((messages, prompt.tools, prompt.template_args)):
             return self._guard.encode(template, prompt, messages, self._special_text, max_tokens)
         text = template.render(prompt, messages)

@@ -5,7 +5,7 @@ process that replays a stream's tokens stands exactly where the lost one stood.
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 PROMPT_TAIL_TOKENS = 8
@@ -26,12 +26,26 @@ class TokenBytes(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
+def spelled(codec: TokenBytes, texts: Collection[str]) -> frozenset[int]:
+    """The special tokens that are written so."""
+    wanted = {text.encode() for text in texts}
+    if not wanted:
+        return frozenset()
+    return frozenset(token for token in codec.special_ids if codec.token_bytes(token) in wanted)
+
+
 class TextAssembler:
     """Bytes of tokens to text: holds an unfinished character back, replaces what is none."""
 
-    def __init__(self, codec: TokenBytes, skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        codec: TokenBytes,
+        skip_special_tokens: bool,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """`shown`: special tokens that are not skipped."""
         self._token_bytes = codec.token_bytes
-        self._skipped = codec.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = codec.special_ids - shown if skip_special_tokens else frozenset[int]()
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._strip = codec.strip_leading
 
@@ -66,9 +80,10 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self.stopped: str | None = None
-        self._assembler = TextAssembler(codec, skip_special_tokens)
+        self._assembler = TextAssembler(codec, skip_special_tokens, shown)
         for token_id in prompt_tail_tokens:
             self._assembler.push(token_id)
         self._stop = stop

@@ -44,7 +44,7 @@ from slipstream.messages import (
 from slipstream.tokenizer.admission import Limits, fitted, limits, unknown_token, unusable
 from slipstream.tokenizer.codec_calls import CodecCalls
 from slipstream.tokenizer.detokenizer import TokenBytes
-from slipstream.tokenizer.stream import Stream
+from slipstream.tokenizer.stream import Encoding, Stream
 from slipstream.types import NodeId, RequestId, unpack_tokens
 
 TICK_TIMER = "tick"
@@ -96,7 +96,7 @@ class TokenizerMachine:
                 if self._calls.owns(key):
                     effects += self._calls.encoded(key, tokens, problem)
                 else:
-                    effects += self._encoded(key, list(tokens), problem, now_s)
+                    effects += self._encoded(event, now_s)
             case PeerUp(peer, _) if peer == SCHEDULER:
                 self._unsubmitted = deque(s.request_id for s in self._live.values() if s.encoded)
                 effects += self._submit_batch(now_s)
@@ -189,7 +189,7 @@ class TokenizerMachine:
         del (self._live if message.request_id in self._live else self._ended)[message.request_id]
         self._counts["restarts"] += 1
         renewed = msgspec.structs.replace(message, attempt=attempt)
-        return self._open(source, renewed, accepted, now_s, known.prompt)
+        return self._open(source, renewed, accepted, now_s, known.encoding)
 
     def _open(
         self,
@@ -197,7 +197,7 @@ class TokenizerMachine:
         message: Tokenize,
         accepted: list[int],
         now_s: float,
-        prompt: list[int] | None = None,
+        encoding: Encoding | None = None,
     ) -> list[Effect]:
         if len(self._live) >= self.settings.max_streams:
             text = f"All {self.settings.max_streams} streams of the tokenizer are in use."
@@ -213,9 +213,10 @@ class TokenizerMachine:
         )
         self._live[stream.request_id] = stream
         self._counts["streams"] += 1
-        if prompt:
-            return self._begin(stream, prompt, now_s)
-        return [EncodePrompt(stream.request_id, message.prompt)]
+        if encoding is not None and encoding.prompt:
+            return self._begin(stream, encoding, now_s)
+        asked = message.constraint, message.bad_words, message.parse
+        return [EncodePrompt(stream.request_id, message.prompt, *asked)]
 
     def _say_again(self, stream: Stream, position: int) -> list[Effect]:
         stream.orphaned_at_s = None
@@ -242,17 +243,20 @@ class TokenizerMachine:
 
     # --- From a prompt to a submission ---
 
-    def _encoded(
-        self, request_id: RequestId, tokens: list[int], problem: Problem | None, now_s: float
-    ) -> list[Effect]:
-        stream = self._live.get(request_id)
+    def _encoded(self, event: Encoded, now_s: float) -> list[Effect]:
+        stream = self._live.get(event.request_id)
         if stream is None or stream.encoded:
             return []
-        if problem is not None or not tokens:
-            return self._fail(stream, problem or unusable("The prompt has no tokens."), now_s)
-        return self._begin(stream, tokens, now_s)
+        if event.problem is not None or not event.tokens:
+            problem = event.problem or unusable("The prompt has no tokens.")
+            return self._fail(stream, problem, now_s)
+        encoding = Encoding(
+            list(event.tokens), event.grammar, event.bad_tokens, event.answer_format
+        )
+        return self._begin(stream, encoding, now_s)
 
-    def _begin(self, stream: Stream, prompt: list[int], now_s: float) -> list[Effect]:
+    def _begin(self, stream: Stream, encoding: Encoding, now_s: float) -> list[Effect]:
+        prompt = encoding.prompt
         max_model_len, vocab_size, _ = self.limits()
         if problem := unknown_token(prompt + stream.tokens, vocab_size):
             return self._fail(stream, problem, now_s)
@@ -262,7 +266,7 @@ class TokenizerMachine:
         self._counts["prompts"] += 1
         self._counts["prompt_tokens"] += len(prompt)
         replayed = len(stream.tokens)
-        stream.begin(prompt, sampling)
+        stream.begin(encoding, sampling)
         tokenized = Send(stream.frontend, stream.tokenized())
         if stream.finish_reason is None:
             return [*self._submit(stream, now_s), tokenized]  # what is waited for goes first
@@ -283,7 +287,7 @@ class TokenizerMachine:
             stream = self._live.get(self._unsubmitted.popleft())
             if stream is not None and stream.encoded and self.membership.scheduler_up:
                 effects.append(self._submission(stream, now_s))
-                num_bytes += 5 * (len(stream.prompt) + len(stream.tokens))  # ids, and their hashes
+                num_bytes += stream.submitted_bytes
         return effects
 
     # --- Tokens ---

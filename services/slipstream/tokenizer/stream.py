@@ -1,12 +1,31 @@
 """One stream's journal and text: what was asked, which tokens came, what each of them shows."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
 
 from slipstream.core.prefix import extend_hashes, namespace
 from slipstream.errors import Problem
-from slipstream.messages import Submit, TextDelta, TextLogprob, Tokenize, Tokenized, TokenSpan
-from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer, TokenBytes
+from slipstream.messages import (
+    Part,
+    Submit,
+    TextDelta,
+    TextLogprob,
+    Tokenize,
+    Tokenized,
+    TokenSpan,
+)
+from slipstream.tokenizer.detokenizer import (
+    PROMPT_TAIL_TOKENS,
+    Detokenizer,
+    TokenBytes,
+    spelled,
+)
+from slipstream.tokenizer.formats.parser import Parser, merged
+from slipstream.tokenizer.formats.tool_formats import markers, parser
 from slipstream.types import (
     BlockHash,
     FinishReason,
@@ -18,12 +37,24 @@ from slipstream.types import (
 )
 
 
+class Encoding(NamedTuple):
+    """What became of a prompt, as `core.machine.Encoded`."""
+
+    prompt: list[int]
+    grammar: str = ""
+    bad_tokens: tuple[tuple[int, ...], ...] = ()
+    answer_format: str = ""
+
+
+_NOT_YET = Encoding([])
+
+
 class Stream:
     """A request as it lives in the tokenizer.
 
     `prompt` is empty until it is encoded. `tokens` are all output tokens, those that another
-    tokenizer had accepted included; `texts` holds what each of them made showable, so that any part
-    of the answer can be said again.
+    tokenizer had accepted included; `texts` holds what each of them made showable, or `parts` if
+    the answer is told apart, so that any of it can be said again.
     """
 
     def __init__(
@@ -41,9 +72,10 @@ class Stream:
         self.attempt = submission.attempt
         self.deadline_s = deadline_s
         self.sampling: SamplingParams = submission.sampling
-        self.prompt: list[int] = []
+        self.encoding = _NOT_YET
         self.tokens: list[int] = accepted
         self.texts: list[str] = []
+        self.parts: list[tuple[Part, ...]] = []
         self.logprobs: list[TextLogprob] = []
         self.prompt_logprobs: list[TextLogprob] = []
         self.finish_reason: FinishReason | None = None
@@ -57,10 +89,11 @@ class Stream:
         self.ask_again_at_s = 0.0
         self.ended_at_s = 0.0
         self._codec = codec
-        self._stop_ids = frozenset(self.sampling.stop_token_ids)
-        self._eos_ids = frozenset() if self.sampling.ignore_eos else eos_token_ids
+        self._eos_token_ids = eos_token_ids
         self._tail = ""
         """What was held back until the end."""
+        self._tail_parts: list[Part] = []
+        self._parser: Parser | None = None
         self._cached_tokens: int | None = None
         self._path = self._path_told = self._decision = ""
         self._hashes: list[BlockHash] = []
@@ -69,25 +102,42 @@ class Stream:
         """The last attempt that was submitted."""
 
     @property
+    def prompt(self) -> list[int]:
+        return self.encoding.prompt
+
+    @property
     def encoded(self) -> bool:
         return bool(self.prompt)
 
-    def begin(self, prompt: list[int], sampling: SamplingParams) -> None:
+    @property
+    def submitted_bytes(self) -> int:
+        """About as many as a submission has: ids, their hashes, and the grammar."""
+        return 5 * (len(self.prompt) + len(self.tokens)) + len(self.sampling.grammar)
+
+    def begin(self, encoding: Encoding, sampling: SamplingParams) -> None:
         """The prompt is known: go through the accepted tokens, which may already be the end."""
-        self.prompt, self.sampling = prompt, sampling
+        self.encoding = encoding
+        self.sampling = sampling = msgspec.structs.replace(
+            sampling, grammar=encoding.grammar, bad_tokens=encoding.bad_tokens
+        )
+        shown: frozenset[int] = frozenset()
+        if self.submission.parse:
+            self._parser = parser(encoding.answer_format)
+            shown = spelled(self._codec, markers(encoding.answer_format))
         self._detokenizer = Detokenizer(
             self._codec,
-            prompt[-PROMPT_TAIL_TOKENS:],
+            encoding.prompt[-PROMPT_TAIL_TOKENS:],
             sampling.stop,
             sampling.include_stop_str_in_output,
             sampling.skip_special_tokens,
             sampling.min_tokens,
+            shown,
         )
         accepted, self.tokens = self.tokens, []
         self._push(accepted, (), None)
         if self.finish_reason is None and self.tokens:
             last = self.tokens[-1]
-            if self._stops(last, len(self.tokens)):
+            if self._stops(last):
                 self._finish(FinishReason.STOP, last)
             elif len(self.tokens) >= sampling.max_tokens:
                 self._finish(FinishReason.LENGTH, None)
@@ -148,16 +198,15 @@ class Stream:
 
     def check(self) -> None:
         if self.encoded:
-            assert len(self.texts) == len(self.tokens)
+            assert len(self.parts if self.submission.parse else self.texts) == len(self.tokens)
             assert len(self.tokens) <= self.sampling.max_tokens or self.finish_reason is not None
         if self.sampling.logprobs is not None:
-            assert len(self.logprobs) == len(self.texts)
+            assert len(self.logprobs) == (len(self.tokens) if self.encoded else 0)
         assert self.problem is None or self.finish_reason is None
 
-    def _stops(self, token: int, num_output: int) -> bool:
-        """The workers' rule (`core.job.Job.settle`), for tokens that come without their word."""
-        stops = token in self._stop_ids or token in self._eos_ids
-        return stops and num_output > self.sampling.min_tokens
+    def _stops(self, token: int) -> bool:
+        """For tokens that come without a worker's word; the token is the last one."""
+        return self.sampling.stops(token, len(self.tokens), self._eos_token_ids)
 
     def _push(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], stop_token: int | None
@@ -165,10 +214,12 @@ class Stream:
         """Up to the end of `tokens`, or of the token that completes a stop string."""
         for i, token in enumerate(tokens):
             self.tokens.append(token)
-            silent = self._stops(token, len(self.tokens)) or (
-                token == stop_token and i == len(tokens) - 1
-            )
-            self.texts.append("" if silent else self._detokenizer.push(token))
+            silent = self._stops(token) or (token == stop_token and i == len(tokens) - 1)
+            text = "" if silent else self._detokenizer.push(token)
+            if self._parser is None:
+                self.texts.append(text)
+            else:
+                self.parts.append(tuple(self._parser.push(text)))
             if self.sampling.logprobs is not None:
                 given = logprobs[i] if i < len(logprobs) else TokenLogprobs(token, math.nan)
                 self.logprobs.append(self._with_text(given))
@@ -178,10 +229,12 @@ class Stream:
 
     def _finish(self, reason: FinishReason, stop_token: int | None) -> None:
         self._tail = self._detokenizer.flush()
+        if self._parser is not None:
+            self._tail_parts = self._parser.push(self._tail) + self._parser.end()
         self.finish_reason = reason
         if self._detokenizer.stopped is not None:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self._detokenizer.stopped
-        elif reason is FinishReason.STOP and stop_token in self._stop_ids:
+        elif reason is FinishReason.STOP and stop_token in self.sampling.stop_token_ids:
             self.stop_reason = stop_token
 
     def _delta(self, start: int, end: int, *, last: bool) -> TextDelta:
@@ -189,12 +242,19 @@ class Stream:
         path = self._path if last or self._path != self._path_told else ""
         self._path_told = path or self._path_told
         wants = self.sampling.logprobs is not None
+        text, parts = "", list[Part]()
+        if self._parser is None:
+            text = "".join(self.texts[start:end]) + (self._tail if last else "")
+        else:
+            said = itertools.chain.from_iterable(self.parts[start:end])
+            parts = merged([*said, *(self._tail_parts if last else ())])
         return TextDelta(
             request_id=self.request_id,
             attempt=self.attempt,
             position=start,
             tokens=pack_tokens(self.tokens[start:end]),
-            text="".join(self.texts[start:end]) + (self._tail if last else ""),
+            text=text,
+            parts=parts,
             logprobs=self.logprobs[start:end] if wants else None,
             prompt_logprobs=None if start else self.prompt_logprobs or None,
             finish_reason=self.finish_reason if last else None,

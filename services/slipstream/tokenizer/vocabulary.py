@@ -22,6 +22,8 @@ class Vocabulary:
     """Bytes of each id; empty where the id is not in use."""
     special_ids: frozenset[int]
     special_texts: dict[str, int]
+    added_texts: dict[str, int]
+    """The special ones, and others that were added to what was trained."""
     strip_leading: int
 
 
@@ -36,12 +38,10 @@ def read_vocabulary(file: Json, tokens: Mapping[str, int]) -> Vocabulary:
         strip = 0
     else:
         strip = _fill_sentencepiece(pieces, tokens, steps)
-    special = {
-        token["content"]: tokens[token["content"]]
-        for token in file.get("added_tokens", ())
-        if token.get("special")
-    }
-    return Vocabulary(tuple(pieces), frozenset(special.values()), special, strip)
+    entries = file.get("added_tokens", ())
+    added = {entry["content"]: tokens[entry["content"]] for entry in entries}
+    special = {e["content"]: added[e["content"]] for e in entries if e.get("special")}
+    return Vocabulary(tuple(pieces), frozenset(special.values()), special, added, strip)
 
 
 def _decoder_steps(decoder: Json | None) -> list[Json]:

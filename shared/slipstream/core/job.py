@@ -126,15 +126,9 @@ class Job:
             self.logprobs.append(logprobs)
 
     def settle(self, eos_token_ids: frozenset[int], max_model_len: int) -> bool:
-        """Whether the token appended last ends the stream; sets the reason.
-
-        A grammar's end is the answer's: there an end of sequence is drawn before its time only if
-        nothing else may follow.
-        """
+        """Whether the token appended last ends the stream; sets the reason."""
         token, params = self.tokens[-1], self.sampling
-        ends = token in eos_token_ids
-        stops = token in params.stop_token_ids or (ends and not params.ignore_eos)
-        if (stops and self.num_output > params.min_tokens) or (ends and params.grammar):
+        if params.stops(token, self.num_output, eos_token_ids):
             self.finish_reason, self.stop_token = FinishReason.STOP, token
         elif self.num_output >= params.max_tokens or len(self.tokens) >= max_model_len:
             self.finish_reason = FinishReason.LENGTH
