@@ -26,6 +26,7 @@ NAMES = {
 }
 """Our fields in a chat -> theirs."""
 
+MESSAGES_MAX = 10_000
 BETWEEN = "\n\n"
 """Between two blocks of text of one message."""
 
@@ -47,6 +48,11 @@ def read(body: Request) -> Asked:
         conversation.say("system", _texts(body.system, "system"), "system")
     if not body.messages:
         refuse("messages is empty; send at least one message.", "messages")
+    if len(body.messages) > MESSAGES_MAX:
+        refuse(
+            f"messages has {len(body.messages)} entries; at most {MESSAGES_MAX} are allowed.",
+            "messages",
+        )
     for i, message in enumerate(body.messages):
         _message(message, f"messages[{i}]", conversation)
     fields, skipped = _tools(body)

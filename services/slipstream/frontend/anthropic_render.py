@@ -3,11 +3,11 @@
 import msgspec
 
 from slipstream.frontend.anthropic_shapes import (
-    BlockGrew,
+    BlockDelta,
     BlockStart,
     BlockStop,
     ContentBlock,
-    InputGrew,
+    InputDelta,
     MessageDelta,
     MessageReply,
     MessageStart,
@@ -17,16 +17,17 @@ from slipstream.frontend.anthropic_shapes import (
     StopDelta,
     StreamEvent,
     TextBlock,
-    TextGrew,
+    TextDelta,
     ThinkingBlock,
-    ThinkingGrew,
+    ThinkingDelta,
     ThinkingTokens,
     ToolUseBlock,
 )
 from slipstream.frontend.generation import Choice
 from slipstream.frontend.sse import named_event
 from slipstream.frontend.tool_calls import Block, Blocks, Change
-from slipstream.messages import PartKind, TextDelta
+from slipstream.messages import PartKind
+from slipstream.messages import TextDelta as Delta
 
 
 class Rendering:
@@ -42,7 +43,7 @@ class Rendering:
         usage = MessageUsage(input_tokens=0, output_tokens=0)
         self.reply = MessageReply(id=message_id, model=model, usage=usage)
 
-    def take(self, delta: TextDelta) -> bytes:
+    def take(self, delta: Delta) -> bytes:
         self._begin()
         for change, block, text in self._blocks.take(delta):
             self._changed(change, block, text)
@@ -82,7 +83,7 @@ class Rendering:
             case Change.OPENED:
                 self._say(BlockStart(index=block.index, content_block=_block(block, whole=False)))
             case Change.GREW:
-                self._say(BlockGrew(index=block.index, delta=_grew(block.kind, text)))
+                self._say(BlockDelta(index=block.index, delta=_grew(block.kind, text)))
             case Change.CLOSED:
                 self._say(BlockStop(index=block.index))
 
@@ -95,13 +96,13 @@ class Rendering:
         return out
 
 
-def _grew(kind: PartKind, text: str) -> TextGrew | ThinkingGrew | InputGrew:
+def _grew(kind: PartKind, text: str) -> TextDelta | ThinkingDelta | InputDelta:
     match kind:
         case PartKind.CONTENT:
-            return TextGrew(text=text)
+            return TextDelta(text=text)
         case PartKind.REASONING:
-            return ThinkingGrew(thinking=text)
-    return InputGrew(partial_json=text)
+            return ThinkingDelta(thinking=text)
+    return InputDelta(partial_json=text)
 
 
 def _block(block: Block, *, whole: bool) -> ContentBlock:

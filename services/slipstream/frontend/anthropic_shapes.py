@@ -28,7 +28,7 @@ IGNORED_MESSAGES = {
     "user_profile_id": "nobody looks at it",
     "workspace_id": "nobody looks at it",
 }
-"""Members of Anthropic's that change no token here, and are not looked at."""
+"""Members of Anthropic's that change no token here."""
 
 
 class OutputConfig(msgspec.Struct, kw_only=True):
@@ -136,21 +136,21 @@ class BlockStart(msgspec.Struct, kw_only=True, tag_field="type", tag="content_bl
     content_block: ContentBlock
 
 
-class TextGrew(msgspec.Struct, kw_only=True, tag_field="type", tag="text_delta"):
+class TextDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="text_delta"):
     text: str
 
 
-class ThinkingGrew(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking_delta"):
+class ThinkingDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking_delta"):
     thinking: str
 
 
-class InputGrew(msgspec.Struct, kw_only=True, tag_field="type", tag="input_json_delta"):
+class InputDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="input_json_delta"):
     partial_json: str
 
 
-class BlockGrew(msgspec.Struct, kw_only=True, tag_field="type", tag="content_block_delta"):
+class BlockDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="content_block_delta"):
     index: int
-    delta: TextGrew | ThinkingGrew | InputGrew
+    delta: TextDelta | ThinkingDelta | InputDelta
 
 
 class BlockStop(msgspec.Struct, kw_only=True, tag_field="type", tag="content_block_stop"):
@@ -172,6 +172,6 @@ class MessageStop(msgspec.Struct, kw_only=True, tag_field="type", tag="message_s
 
 
 StreamEvent: TypeAlias = (
-    MessageStart | Ping | BlockStart | BlockGrew | BlockStop | MessageDelta | MessageStop
+    MessageStart | Ping | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop
     | AnthropicErrorReply
 )  # fmt: skip

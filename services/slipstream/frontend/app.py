@@ -22,7 +22,7 @@ from slipstream.frontend import (
     chat_api,
     completion_api,
     info_api,
-    openapi_api,
+    openapi,
     playground_api,
     responses_api,
     trace_api,
@@ -90,7 +90,7 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
             web.get("/readyz", info_api.ready),
             web.get("/metrics", info_api.metrics),
             web.get("/version", info_api.version),
-            web.get("/openapi.json", openapi_api.openapi),
+            web.get("/openapi.json", openapi.openapi),
             web.get("/cluster", info_api.cluster),
             web.get("/trace/{name}", trace_api.trace),
         ]

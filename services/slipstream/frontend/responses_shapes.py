@@ -26,14 +26,19 @@ IGNORED_RESPONSES = {
     "access_programs": "there are none",
     "background_options": "`background` is refused",
     "image": "images are refused",
+    "metadata": "goes back as it came",
     "max_tool_calls": "counts calls of hosted tools, of which there are none",
     "prompt_cache_key": "prefixes are found without it",
     "prompt_cache_options": "prefixes are cached without it",
     "prompt_cache_retention": "prefixes are cached while there is room",
+    "reasoning": "goes back as it came; a model that reasons does so as its template says",
     "safety_identifier": "nobody looks at it",
+    "service_tier": "there is one",
     "stream_options": "nothing is obfuscated",
+    "truncation": "a conversation that is too long is refused, not cut",
+    "user": "goes back as it came",
 }
-"""Members of OpenAI's that change no token here, and are not looked at."""
+"""Members of OpenAI's that change no token here."""
 
 
 class TextConfig(msgspec.Struct, kw_only=True):
@@ -43,8 +48,6 @@ class TextConfig(msgspec.Struct, kw_only=True):
 
 
 class ReasoningConfig(msgspec.Struct, kw_only=True):
-    """Goes back as it came: a model that reasons does so as its template says."""
-
     effort: str | None = None
     summary: str | None = None
 
