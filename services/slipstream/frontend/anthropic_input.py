@@ -19,7 +19,7 @@ NAMES = {
     r"max_completion_tokens": "max_tokens",
     r"stop": "stop_sequences",
     r"response_format\.json_schema": "output_config.format",
-    r"response_format": "output_config.format",
+    r"(response_format|structured_outputs)": "output_config.format",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
     r"(tools\[\d+\])\.function": r"\1",
     r"tool_choice\.function": "tool_choice",

@@ -20,7 +20,7 @@ NAMES = {
     r"max_tokens": "max_output_tokens",
     r"max_completion_tokens": "max_output_tokens",
     r"response_format\.json_schema": "text.format",
-    r"response_format": "text.format",
+    r"(response_format|structured_outputs)": "text.format",
     r"(tools\[\d+\])\.function": r"\1",
     r"tool_choice\.function": "tool_choice",
 }
