@@ -85,6 +85,26 @@ async def test_an_answer(server: Server, client: anthropic.AsyncAnthropic) -> No
     assert submission.parse and [s.closed for s in server.gateway.streams] == [1]
 
 
+async def test_an_answer_has_no_member_more(server: Server) -> None:
+    """The AI SDK takes no null where Anthropic sends none."""
+    reply = await post(server)
+    assert reply.pop("id").startswith("msg_")
+    assert reply == {
+        "type": "message",
+        "role": "assistant",
+        "model": MODEL,
+        "content": [{"type": "text", "text": "Hello world"}],
+        "stop_reason": "stop_sequence",
+        "stop_sequence": "END",
+        "usage": {
+            "input_tokens": 3,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 2,
+            "output_tokens": 2,
+        },
+    }
+
+
 async def test_a_stream(server: Server, client: anthropic.AsyncAnthropic) -> None:
     events = await events_of(server)
     assert [event["type"] for event in events] == [

@@ -126,7 +126,7 @@ def _arguments(text: str) -> dict[str, object]:
 
 def _usage(choice: Choice, thinking_tokens: int) -> MessageUsage:
     usage = choice.final_usage()
-    details = ThinkingTokens(thinking_tokens=thinking_tokens) if thinking_tokens else None
+    details = ThinkingTokens(thinking_tokens=thinking_tokens) if thinking_tokens else msgspec.UNSET
     return MessageUsage(
         input_tokens=usage.prompt_tokens - usage.cached_tokens,
         cache_read_input_tokens=usage.cached_tokens,

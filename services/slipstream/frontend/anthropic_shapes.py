@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 # --- Requests -------------------------------------------------------------------------------------
 
@@ -64,7 +65,6 @@ class CountTokensRequest(_Conversation, kw_only=True):
 
 class TextBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
     text: str
-    citations: None = None
 
 
 class ThinkingBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
@@ -93,7 +93,7 @@ class MessageUsage(msgspec.Struct, kw_only=True):
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
     output_tokens: int
-    output_tokens_details: ThinkingTokens | None = None
+    output_tokens_details: ThinkingTokens | UnsetType = UNSET
 
 
 class MessageReply(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
