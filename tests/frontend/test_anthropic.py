@@ -155,8 +155,12 @@ async def test_a_tool_loop(server: Server, client: anthropic.AsyncAnthropic) -> 
         "tool_use_id": called.id,
         "content": [{"type": "text", "text": "rain"}],
     }
-    asked = [*HI, {"role": "assistant", "content": first.content},
-             {"role": "user", "content": [result, {"type": "text", "text": "So?"}]}]  # fmt: skip
+    told = [{"type": "text", "text": "Ah."}, result, {"type": "text", "text": "So?"}]
+    asked = [
+        *HI,
+        {"role": "assistant", "content": first.content},
+        {"role": "user", "content": told},
+    ]
     await client.messages.create(model=MODEL, max_tokens=8, messages=asked, tools=[WEATHER])
     call_out = {"name": "weather", "arguments": '{"city":"Ulm"}'}
     assert prompt(server).messages == [
@@ -167,6 +171,7 @@ async def test_a_tool_loop(server: Server, client: anthropic.AsyncAnthropic) -> 
             "content": None,
             "reasoning_content": "T",
         },
+        {"role": "user", "content": "Ah."},
         {"role": "tool", "content": "rain", "tool_call_id": called.id},
         {"role": "user", "content": "So?"},
     ]

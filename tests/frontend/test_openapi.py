@@ -147,6 +147,18 @@ async def test_paths_that_are_got(server: Server) -> None:
         await check(response, f"/v1/responses/{{id}}/{path}".rstrip("/"))
 
 
+@pytest.mark.parametrize("path", BODIES)
+async def test_bodies_that_are_no_json(server: Server, path: str) -> None:
+    for data, headers in (
+        (b"{", {}),
+        (b"{}", {"Content-Type": "text/plain"}),
+        (b"x" * 200_000, {}),
+    ):
+        response = await server.post(path, data, **headers)
+        assert response.status in (400, 413, 415)
+        await check(response, path)
+
+
 async def test_not_ready(server: Server) -> None:
     server.gateway.now = type(server.gateway.now)(ready=False, reason="no worker")
     for path, body in BODIES.items():
@@ -166,9 +178,10 @@ def beyond() -> Iterator[Any]:
             said = facets.get(f"{shape.__name__}.{name}", facets.get(name, {}))
             for word, limit in said.items():
                 value = _outside(word, limit)
+                inside = limit if word in ("minimum", "maximum") else None
                 if value is not None:
                     mark = f"{operation.path} {name} {word}"
-                    yield pytest.param(operation.path, name, value, id=mark)
+                    yield pytest.param(operation.path, name, value, inside, id=mark)
 
 
 def _outside(word: str, limit: Any) -> Any:
@@ -192,9 +205,9 @@ def _outside(word: str, limit: Any) -> Any:
     return None  # of items: what they are differs
 
 
-@pytest.mark.parametrize(("path", "name", "value"), list(beyond()))
+@pytest.mark.parametrize(("path", "name", "value", "inside"), list(beyond()))
 async def test_limits_are_those_of_the_document(
-    server: Server, path: str, name: str, value: Any
+    server: Server, path: str, name: str, value: Any, inside: Any
 ) -> None:
     body = {**BODIES[path], name: value}
     if name == "top_logprobs" and path == CHAT:
@@ -205,3 +218,5 @@ async def test_limits_are_those_of_the_document(
     assert response.status == 400, await response.text()
     with pytest.raises(jsonschema.ValidationError):
         validate(body, _schema_of(path))
+    if inside is not None:
+        assert (await server.post(path, {**body, name: inside})).status == 200

@@ -107,6 +107,7 @@ async def test_a_stream(server: Server, client: openai.AsyncOpenAI) -> None:
         *("output_item.done", "completed"),
     ]
     assert events[0]["response"]["output"] == [] and events[2]["item"]["content"] == []
+    assert events[3]["part"]["text"] == "" and events[4]["delta"] == "Hello"
     async with client.responses.stream(model=MODEL, input="Hi") as stream:
         final = await stream.get_final_response()
     assert final.output_text == "Hello world" and final.status == "completed"
@@ -203,6 +204,8 @@ async def test_formats_and_choices(server: Server) -> None:
     await post(server, tools=[WEATHER, other], tool_choice=allowed)
     assert [tool["function"]["name"] for tool in prompt(server).tools or []] == ["other"]
     assert prompt(server).tool_choice == "required"
+    await post(server, tools=[WEATHER, other])
+    assert [tool["function"]["name"] for tool in prompt(server).tools or []] == ["weather", "other"]
     await post(server, text={"format": {"type": "json_object"}})
     assert server.gateway.submissions[-1].constraint == Constraint(kind=ConstraintKind.JSON)
 
@@ -308,6 +311,19 @@ async def test_refused(server: Server, members: dict[str, Any], code: str, param
     assert "max_completion_tokens" not in message and "messages" not in message
 
 
+async def test_schemas_are_not_nested_for_ever(server: Server) -> None:
+    """What is read has to be written again, by us and by those behind us."""
+    tools = [{**WEATHER, "parameters": "@"}]
+    form = {"type": "json_schema", "name": "n", "schema": "@"}
+    for members in ({"tools": tools}, {"text": {"format": form}}):
+        body = json.dumps({"model": MODEL, "input": "Hi", **members}).encode()
+        for levels in (100, 130, 500, *range(970, 985)):
+            schema = b'{"properties":' * levels + b"{}" + b"}" * levels
+            for path in ("/v1/responses", "/v1/responses/input_tokens"):
+                response = await server.post(path, body.replace(b'"@"', schema))
+                assert response.status == (200 if levels == 100 else 400), (path, levels)
+
+
 def text(kind: str, said: str) -> list[dict[str, str]]:
     return [{"type": kind, "text": said}]
 
@@ -338,6 +354,8 @@ async def test_what_agents_send_is_let_in(server: Server) -> None:
                 "content": [{**text("output_text", "A")[0], "annotations": []}],
             },
             {"role": "user", "content": "V"},
+            {"role": "assistant", "content": "B"},
+            {"role": "user", "content": "W"},
         ],
     )  # fmt: skip
     assert prompt(server).messages == [
@@ -345,6 +363,8 @@ async def test_what_agents_send_is_let_in(server: Server) -> None:
         {"role": "user", "content": "U"},
         {"role": "assistant", "content": "A", "reasoning_content": "R"},
         {"role": "user", "content": "V"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "W"},
     ]
 
 

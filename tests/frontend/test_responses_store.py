@@ -31,7 +31,7 @@ async def test_bounds(steps: list[tuple[str, int, int]]) -> None:
     for what, number, size in steps:
         name = f"resp_{number}"
         if what == "keep":
-            assert await store.keep(name, entry(size))
+            assert await store.keep(name, entry(size)) and store.num_bytes <= BYTES
             kept.pop(name, None)
             kept[name] = now_s + KEEP_S, entry(size)
         elif what == "wait":

@@ -18,6 +18,8 @@ from slipstream.frontend.generation import Call
 from slipstream.frontend.problems import ApiError
 from slipstream.types import count_tokens
 
+DEPTH_MAX = 128
+"""Of schemas."""
 SKIPPED_HEADER = "x-slipstream-skipped-tools"
 
 _decoder = msgspec.json.Decoder(ChatBody)
@@ -31,6 +33,8 @@ def chat(
     call_id: str,
 ) -> Call:
     """The call of a chat with these fields under an id of its own. ApiError as of a chat."""
+    for name in ("tools", "tool_choice", "response_format"):
+        check_depth(name, fields.get(name))
     named = {name: value for name, value in fields.items() if value is not None}
     body = validate.decode(_decoder, msgspec.json.encode(named))
     call = chat_call(request, context, body, status)
@@ -39,6 +43,21 @@ def chat(
         for index, submission in enumerate(call.submissions)
     ]
     return msgspec.structs.replace(call, id=call_id, submissions=submissions)
+
+
+def check_depth(name: str, value: Any) -> None:
+    """What is nested deeper could be read here, and written by nobody behind us."""
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    validate.refuse(f"{name} is nested deeper than {DEPTH_MAX} levels.", name)
 
 
 async def count_chat_tokens(
