@@ -7,11 +7,17 @@ from architecture.sources import REPOSITORY
 from slipstream.cli.commands import CONFIGURED
 from slipstream.config.help import groups, help_text, markdown
 from slipstream.config.values import kind_of
+from slipstream.frontend.compatibility import page
 
 
 def test_configuration_page_is_current() -> None:
-    page = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == markdown(CONFIGURED), "run `make docs`"
+    written = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == markdown(CONFIGURED), "run `make docs`"
+
+
+def test_compatibility_page_is_current() -> None:
+    written = (REPOSITORY / "docs" / "api-compatibility.md").read_text(encoding="utf-8")
+    assert written == page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("command", CONFIGURED)

@@ -90,7 +90,7 @@ def test_paths() -> None:
         if route.resource and route.method != "HEAD"
     }
     cells = " ".join(row[0] for row in rows(section("api.md", "Paths")))
-    assert set(re.findall(r"`((?:GET|POST) [^`]*)`", cells)) == served
+    assert set(re.findall(r"`((?:GET|POST|DELETE) [^`]*)`", cells)) == served
 
 
 def test_errors() -> None:

@@ -462,7 +462,9 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "unknown path": (("/v1/unknown", {}), 404, "unknown_url", None),
     "double slash": (("/v1//chat/completions", chat()[1]), 404, "unknown_url", None),
     "slash at the end": (("/v1/chat/completions/", chat()[1]), 404, "unknown_url", None),
-    "embeddings": (("/v1/embeddings", {}), 404, "unknown_url", None),
+    "embeddings": (("/v1/embeddings", {}), 404, "unsupported_endpoint", None),
+    "speech": (("/v1/audio/speech", {}), 404, "unsupported_endpoint", None),
+    "nearly embeddings": (("/v1/embeddings2", {}), 404, "unknown_url", None),
 }
 
 ACCEPTED: dict[str, tuple[str, Any]] = {

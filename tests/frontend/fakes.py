@@ -16,6 +16,8 @@ from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.messages import (
     ClusterLoad,
     NodeInfo,
+    Part,
+    PartKind,
     Prompt,
     TextDelta,
     TextLogprob,
@@ -75,7 +77,8 @@ def answer(submission: Tokenize, texts: Sequence[str], reason: str = "stop") -> 
                 attempt=1,
                 position=i,
                 tokens=pack_tokens([i]),
-                text=text,
+                text="" if submission.parse else text,
+                parts=[Part(PartKind.CONTENT, text)] if submission.parse else [],
                 logprobs=None
                 if logprobs is None
                 else [
@@ -91,6 +94,31 @@ def answer(submission: Tokenize, texts: Sequence[str], reason: str = "stop") -> 
             )
         )
     return items
+
+
+def parted(submission: Tokenize, *steps: Sequence[Part], reason: str = "stop") -> list[StreamItem]:
+    """As `answer`, with parts: one delta a step."""
+    items = answer(submission, [""] * len(steps), reason)
+    told = [
+        msgspec.structs.replace(d, parts=list(s)) for d, s in zip(items[1:], steps, strict=True)
+    ]
+    last = msgspec.structs.replace(told[-1], stop_reason=None)
+    return [items[0], *told[:-1], last]
+
+
+def think(text: str) -> Part:
+    return Part(PartKind.REASONING, text)
+
+
+def speak(text: str) -> Part:
+    return Part(PartKind.CONTENT, text)
+
+
+def call(name: str, arguments: str = "") -> list[Part]:
+    """A whole call, its arguments in two pieces."""
+    half = len(arguments) // 2
+    pieces = [Part(PartKind.ARGUMENTS, text) for text in (arguments[:half], arguments[half:])]
+    return [Part(PartKind.CALL, name), *pieces]
 
 
 class FakeGateway:

@@ -57,6 +57,8 @@ def run(config: FrontendConfig) -> int:
         ),
         default_sampling=default_sampling(config.model),
         keep_alive_s=config.keep_alive_s,
+        response_store_bytes=config.response_store_bytes,
+        response_keep_s=config.response_keep_s,
     )
     name = config.served_model_name or (Path(config.model).resolve().name if config.model else "")
     service = FrontendService(machine, app, config.host, config.port, name)

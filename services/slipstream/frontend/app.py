@@ -16,12 +16,24 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from slipstream.errors import ErrorCode
-from slipstream.frontend import chat_api, completion_api, info_api, playground_api, trace_api
+from slipstream.frontend import (
+    anthropic_api,
+    anthropic_errors,
+    chat_api,
+    completion_api,
+    info_api,
+    openapi,
+    playground_api,
+    responses_api,
+    trace_api,
+)
 from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
 from slipstream.frontend.problems import ApiError, api_error, error_response
+from slipstream.frontend.responses_store import MemoryStore
 from slipstream.frontend.sse import StreamKeeper
+from slipstream.frontend.unserved import unserved
 from slipstream.frontend.validate import Limits, shown, too_large
 
 _log = logging.getLogger("slipstream.frontend")
@@ -36,6 +48,9 @@ class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
     write_stall_s: float = 30.0
     """How long a reader may stand still before it is cut off."""
     system_fingerprint: str = "slipstream"
+    response_store_bytes: int = 64 * 2**20
+    """How much /v1/responses keeps."""
+    response_keep_s: float = 3600.0
 
 
 def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
@@ -49,6 +64,7 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
         default_sampling=settings.default_sampling,
         keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s, http),
         http=http,
+        responses=MemoryStore(settings.response_store_bytes, settings.response_keep_s),
         system_fingerprint=settings.system_fingerprint,
         started_unix_s=int(time.time()),
         version=_version(),
@@ -57,6 +73,14 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
         [
             web.post("/v1/chat/completions", chat_api.chat_completions),
             web.post("/v1/completions", completion_api.completions),
+            web.post("/v1/responses", responses_api.responses),
+            web.post("/v1/responses/input_tokens", responses_api.input_tokens),
+            web.get("/v1/responses/{id}", responses_api.response),
+            web.delete("/v1/responses/{id}", responses_api.delete),
+            web.get("/v1/responses/{id}/input_items", responses_api.input_items),
+            web.post("/v1/responses/{id}/cancel", responses_api.cancel),
+            web.post("/v1/messages", anthropic_api.messages),
+            web.post("/v1/messages/count_tokens", anthropic_api.count_tokens),
             web.get("/v1/models", info_api.models),
             web.get("/v1/models/{model:.+}", info_api.model),
             web.post("/tokenize", info_api.tokenize),
@@ -66,6 +90,7 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
             web.get("/readyz", info_api.ready),
             web.get("/metrics", info_api.metrics),
             web.get("/version", info_api.version),
+            web.get("/openapi.json", openapi.openapi),
             web.get("/cluster", info_api.cluster),
             web.get("/trace/{name}", trace_api.trace),
         ]
@@ -119,16 +144,22 @@ async def _answered(
     try:
         return await handler(request)
     except ApiError as error:
-        return error_response(error)
+        return _refusal(request, error)
     except web.HTTPException as error:
-        return error_response(_known(request, error))
+        return _refusal(request, _known(request, error))
     except ConnectionError:
         raise
     except Exception:  # noqa: BLE001 (a bug must neither end the connection nor show its insides)
         _log.exception(
             "%s %s failed, request %s", request.method, request.path, request[REQUEST_ID]
         )
-        return error_response(_internal(request[REQUEST_ID]))
+        return _refusal(request, _internal(request[REQUEST_ID]))
+
+
+def _refusal(request: web.Request, error: ApiError) -> web.Response:
+    if anthropic_errors.is_ours(request.path):
+        return anthropic_errors.anthropic_error(request, error)
+    return error_response(error)
 
 
 def _known(request: web.Request, error: web.HTTPException) -> ApiError:
@@ -141,7 +172,7 @@ def _known(request: web.Request, error: web.HTTPException) -> ApiError:
             )
             return ApiError(problem.problem, {"Allow": allowed})
         case web.HTTPNotFound():
-            return api_error(
+            return unserved(request.path) or api_error(
                 ErrorCode.UNKNOWN_URL, f"Invalid URL ({request.method} {shown(request.path)})."
             )
         case web.HTTPRequestEntityTooLarge():
@@ -156,6 +187,8 @@ def _internal(request_id: str) -> ApiError:
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = request[REQUEST_ID]
+    if anthropic_errors.is_ours(request.path):
+        response.headers["request-id"] = request[REQUEST_ID]
     response.headers["Server"] = "slipstream"
     request[ANSWERING] = True
 

@@ -30,6 +30,12 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
     max_choices: Annotated[
         int, Meta(ge=1, le=128, description="Highest n (choices of one request).")
     ] = 16
+    response_store_bytes: Annotated[
+        ByteSize, Meta(ge=0, description="Responses kept by /v1/responses; 0: none.")
+    ] = 64 * 2**20
+    response_keep_s: Annotated[
+        float, Meta(gt=0, le=2_592_000, description="How long a response is kept.")
+    ] = 3600.0
     keep_alive_s: Annotated[
         float, Meta(gt=0, le=3600, description="Silence in a stream before an SSE comment is sent.")
     ] = 10.0

@@ -7,7 +7,7 @@ import msgspec
 
 from slipstream.errors import ErrorCode
 from slipstream.frontend.openai import Generate
-from slipstream.frontend.validate import at_most, not_empty, refuse, shown
+from slipstream.frontend.validate import at_most, check_depth, not_empty, refuse, shown
 from slipstream.types import Constraint, ConstraintKind
 
 TEXT_BYTES_MAX = 256 * 1024
@@ -18,6 +18,8 @@ _OUTPUTS = "structured_outputs"
 
 
 def constraint_of(body: Generate) -> Constraint | None:
+    check_depth(_FORMAT, body.response_format)
+    check_depth(_OUTPUTS, body.structured_outputs)
     found = [_of_format(body.response_format), _of_outputs(body.structured_outputs)]
     if all(found):
         refuse(f"{_FORMAT} and {_OUTPUTS} exclude each other; leave one of them out.", _OUTPUTS)

@@ -7,6 +7,7 @@ from aiohttp import web
 
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import HttpMetrics
+from slipstream.frontend.responses_store import ResponseStore
 from slipstream.frontend.sse import StreamKeeper
 from slipstream.frontend.validate import Limits
 
@@ -18,6 +19,7 @@ class Context:
     default_sampling: Mapping[str, float]
     keeper: StreamKeeper
     http: HttpMetrics
+    responses: ResponseStore
     system_fingerprint: str
     started_unix_s: int
     version: str

@@ -11,6 +11,7 @@ from slipstream.frontend import validate
 from slipstream.frontend.calls import json_response
 from slipstream.frontend.context import CONTEXT, Context
 from slipstream.frontend.gateway import ClusterStatus
+from slipstream.frontend.info_shapes import Alive, Index, NodeOut, Readiness, Version, WorkerOut
 from slipstream.frontend.messages_in import chat_messages, template_args, token_ids
 from slipstream.frontend.openai import (
     DetokenizeReply,
@@ -110,7 +111,7 @@ def _check(coded: DeliverCodec) -> None:
 
 async def live(request: web.Request) -> web.Response:
     """The loop turns; nothing more is said."""
-    return json_response({"status": "alive"})
+    return json_response(Alive())
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -118,37 +119,35 @@ async def ready(request: web.Request) -> web.Response:
     status = request.app[CONTEXT].gateway.status()
     serving = status.ready and not status.draining
     word = "draining" if status.draining else "ready" if status.ready else "not_ready"
-    response = json_response(
-        {
-            "status": word,
-            "reason": status.reason,
-            "model": status.model,
-            "max_model_len": status.max_model_len,
-            "nodes": [_node(node) for node in status.nodes],
-        },
-        200 if serving else 503,
+    said = Readiness(
+        status=word,
+        reason=status.reason,
+        model=status.model,
+        max_model_len=status.max_model_len,
+        nodes=[_node(node) for node in status.nodes],
     )
+    response = json_response(said, 200 if serving else 503)
     if not serving:
         wait_s = min(max(status.retry_after_s, 1.0), RETRY_AFTER_MAX_S)
         response.headers["Retry-After"] = str(math.ceil(wait_s))
     return response
 
 
-def _node(node: NodeInfo) -> dict[str, object]:
+def _node(node: NodeInfo) -> NodeOut:
     worker = node.worker
-    return {
-        "node_id": node.node_id,
-        "role": node.role.value,
-        "epoch": node.epoch,
-        "worker": None
+    return NodeOut(
+        node_id=node.node_id,
+        role=node.role.value,
+        epoch=node.epoch,
+        worker=None
         if worker is None
-        else {
-            "num_blocks": worker.num_blocks,
-            "block_bytes": worker.block_bytes,
-            "transports": worker.transports,
-            "quantization": worker.quantization,
-        },
-    }
+        else WorkerOut(
+            num_blocks=worker.num_blocks,
+            block_bytes=worker.block_bytes,
+            transports=worker.transports,
+            quantization=worker.quantization,
+        ),
+    )
 
 
 async def cluster(request: web.Request) -> web.Response:
@@ -167,10 +166,12 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def version(request: web.Request) -> web.Response:
-    return json_response({"version": request.app[CONTEXT].version})
+    return json_response(Version(version=request.app[CONTEXT].version))
 
 
 async def index(request: web.Request) -> web.Response:
-    paths = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/readyz", "/metrics")
-    context = request.app[CONTEXT]
-    return json_response({"name": "slipstream", "version": context.version, "links": paths})
+    paths = [
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+        *("/v1/models", "/openapi.json", "/readyz", "/metrics"),
+    ]
+    return json_response(Index(version=request.app[CONTEXT].version, links=paths))

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import NamedTuple
 
 import msgspec
 from aiohttp import web
 
-from slipstream.errors import ERRORS
+from slipstream.errors import ERRORS, Problem
 from slipstream.frontend.http_metrics import LEFT, STATUS, HttpMetrics
 from slipstream.frontend.problems import ApiError, error_json
 
@@ -25,6 +26,22 @@ _encode = msgspec.json.Encoder().encode
 
 def event(value: msgspec.Struct) -> bytes:
     return b"data: %b\n\n" % _encode(value)
+
+
+def named_event(value: msgspec.Struct) -> bytes:
+    """Under the name that is the struct's tag."""
+    name = str(value.__struct_config__.tag).encode()
+    return b"event: %b\ndata: %b\n\n" % (name, _encode(value))
+
+
+class Manner(NamedTuple):
+    """How an API ends its streams."""
+
+    end: bytes
+    error: Callable[[Problem], bytes]
+
+
+CHAT = Manner(DONE, lambda problem: b"data: %b\n\n" % error_json(problem))
 
 
 class _EventStream(web.StreamResponse):
@@ -110,8 +127,9 @@ async def stream_events(
     events: AsyncIterator[bytes],
     keeper: StreamKeeper,
     headers: Callable[[], dict[str, str]],
+    manner: Manner = CHAT,
 ) -> web.StreamResponse:
-    """Send `events`, which are whole and framed, then `[DONE]`.
+    """Send `events`, which are whole and framed, then the end that is the API's manner.
 
     An ApiError before the first event leaves as such, to become an HTTP status; a later one is sent
     inside the stream. Headers go out with the first event, or when keep-alives must begin, and
@@ -126,7 +144,7 @@ async def stream_events(
         try:
             await response.prepare(request)
             with keeper.watching(_Writer(response, request.transport)) as writer:
-                await _send_all(writer, first, events, request)
+                await _send_all(writer, first, events, request, manner)
         except ConnectionResetError:  # the client is gone: nobody to tell
             request[STATUS] = LEFT
         return response
@@ -142,6 +160,7 @@ async def _send_all(
     first: "asyncio.Future[bytes | None]",
     events: AsyncIterator[bytes],
     request: web.Request,
+    manner: Manner,
 ) -> None:
     if not first.done():
         await writer.write(COMMENT)
@@ -152,5 +171,5 @@ async def _send_all(
             data = await anext(events, None)
     except ApiError as error:
         request[STATUS] = ERRORS[error.problem.code].status
-        await writer.write(b"data: %b\n\n" % error_json(error.problem))
-    await writer.end(DONE)
+        await writer.write(manner.error(error.problem))
+    await writer.end(manner.end)

@@ -73,11 +73,13 @@ class Blocks:
             self._untold_tokens = 0
 
     def _take(self, part: Part) -> Iterator[tuple[Change, Block, str]]:
+        if not part.text:
+            return
         kind = PartKind.CALL if part.kind is PartKind.ARGUMENTS else part.kind
         if self._open is None or self._open.kind is not kind or part.kind is PartKind.CALL:
             yield from self.close()
             yield Change.OPENED, self._begin(part), ""
-        if part.kind is not PartKind.CALL and part.text and self._open is not None:
+        if part.kind is not PartKind.CALL and self._open is not None:
             self._open.pieces.append(part.text)
             yield Change.GREW, self._open, part.text
 

@@ -4,7 +4,7 @@ import re
 from typing import Any, NamedTuple
 
 from slipstream.errors import ErrorCode
-from slipstream.frontend.validate import at_most, not_empty, refuse, shown
+from slipstream.frontend.validate import at_most, check_depth, not_empty, refuse, shown
 
 TOOLS_MAX = 128
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -26,6 +26,7 @@ def tools_of(tools: list[Tool] | None, choice: Any) -> Tools:
             return Tools(None, "auto")
         refuse("tool_choice has a meaning only with tools.", "tool_choice")
     not_empty("tools", tools, "leave it out")
+    check_depth("tools", tools)
     at_most("tools", tools, TOOLS_MAX)
     known = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     names = [tool["function"]["name"] for tool in known]

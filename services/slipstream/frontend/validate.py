@@ -21,6 +21,8 @@ T = TypeVar("T")
 LOGPROBS_MAX = 20
 TIMEOUT_MAX_S = 86_400.0
 SALT_CHARS_MAX = 128
+DEPTH_MAX = 128
+"""Of schemas."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,6 +220,21 @@ def some_chars(name: str, text: str, most: int, what: str = "") -> None:
         name,
         code,
     )
+
+
+def check_depth(name: str, value: Any) -> None:
+    """What is nested deeper could be read here, and written by nobody behind us."""
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    refuse(f"{name} is nested deeper than {DEPTH_MAX} levels.", name)
 
 
 def timeout_s(request: web.Request, body: Generate, limits: Limits) -> float:

@@ -1,0 +1,146 @@
+"""Bodies of other APIs as chats: conversations in chat messages, names translated back."""
+
+import contextlib
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from slipstream.errors import ErrorCode, Problem
+from slipstream.frontend import validate
+from slipstream.frontend.chat_api import chat_call
+from slipstream.frontend.context import Context
+from slipstream.frontend.gateway import ClusterStatus
+from slipstream.frontend.generation import Call
+from slipstream.frontend.openai import ChatRequest
+from slipstream.frontend.problems import ApiError
+from slipstream.types import count_tokens
+
+SKIPPED_HEADER = "x-slipstream-skipped-tools"
+
+_decoder = msgspec.json.Decoder(ChatRequest)
+
+
+def chat(
+    request: web.Request,
+    context: Context,
+    fields: Mapping[str, Any],
+    status: ClusterStatus,
+    call_id: str,
+) -> Call:
+    """The call of a chat with these fields under an id of its own. ApiError as of a chat."""
+    for name in ("tools", "tool_choice", "response_format"):
+        validate.check_depth(name, fields.get(name))
+    named = {name: value for name, value in fields.items() if value is not None}
+    body = validate.decode(_decoder, msgspec.json.encode(named))
+    call = chat_call(request, context, body, status)
+    submissions = [
+        msgspec.structs.replace(submission, request_id=f"{call_id}-{index}")
+        for index, submission in enumerate(call.submissions)
+    ]
+    return msgspec.structs.replace(call, id=call_id, submissions=submissions)
+
+
+async def count_chat_tokens(
+    request: web.Request, context: Context, fields: Mapping[str, Any], status: ClusterStatus
+) -> int:
+    """Tokens of the prompt that such a chat would have."""
+    call = chat(request, context, fields, status, "count")
+    coded = await context.gateway.codec(call.submissions[0].prompt, b"")
+    if coded.problem is not None:
+        raise ApiError(coded.problem)
+    return count_tokens(coded.tokens)
+
+
+def skipped_header(skipped: Sequence[str]) -> dict[str, str]:
+    """Names tools that are no functions; cut, because a header has its limits."""
+    return {SKIPPED_HEADER: ", ".join(skipped)[:1000]} if skipped else {}
+
+
+def new_id() -> str:
+    """32 hex digits. Never the client's own: what is kept under it can be asked for."""
+    return uuid.uuid4().hex
+
+
+class Conversation:
+    """Chat messages, put together from items that may be less than a message. `origins` says for
+    each where in the body it began."""
+
+    def __init__(self, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        self.messages = list(earlier)
+        self.origins = ["previous_response_id"] * len(self.messages)
+        self._reasoning = ""
+
+    def say(self, role: str, text: str, at: str) -> None:
+        last = self.messages[-1] if self.messages else {}
+        if role == "assistant" and "tool_calls" in last and last["content"] is None:
+            last["content"] = text  # it called before it spoke
+            return
+        self._add({"role": role, "content": text}, at)
+
+    def think(self, text: str) -> None:
+        """Belongs to what the assistant says or calls next."""
+        self._reasoning += text
+
+    def call(self, call_id: str, name: str, arguments: str, at: str) -> None:
+        """In the message before it, if that is the assistant's."""
+        if not self.messages or self.messages[-1]["role"] != "assistant" or self._reasoning:
+            self._add({"role": "assistant", "content": None}, at)
+        function = {"name": name, "arguments": arguments}
+        calls = self.messages[-1].setdefault("tool_calls", [])
+        calls.append({"id": call_id, "type": "function", "function": function})
+
+    def result(self, call_id: str, text: str, at: str) -> None:
+        self._add({"role": "tool", "tool_call_id": call_id, "content": text}, at)
+
+    def _add(self, message: dict[str, Any], at: str) -> None:
+        if self._reasoning and message["role"] == "assistant":
+            message["reasoning_content"] = self._reasoning
+        self._reasoning = ""
+        self.messages.append(message)
+        self.origins.append(at)
+
+
+def check_unserved(
+    body: msgspec.Struct, unserved: type[msgspec.Struct], neutral: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Members of `unserved` are refused by name, but for null and values that change nothing."""
+    for name in unserved.__struct_fields__:
+        value = getattr(body, name)
+        if value is not None and value not in neutral.get(name, ()):
+            validate.refuse(
+                f"'{name}' is not served here and was given as {validate.shown(value)}; leave it "
+                "out.",
+                name,
+                ErrorCode.UNSUPPORTED_PARAMETER,
+            )
+
+
+_INDEX = re.compile(r"\bmessages\[(\d+)\](?:\.\w+)?")
+
+
+@contextlib.contextmanager
+def naming(names: Mapping[str, str], origins: Sequence[str] = ()) -> Iterator[None]:
+    """Errors inside say the fields of the client's body: `names` has a pattern of ours -> theirs,
+    `origins` what the messages were made of."""
+
+    def theirs(text: str) -> str:
+        text = _INDEX.sub(lambda m: origins[int(m[1])] if int(m[1]) < len(origins) else m[0], text)
+        for pattern, name in names.items():
+            text = re.sub(rf"(?<![\w.]){pattern}(?!\w)", name, text)
+        return text
+
+    try:
+        yield
+    except ApiError as error:
+        problem = error.problem
+        told = Problem(
+            code=problem.code,
+            message=theirs(problem.message),
+            param=None if problem.param is None else theirs(problem.param),
+            retry_after_s=problem.retry_after_s,
+        )
+        raise ApiError(told, error.headers) from None
