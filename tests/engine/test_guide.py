@@ -231,6 +231,23 @@ def test_a_model_without_tokenizer_says_so_and_serves_the_rest(
     assert "tokenizer.json is not there" in refused.problem.message
 
 
+def test_a_tokenizer_that_breaks_its_reader_harms_grammars_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A panic is no Exception."""
+
+    class Panic(BaseException):
+        pass
+
+    def broken(*arguments: object) -> None:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(guide_module, "tokenizer", broken)
+    refused, served = outcome(runner_for(folder), held(regex("ab")), greedy())
+    assert refused.problem is not None and served.tokens
+    assert "cannot be held to any: index out of bounds" in refused.problem.message
+
+
 def test_an_answer_that_left_its_grammar_goes_on_nowhere(
     grammars: Grammars, guides: Guides
 ) -> None:

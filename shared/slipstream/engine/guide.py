@@ -93,8 +93,12 @@ class Guides:
 
     def guide(self, grammar: str, num_prompt: int) -> Guide:
         """For one answer, from its beginning."""
-        matcher = self._thread.submit(lambda: self._grammars.result().matcher(grammar))
-        return Guide(matcher, self._masks, num_prompt)
+        return Guide(self._thread.submit(self._matcher, grammar), self._masks, num_prompt)
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        if (error := self._grammars.exception()) is not None:
+            raise GrammarError(f"this model cannot be held to any: {error}") from error
+        return self._grammars.result().matcher(grammar)
 
 
 def _read(model_path: str | Path, config: ModelConfig) -> Grammars:
