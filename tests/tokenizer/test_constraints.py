@@ -239,7 +239,7 @@ def test_where_the_reasoning_is(tmp_path: Path) -> None:
 SCHEMA = ConstraintKind.JSON_SCHEMA
 DEEP = '{"type":"object","properties":{"a":' * 1000 + "{}" + "}}" * 1000
 SLOW = json.dumps(
-    {"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcdefghijklmnop"]}
+    {"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcdefghijklmnopqrstuv"]}
 )
 BAD = {
     "a type": (SCHEMA, '{"type": "wrong"}', "Invalid type: wrong"),
@@ -249,7 +249,7 @@ BAD = {
     "deep": (SCHEMA, DEEP, "recursion"),
     "large": (SCHEMA, json.dumps({"description": "x" * 2_000_000}), "at most 1048576"),
     "many": (SCHEMA, json.dumps({"enum": [f"value{i}" for i in range(100_000)]}), "at most"),
-    "slow": (SCHEMA, SLOW, ""),
+    "slow": (SCHEMA, SLOW, " s of a core"),
     "not an object": (SCHEMA, "[]", "Expected `object`"),
     "not JSON": (SCHEMA, "{", "truncated"),
     "keyword": (SCHEMA, '{"not": {}}', "Unimplemented keys"),
@@ -308,7 +308,7 @@ async def test_bad_constraints_are_refused_with_the_reason(
         problem = answer.problem
         reason = BAD[answer.request_id][2]
         assert problem is not None, answer.request_id
-        if problem.code is ErrorCode.QUEUE_FULL and not reason:
+        if problem.code is ErrorCode.QUEUE_FULL and answer.request_id == "slow":
             continue  # on a machine where nothing gets a quarter of a second within two
         assert problem.code is ErrorCode.INVALID_SCHEMA, answer.request_id
         assert reason in problem.message and problem.param == "response_format", problem

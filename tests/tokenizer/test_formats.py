@@ -105,6 +105,7 @@ CASES: list[tuple[str, str, Read]] = [
         says("Hm.") + call("f", '{"a": "]"}') + call("g"),
     ),
     ("mistral_named", '[TOOL_CALLS]add{"a": 3.5}', call("add", '{"a": 3.5}')),
+    ("mistral_named", "[TOOL_CALLS]f[ARGS]{}] x", call("f") + says("] x")),
     # Pythonic
     (
         "pythonic",

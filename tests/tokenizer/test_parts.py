@@ -107,6 +107,21 @@ def test_it_is_said_again_token_by_token(rig: Rig, known: int) -> None:
     assert merged([*before, *heard(other)]) == PARTS
 
 
+def test_a_grammars_end_is_the_answers(rig: Rig) -> None:
+    """As in the workers, whatever the client says of the end of sequence."""
+    for known in ((), [*ids("x"), EOS]):
+        rig = Rig(encode=False)
+        asked(rig, accepted=known, ignore_eos=True, min_tokens=9, skip_special_tokens=False)
+        rig.handle(FOUND)
+        if not known:
+            rig.spans(span([*ids("x"), EOS]))
+            rig.spans(span([], 2, finish=FinishReason.STOP, stop_token=EOS))
+        (delta,) = rig.one(TextOut).deltas
+        assert delta.finish_reason is FinishReason.STOP
+        assert delta.usage is not None and delta.usage.completion_tokens == 2
+    assert not any("eos" in part.text for part in delta.parts)
+
+
 def test_a_new_attempt_keeps_what_became_of_the_prompt(rig: Rig) -> None:
     message = asked(rig)
     rig.handle(FOUND)

@@ -1,6 +1,6 @@
 """Compiles grammars where it does no harm: in a process of its own, for so long and no longer.
 
-Compiling a schema of 650 bytes can take 20 s, and the library cannot be stopped. So
+Compiling a schema of 800 bytes can take half a minute, and the library cannot be stopped. So
 `slipstream.tokenizer.grammar_fork` forks for each grammar, and the fork has timers that kill it.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-WAITING_MAX = 32
+WAITING_MAX = 16
 """Grammars at a time."""
 KEPT_MAX = 512
 KEPT_CHARS_MAX = 16 << 20

@@ -20,7 +20,7 @@ from slipstream.tokenizer.grammar_check import Question, Reply
 CPU_S = 1.0
 WALL_S = 1.7
 """What compiling may take, of a core and by the clock."""
-MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 1 << 29
 """More than the process had before."""
 REASON_CHARS_MAX = 500
 """An answer's line is written at once, so that those of two forks do not mix."""
