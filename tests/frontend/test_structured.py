@@ -97,7 +97,8 @@ async def test_constraints(
     server: Server, path: str, members: dict[str, Any], kind: str, text: str
 ) -> None:
     assert (await getattr(server, path)(**members)).status == 200
-    wanted = Constraint(kind=ConstraintKind(kind), text=text)
+    (param,) = members
+    wanted = Constraint(kind=ConstraintKind(kind), text=text, param=param)
     assert server.gateway.submissions[-1].constraint == wanted
 
 

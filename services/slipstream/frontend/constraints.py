@@ -31,7 +31,7 @@ def _of_format(given: dict[str, Any] | None) -> Constraint | None:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return Constraint(kind=ConstraintKind.JSON)
+            return Constraint(kind=ConstraintKind.JSON, param=_FORMAT)
         case {"type": "json_schema"}:
             return _named_schema(given.get("json_schema"))
     refuse(
@@ -106,7 +106,7 @@ def _bounded(kind: ConstraintKind, text: str, at: str) -> Constraint:
             at,
             ErrorCode.INVALID_SCHEMA,
         )
-    return Constraint(kind=kind, text=text)
+    return Constraint(kind=kind, text=text, param=at.partition(".")[0])
 
 
 def _json(value: Any) -> str:
