@@ -16,7 +16,7 @@ from e2e.reference import model_folder
 from e2e.stack import Stack
 
 PROGRAMS = environments.HERE / "programs"
-SDKS = ["openai_sdk", "anthropic_sdk", "langchain_sdk", "agents"]
+SDKS = ["openai_sdk", "anthropic_sdk", "langchain_sdk", "agents_sdk"]
 NODE = ["openai_sdk", "ai_sdk"]
 TIMEOUT_S = 500.0
 

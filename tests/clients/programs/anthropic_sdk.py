@@ -4,7 +4,7 @@ import anthropic
 from common import CITY, HI, MODEL, PARAMETERS, ROOT_URL, check_weather
 
 client = anthropic.Anthropic(base_url=ROOT_URL, api_key="none", timeout=120)
-QUICK = {"model": MODEL, "max_tokens": 12, "temperature": 0}
+QUICK = {"model": MODEL, "max_tokens": 12, "extra_body": {"temperature": 0}}
 TOOLS = [{"name": "get_weather", "description": "Weather.", "input_schema": PARAMETERS}]
 
 
@@ -56,7 +56,7 @@ def errors() -> None:
     for kind, body in (
         (anthropic.NotFoundError, {**QUICK, "model": "none", "messages": HI}),
         (anthropic.BadRequestError, {**QUICK, "messages": []}),
-        (anthropic.BadRequestError, {**QUICK, "messages": HI, "temperature": 1.5}),
+        (anthropic.BadRequestError, {**QUICK, "messages": HI, "extra_body": {"temperature": 1.5}}),
     ):
         try:
             client.messages.create(**body)
