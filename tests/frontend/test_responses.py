@@ -281,7 +281,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "file:
 @pytest.mark.parametrize(
     ("members", "code", "param"),
     [
-        ({"input": []}, "invalid_value", "input"),
+        ({"input": []}, "empty_array", "input"),
         ({"input": None}, "invalid_type", "input"),
         ({"input": [IMAGE]}, "unsupported_content_type", "input[0].content[0]"),
         ({"input": [{"role": "robot", "content": "x"}]}, "invalid_value", "input[0].role"),
@@ -301,7 +301,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "file:
         ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
         ({"tool_choice": {"type": "web_search"}}, "unsupported_parameter", "tool_choice"),
         ({"truncation": "often"}, "invalid_value", "truncation"),
-        ({"metadata": {str(n): "" for n in range(17)}}, "invalid_value", "metadata"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "array_above_max_length", "metadata"),
         ({"metadata": {"a": 1}}, "invalid_type", "metadata[...]"),
         ({"model": "other"}, "model_not_found", "model"),
     ],

@@ -13,7 +13,7 @@ from slipstream.frontend.anthropic_shapes import (
     UnservedMessages,
 )
 from slipstream.frontend.inner_chat import Conversation, check_unserved
-from slipstream.frontend.validate import number, refuse, shown
+from slipstream.frontend.validate import at_most, not_empty, number, refuse, shown
 
 NAMES = {
     r"max_completion_tokens": "max_tokens",
@@ -46,13 +46,8 @@ def read(body: Request) -> Asked:
     conversation = Conversation()
     if body.system is not None:
         conversation.say("system", _texts(body.system, "system"), "system")
-    if not body.messages:
-        refuse("messages is empty; send at least one message.", "messages")
-    if len(body.messages) > MESSAGES_MAX:
-        refuse(
-            f"messages has {len(body.messages)} entries; at most {MESSAGES_MAX} are allowed.",
-            "messages",
-        )
+    not_empty("messages", body.messages, "send at least one message")
+    at_most("messages", body.messages, MESSAGES_MAX)
     for i, message in enumerate(body.messages):
         _message(message, f"messages[{i}]", conversation)
     fields, skipped = _tools(body)

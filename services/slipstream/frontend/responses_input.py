@@ -10,7 +10,7 @@ from slipstream.errors import ErrorCode
 from slipstream.frontend.inner_chat import Conversation
 from slipstream.frontend.responses_shapes import InputTokensRequest, ResponsesRequest
 from slipstream.frontend.responses_store import ResponseStore
-from slipstream.frontend.validate import refuse, shown
+from slipstream.frontend.validate import at_most, not_empty, refuse, shown
 from slipstream.messages import PartKind
 
 ITEMS_MAX = 10_000
@@ -33,10 +33,8 @@ async def read_input(
     """The items, those that were references as what they refer to."""
     if isinstance(given, str):
         given = [{"type": "message", "role": "user", "content": given}]
-    if not given:
-        refuse("input is empty; send at least one item.", "input")
-    if len(given) > ITEMS_MAX:
-        refuse(f"input has {len(given)} items; at most {ITEMS_MAX} are allowed.", "input")
+    not_empty("input", given, "send at least one item")
+    at_most("input", given, ITEMS_MAX)
     items = []
     for i, item in enumerate(given):
         at = f"input[{i}]"

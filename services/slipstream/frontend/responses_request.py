@@ -21,7 +21,7 @@ from slipstream.frontend.responses_shapes import (
     TextConfig,
     UnservedResponses,
 )
-from slipstream.frontend.validate import LOGPROBS_MAX, integer, refuse, shown
+from slipstream.frontend.validate import LOGPROBS_MAX, at_most, integer, refuse, shown
 
 LOGPROBS = "message.output_text.logprobs"
 METADATA_MAX, METADATA_KEY_MAX, METADATA_VALUE_MAX = 16, 64, 512
@@ -97,8 +97,7 @@ def _check(body: ResponsesRequest) -> None:
     if body.top_logprobs is not None:
         integer("top_logprobs", body.top_logprobs, 0, LOGPROBS_MAX)
     pairs = body.metadata or {}
-    if len(pairs) > METADATA_MAX:
-        refuse(f"metadata has {len(pairs)} pairs; at most {METADATA_MAX} are allowed.", "metadata")
+    at_most("metadata", pairs, METADATA_MAX)
     for key, value in pairs.items():
         if len(key) > METADATA_KEY_MAX or len(value) > METADATA_VALUE_MAX:
             refuse(
