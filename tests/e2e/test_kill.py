@@ -1,6 +1,7 @@
 """SIGKILL to each process while requests run: answers stay right, and nothing is left held."""
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,13 @@ from e2e.stack import Stack
 MAX_TOKENS = 128
 GREEDY: dict[str, Any] = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
 SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 1234}
+HELD: dict[str, Any] = {
+    **SEEDED,
+    "structured_outputs": {"regex": "([a-z]{3} ){400}"},
+    "bad_words": ["the"],
+    "logit_bias": {"1000": 5},
+}
+"""To a grammar that does not end before the answer."""
 Asked = list[tuple[list[int], dict[str, Any]]]
 
 
@@ -23,6 +31,7 @@ EARLY: Asked = [
     (_words(60, 2), SEEDED),
     (_words(100, 3), GREEDY),
     (_words(33, 4), {**SEEDED, "seed": 99}),
+    (_words(45, 7), HELD),
 ]
 """They decode when the blow comes."""
 LATE: Asked = [(_words(500, 5), GREEDY), (_words(400, 6), SEEDED)]
@@ -38,7 +47,9 @@ def undisturbed(twin: Stack) -> list[str]:
             )
         return [answer.text for answer in answers]
 
-    return asyncio.run(ask())
+    texts = asyncio.run(ask())
+    assert re.fullmatch("([a-z]{3} )*[a-z]{0,3}", texts[len(EARLY) - 1])
+    return texts
 
 
 async def _begin(client: Client, asked: Asked, salt: str) -> list[tuple[Answer, Any]]:
