@@ -176,6 +176,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(fake: FakeServer, terminal: Te
     assert roles == ["user", "assistant", "user"]
     assert fake.asked[-1]["messages"][1]["content"].startswith("word ")
     assert fake.broken_off == 1
+    terminal.until(">>>", 3)  # not in what is left of the answer
     terminal.type("\x03")
     terminal.until("Ctrl-D or /quit ends the chat.")
     terminal.type("\x04")
