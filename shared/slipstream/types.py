@@ -126,6 +126,8 @@ class ConstraintKind(StrEnum):
 class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: ConstraintKind
     text: str = ""
+    lenient: bool = False
+    """Of a schema: what cannot be enforced in it is left out, not refused."""
     param: str = "structured_outputs"
     """The client's field that says so, for refusals."""
 

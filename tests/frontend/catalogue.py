@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
             ]
         )
     },
-    "logit_bias text": (chat(logit_bias={"1": "x"}), 400, "invalid_type", "logit_bias[...]"),
+    "logit_bias text": (chat(logit_bias={"1": "x"}), 400, "invalid_type", "logit_bias"),
     "streamed prompt_logprobs": (
         chat(prompt_logprobs=1, stream=True),
         400,

@@ -153,6 +153,10 @@ async def _answered(
         _log.exception(
             "%s %s failed, request %s", request.method, request.path, request[REQUEST_ID]
         )
+        if request.get(ANSWERING) and request.transport is not None:
+            # The answer has begun; another one in the middle of it would be taken for a part.
+            request.transport.abort()
+            raise ConnectionError("a bug in the middle of an answer") from None
         return _refusal(request, _internal(request[REQUEST_ID]))
 
 

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 import msgspec
 from aiohttp import web
 
+from slipstream.errors import ErrorCode
 from slipstream.frontend import validate
 from slipstream.frontend.constraints import constraint_of
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.generation import Answers, Call
 from slipstream.frontend.openai import Generate
+from slipstream.frontend.problems import api_error
 from slipstream.frontend.sampling import bad_words
 from slipstream.frontend.trace_context import trace_context
 from slipstream.messages import Prompt, Tokenize
 from slipstream.types import SamplingParams
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def new_call(
@@ -60,6 +64,7 @@ def new_call(
             )
             for choice in range(n)
         ]
+    _check_size(submissions)
     return Call(
         id=call_id,
         created=int(time.time()),
@@ -74,6 +79,25 @@ def new_call(
         wants_logprobs=sampling.logprobs is not None,
         context=trace_context(request),
     )
+
+
+CALL_BYTES_MAX = 32 << 20
+"""Of all choices together: each says the prompt and what the answer must be once more. Half of what
+a session may hold unread."""
+
+
+def _check_size(submissions: Sequence[Tokenize]) -> None:
+    if len(submissions) == 1:
+        return  # no longer than the body
+    num_bytes = 0
+    for submission in submissions:
+        num_bytes += len(_encode(submission))
+        if num_bytes > CALL_BYTES_MAX:
+            raise api_error(
+                ErrorCode.TOO_LARGE,
+                f"The {len(submissions)} choices repeat the prompt and what is asked of the answer "
+                f"until they have more than {CALL_BYTES_MAX} bytes. Send several requests.",
+            )
 
 
 def _unique(request: web.Request) -> str:

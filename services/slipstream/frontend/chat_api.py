@@ -109,7 +109,7 @@ def _prompt(body: ChatRequest, context: Context) -> ChatPrompt:
 
 
 def _top_logprobs(body: ChatRequest) -> int:
-    if body.top_logprobs is None:
+    if not body.top_logprobs:
         return 0
     if not body.logprobs:
         validate.refuse("top_logprobs has a meaning only with logprobs: true.", "top_logprobs")

@@ -143,8 +143,10 @@ def _logprobs(
 
 
 def _tops(entry: TextLogprob, top: int) -> dict[str, float]:
-    own = {entry.text: finite(entry.logprob)}
-    return own | {one.text: finite(one.logprob) for one in alternatives(entry, top)}
+    found = {entry.text: finite(entry.logprob)}
+    for one in alternatives(entry, top):
+        found.setdefault(one.text, finite(one.logprob))  # of tokens that look alike the likeliest
+    return found
 
 
 def _chunk(

@@ -56,7 +56,8 @@ def _named_schema(given: Any) -> Constraint:
         code = ErrorCode.MISSING_PARAMETER if schema is None else ErrorCode.INVALID_TYPE
         text = f"{at}.schema must be a JSON schema, but is {shown(schema)}."
         refuse(text, f"{at}.schema", code)
-    return _bounded(ConstraintKind.JSON_SCHEMA, _json(schema), f"{at}.schema")
+    held = _bounded(ConstraintKind.JSON_SCHEMA, _json(schema), f"{at}.schema")
+    return msgspec.structs.replace(held, lenient=given.get("strict") is not True)
 
 
 _MEMBERS = ("json", "json_object", "regex", "choice", "grammar")
@@ -66,18 +67,22 @@ def _of_outputs(given: dict[str, Any] | None) -> Constraint | None:
     if given is None:
         return None
     for name in given.keys() - set(_MEMBERS):
-        if given[name] not in (None, False):
+        if not _is_nothing(given[name]):
             refuse(
                 f"{_OUTPUTS} has {shown(name)}, which is not served; it may have one of "
                 f"{', '.join(_MEMBERS)}.",
                 f"{_OUTPUTS}.{name[:64]}",
                 ErrorCode.UNSUPPORTED_PARAMETER,
             )
-    named = [name for name in _MEMBERS if given.get(name) not in (None, False)]
+    named = [name for name in _MEMBERS if not _is_nothing(given.get(name))]
     if len(named) != 1:
         text = f"{_OUTPUTS} must have one of {', '.join(_MEMBERS)}, but has {len(named)}."
         refuse(text, _OUTPUTS)
     return _output(named[0], given[named[0]], f"{_OUTPUTS}.{named[0]}")
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False
 
 
 def _output(name: str, value: Any, at: str) -> Constraint:

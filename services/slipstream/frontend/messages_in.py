@@ -13,12 +13,36 @@ from slipstream.types import pack_tokens
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOOL_CALLS_MAX = 128
+_TEMPLATE_NAMES = {"reasoning": "reasoning_content"}
+"""Our answers have both."""
 
 
 def chat_messages(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
     not_empty("messages", messages, "send at least one message")
     at_most("messages", messages, limits.max_messages)
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    plain = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    _check_calls(plain)
+    return plain
+
+
+def _check_calls(messages: list[dict[str, Any]]) -> None:
+    """Calls are answered at once, and nothing else is."""
+    unanswered: set[str] = set()
+    for index, message in enumerate(messages):
+        at = f"messages[{index}]"
+        if message["role"] == "tool":
+            name = message["tool_call_id"]
+            if name not in unanswered:
+                refuse(f"{at} answers the call {shown(name)}, which waits for no answer.", at)
+            unanswered.discard(name)
+            continue
+        if unanswered:
+            missing = shown(min(unanswered))
+            refuse(f"{at} comes before the call {missing} is answered by role 'tool'.", at)
+        unanswered = {call["id"] for call in message.get("tool_calls", ())}
+    if unanswered:
+        missing = shown(min(unanswered))
+        refuse(f"The call {missing} is not answered; add a message of role 'tool'.", "messages")
 
 
 def _message(message: dict[str, Any], at: str) -> dict[str, Any]:
@@ -31,9 +55,9 @@ def _message(message: dict[str, Any], at: str) -> dict[str, Any]:
         plain["tool_calls"] = _tool_calls(tool_calls, role, f"{at}.tool_calls")
     optional = role == "assistant" and bool(tool_calls)
     plain["content"] = _content(message.get("content"), optional, f"{at}.content")
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id", "reasoning", "reasoning_content"):
         if message.get(name) is not None:
-            plain[name] = _string(message[name], f"{at}.{name}")
+            plain[_TEMPLATE_NAMES.get(name, name)] = _string(message[name], f"{at}.{name}")
     if role == "tool" and "tool_call_id" not in plain:
         refuse(
             f"A message of role 'tool' must say which call it answers: {at}.tool_call_id.",
@@ -53,7 +77,7 @@ def _content(content: Any, optional: bool, at: str) -> str | None:
     """One text; parts are joined as they are, because they carry their own spaces."""
     if isinstance(content, str):
         return content
-    if content is None and optional:
+    if content in (None, []) and optional:
         return None
     if not isinstance(content, list):
         refuse(
@@ -69,6 +93,8 @@ def _content(content: Any, optional: bool, at: str) -> str | None:
 def _part(part: Any, at: str) -> str:
     if not isinstance(part, dict):
         refuse(f"{at} must be an object, but is {shown(part)}.", at, ErrorCode.INVALID_TYPE)
+    if part.get("type") == "refusal":
+        return _string(part.get("refusal"), f"{at}.refusal")
     if part.get("type") != "text":
         refuse(
             f"{at} is of type {shown(part.get('type'))}; this model reads parts of type 'text'.",
@@ -166,6 +192,13 @@ def _prompt(
         refuse("prompt is empty; send some text.", "prompt")
     if isinstance(prompt, str):
         return TextPrompt(text=prompt, add_special_tokens=add_special_tokens)
+    if len(prompt) >= (status.max_model_len or 2**31):
+        refuse(
+            f"This model's maximum context length is {status.max_model_len} tokens, but the prompt "
+            f"has {len(prompt)}. Please shorten it.",
+            "prompt",
+            ErrorCode.CONTEXT_LENGTH,
+        )
     return TokenPrompt(tokens=token_ids(prompt, "prompt", status))
 
 

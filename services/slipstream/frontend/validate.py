@@ -104,7 +104,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
 
 def _type_error(text: str) -> ApiError:
     at = _AT.search(text)
-    path = at[1] if at else ""
+    path = at[1].partition("[...]")[0] if at else ""
     reason = (text[: at.start()] if at else text).replace("`", "")
     missing = _MISSING.match(text)
     if missing:
@@ -223,9 +223,13 @@ def some_chars(name: str, text: str, most: int, what: str = "") -> None:
 
 
 def check_depth(name: str, value: Any) -> None:
-    """What is nested deeper could be read here, and written by nobody behind us."""
+    """What is nested deeper, or has longer integers, could be read here, and written by nobody
+    behind us."""
     level = [value]
     for _ in range(DEPTH_MAX):
+        for one in level:
+            if type(one) is int and not -(2**63) <= one < 2**63:
+                refuse(f"{name} has {shown(one)}, an integer of more than 64 bits.", name)
         level = [
             inner
             for one in level

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 WAITING_MAX = 16
-"""Grammars at a time."""
+"""Grammars at a time, however many ask for the same one."""
 KEPT_MAX = 512
 KEPT_CHARS_MAX = 16 << 20
 """Grammars whose verdict is remembered, and their length together."""
@@ -49,7 +49,7 @@ class Reply(msgspec.Struct, array_like=True):
 class _Waiting(NamedTuple):
     process: subprocess.Popen[bytes]
     grammar: str
-    told: Told
+    told: list[Told]
 
 
 class GrammarCheck:
@@ -64,6 +64,8 @@ class GrammarCheck:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._waiting: dict[int, _Waiting] = {}
+        self._numbers: dict[str, int] = {}
+        """Of the grammars that wait."""
         self._count = self._refused = self._late = 0
         self._kept: OrderedDict[str, Verdict] = OrderedDict()
         self._chars = 0
@@ -92,6 +94,7 @@ class GrammarCheck:
         """Nobody is told anything any more."""
         with self._lock:
             self._waiting.clear()
+            self._numbers.clear()
             process, self._process = self._process, None
         if process is not None:
             process.kill()  # its forks die by their timers
@@ -102,13 +105,17 @@ class GrammarCheck:
             if (kept := self._kept.get(grammar)) is not None:
                 self._kept.move_to_end(grammar)
                 return kept
+            if (number := self._numbers.get(grammar)) is not None:
+                self._waiting[number].told.append(told)
+                return None
             if len(self._waiting) >= WAITING_MAX:
                 self._late += 1
                 return Verdict(f"{WAITING_MAX} others are being compiled", late=True, passing=True)
             process = self._running()
             assert process.stdin is not None
             self._count += 1
-            self._waiting[self._count] = _Waiting(process, grammar, told)
+            self._waiting[self._count] = _Waiting(process, grammar, [told])
+            self._numbers[grammar] = self._count
             with contextlib.suppress(OSError):  # it has died, which its reader finds and tells
                 process.stdin.write(msgspec.json.encode(Question(self._count, grammar)) + b"\n")
                 process.stdin.flush()
@@ -140,12 +147,14 @@ class GrammarCheck:
     def _tell(self, number: int, verdict: Verdict) -> None:
         with self._lock:
             waiting = self._waiting.pop(number, None)
+            if waiting is not None:
+                del self._numbers[waiting.grammar]
             self._refused += bool(verdict.refused) and not verdict.late
             self._late += verdict.late
             if waiting is not None and not verdict.passing:
                 self._keep(waiting.grammar, verdict)
-        if waiting is not None:
-            waiting.told(verdict)
+        for told in waiting.told if waiting else ():
+            told(verdict)
 
     def _keep(self, grammar: str, verdict: Verdict) -> None:
         if grammar not in self._kept:
