@@ -33,6 +33,13 @@ def tool(name: Any, **members: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **members}}
 
 
+def deep(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 def chosen(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
@@ -298,6 +305,32 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
             ]
         )
     },
+    "a long integer in a tool": (
+        chat(tools=[tool("f", parameters={"maximum": 2**64})]),
+        400,
+        "invalid_value",
+        "tools",
+    ),
+    "a deep tool": (chat(tools=[tool("f", parameters=deep(200))]), 400, "invalid_value", "tools"),
+    "an answer to no call": (
+        chat(messages=[user("a"), {"role": "tool", "content": "7", "tool_call_id": "c"}]),
+        400,
+        "invalid_value",
+        "messages[1]",
+    ),
+    "a call that is not answered": (
+        chat(messages=[{"role": "assistant", "tool_calls": [TOOL_CALL]}, user("a")]),
+        400,
+        "invalid_value",
+        "messages[1]",
+    ),
+    "a last call that is not answered": (
+        chat(messages=[{"role": "assistant", "tool_calls": [TOOL_CALL]}]),
+        400,
+        "invalid_value",
+        "messages",
+    ),
+    "many ids": (complete(prompt=[1] * 100), 400, "context_length_exceeded", "prompt"),
     # What the answer must be
     **{
         f"format {number}": (chat(**members), 400, code, param)
@@ -471,6 +504,15 @@ ACCEPTED: dict[str, tuple[str, Any]] = {
     "whitespace": raw(b" \n\t{%}\r\n"),
     "developer": chat(messages=[{"role": "developer", "content": "x"}, user("y")]),
     "parts": chat(messages=[user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]),
+    "no content beside a call": chat(
+        messages=[
+            {"role": "assistant", "content": [], "reasoning": "x", "tool_calls": [TOOL_CALL]},
+            {"role": "tool", "content": "7", "tool_call_id": "c"},
+        ]
+    ),
+    "refusal": chat(
+        messages=[{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]
+    ),
     "tool round": chat(
         messages=[
             user("a"),

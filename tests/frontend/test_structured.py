@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 
 from frontend.catalogue import chosen, schema, tool
-from frontend.fakes import Server, answer
+from frontend.fakes import Pause, Server, answer, chat_body, entry
 from slipstream.frontend.gateway import StreamItem
 from slipstream.messages import ChatPrompt, Part, PartKind, TextDelta, Tokenize
 from slipstream.types import Constraint, ConstraintKind
@@ -178,8 +179,6 @@ def scored(script: Any) -> Any:
     """With log probabilities of a prompt of three tokens."""
 
     def more(submission: Tokenize) -> list[StreamItem]:
-        from frontend.fakes import entry
-
         items = script(submission)
         top = submission.sampling.prompt_logprobs
         if top is None:
@@ -246,3 +245,43 @@ async def test_prompt_logprobs(server: Server) -> None:
     body = await (await server.chat(prompt_logprobs=0)).json()
     assert [entry and list(entry) for entry in body["prompt_logprobs"]] == [None, ["2"], ["1"]]
     assert "prompt_logprobs" not in await (await server.chat()).json()
+
+
+async def test_an_answer_is_not_repeated_a_thousand_times_on_the_bus(server: Server) -> None:
+    format_ = schema({"description": "x" * 90_000})
+    response = await server.complete(prompt=["a"] * 64, n=16, response_format=format_)
+    assert response.status == 413 and not server.gateway.submissions
+    assert (await response.json())["error"]["code"] == "request_too_large"
+    assert (await server.complete(prompt=["a"] * 64, n=2, response_format=format_)).status == 200
+
+
+async def test_of_tokens_that_look_alike_the_likeliest_counts(server: Server) -> None:
+    def script(submission: Tokenize) -> list[StreamItem]:
+        items = answer(submission, ["x"])
+        alike = entry("?", -0.1, (entry("?", -0.1), entry("?", -5.0)))
+        return [items[0], msgspec.structs.replace(items[1], logprobs=[alike])]
+
+    server.gateway.script = script
+    body = await (await server.complete(logprobs=2)).json()
+    assert body["choices"][0]["logprobs"]["top_logprobs"] == [{"?": -0.1}]
+
+
+async def test_a_bug_in_the_middle_of_an_answer_is_no_second_answer(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> list[object]:
+        raise KeyError("a bug")
+
+    server.gateway.script = lambda s: [
+        *answer(s, ["a", "b"])[:2],
+        Pause(0.1),
+        *answer(s, ["c"])[1:],
+    ]
+    url, body = f"{server.url}/v1/chat/completions", chat_body(stream=True)
+    async with server.client.post(url, json=body) as response:
+        assert b"assistant" in await response.content.readuntil(b"\n\n")
+        monkeypatch.setattr("slipstream.frontend.chat_api._deltas", broken)
+        with pytest.raises(aiohttp.ClientError):
+            raise AssertionError(await response.content.read())
+    monkeypatch.undo()
+    assert (await server.chat()).status == 200
