@@ -82,7 +82,7 @@ $(CLIENTS)/.stamp-%: tests/clients/requirements-%.txt | $(VENV)/.stamp-dev
 
 $(CLIENTS)/.stamp-node: tests/clients/package.json
 	@mkdir -p $(CLIENTS)/node && cp $< $(CLIENTS)/node/
-	$(if $(shell command -v npm),cd $(CLIENTS)/node && npm install --no-package-lock --no-audit --no-fund --silent,@echo "No npm here: clients for node are not tried.")
+	$(if $(shell command -v npm),cd $(CLIENTS)/node && (npm install --no-package-lock --no-audit --no-fund --silent || { rm -rf node_modules; echo "npm has failed: clients for node are not tried."; }),@echo "No npm here: clients for node are not tried.")
 	@touch $@
 
 clients: $(CLIENTS)/.stamp-sdk $(CLIENTS)/.stamp-tools $(CLIENTS)/.stamp-node
