@@ -16,7 +16,6 @@ from slipstream.core.kv_events import KvEvents
 from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.types import BLOCK_TOKENS, BlockId, RequestId
 
-
 SCORED_TOKENS_MAX = 512
 """Of the prompts that one step scores, all together, a multiple of `BLOCK_TOKENS`. The logits of all
 of them are there at once, `[tokens, vocab]` in float32: 100 MB for 49,152 tokens, 300 for 150,000."""
