@@ -1,4 +1,4 @@
-"""Grammars that are nested deeply: the checker judges, and no worker overflows its stack after it."""
+"""Grammars that are nested deeply: what the checker lets pass overflows no worker's stack."""
 
 import json
 import subprocess
@@ -10,14 +10,14 @@ import pytest
 
 from engine.test_guide import EOS, Saved
 from engine.tiny import WORDS, WORDS_VOCAB
-from slipstream.grammar import tokenizer
+from slipstream.grammar import STACK_BYTES, tokenizer
 from slipstream.tokenizer.grammar_check import Question, Reply
 
 SYSTEM_STACK_KB = 1024
 """Less than the checker's stack: what it lets pass overflows a thread that has this one."""
 
 FOLLOW = """
-import sys, threading
+import ctypes, sys, threading
 from unittest.mock import Mock
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.guide import Guides
@@ -31,7 +31,11 @@ guide.settle([guide])
 def step():
     for end in range(1, len(tokens) + 1):
         guide.biases(tokens[:end])
-    print("followed")
+    thread, pthreads, size = ctypes.create_string_buffer(256), ctypes.CDLL(None), ctypes.c_size_t()
+    pthreads.pthread_self.restype = ctypes.c_ulong
+    pthreads.pthread_getattr_np(ctypes.c_ulong(pthreads.pthread_self()), thread)
+    pthreads.pthread_attr_getstacksize(thread, ctypes.byref(size))
+    print("followed on", size.value >> 20)
 
 executor._compute.submit(lambda event: done.set(), "step", step, print)
 assert done.wait(60)
@@ -85,4 +89,6 @@ def test_what_the_checker_lets_pass_takes_no_worker_with_it(saved: Saved) -> Non
     ran = subprocess.run(
         [*limited, "-c", FOLLOW, *given], capture_output=True, text=True, timeout=120, check=False
     )
-    assert (ran.returncode, ran.stdout) == (0, "followed\n"), ran.stderr[-2000:]
+    assert (ran.returncode, ran.stdout) == (0, f"followed on {STACK_BYTES >> 20}\n"), ran.stderr[
+        -2000:
+    ]

@@ -17,8 +17,8 @@ from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.types import BLOCK_TOKENS, BlockId, RequestId
 
 SCORED_TOKENS_MAX = 512
-"""Of the prompts that one step scores, all together, a multiple of `BLOCK_TOKENS`. The logits of all
-of them are there at once, `[tokens, vocab]` in float32: 100 MB for 49,152 tokens, 300 for 150,000."""
+"""Of the prompts that one step scores, all together; a multiple of `BLOCK_TOKENS`. Their logits are
+there at once, `[tokens, vocab]` in float32: 100 MB for 49,152 tokens, 300 MB for 150,000."""
 assert SCORED_TOKENS_MAX % BLOCK_TOKENS == 0
 
 

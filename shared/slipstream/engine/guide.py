@@ -54,7 +54,7 @@ class Guide:
         Does not wait, `settle` does. LateError: the grammar is not compiled yet.
         """
         if not self._matcher.done():
-            raise LateError("others are compiled before it")
+            raise LateError("too many others are compiled before it")
         matcher = self._matcher.result()
         self._fed += matcher.try_consume_tokens(list(tokens[self._fed :]))
         if self._fed < len(tokens) and not matcher.is_stopped():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.engine.guide import Guide, LateError, UnreadError
+from slipstream.engine.guide import COMPILE_TIMEOUT_S, Guide, LateError, UnreadError
 from slipstream.engine.history import History
 from slipstream.errors import ErrorCode, Problem
 from slipstream.grammar import GrammarError
@@ -105,14 +105,15 @@ def _ungrammatical(history: History, error: GrammarError) -> RowError:
     match error:
         case LateError():
             message = (
-                f"The answer's format is not ready: {error}. Try again in {LATE_RETRY_AFTER_S:g} s."
+                f"The answer's format could not be made ready in {COMPILE_TIMEOUT_S:g} s: {error}. "
+                f"Try again in {LATE_RETRY_AFTER_S:g} s."
             )
             code, retry_after_s = ErrorCode.QUEUE_FULL, LATE_RETRY_AFTER_S
             problem = Problem(code=code, message=message, retry_after_s=retry_after_s)
         case UnreadError():
             message = (
                 "This worker cannot hold an answer to a format: its model folder has no "
-                "tokenizer.json that can be used; its log says why. Ask for none, or mend the folder."
+                "tokenizer.json that can be used, and its log says why. Ask for no format."
             )
             problem = Problem(code=ErrorCode.INTERNAL, message=message)
         case _:
