@@ -6,15 +6,25 @@ refuse. Needs no torch.
 """
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-KEPT_MAX = 64
+KEPT_MAX = 256
 KEPT_CHARS_MAX = 4 << 20
 """Compiled grammars that are kept, and their texts' length together."""
+KEPT_CPU_S = 5.0
+"""What it took to compile all that are kept. Nobody says how large they are, but a core makes not
+more than 100 MB of one in a second."""
+STACK_BYTES = 64 << 20
+CHECKER_STACK_BYTES = 4 << 20
+"""Of a thread that compiles or follows grammars, in a worker and where they are checked. llguidance
+descends as deep as a grammar is nested, and a stack that ends takes the process with it. What
+passes in the smaller one has room in the other, also where an answer leads deeper."""
 GRAMMAR_SIZE_MAX = 20_000
 """Symbols of one grammar: it compiles in less than a second of one core."""
 LEXER_STATES_MAX = 50_000
@@ -52,13 +62,25 @@ def tokenizer(
         raise GrammarError(f"{file}: {_one_line(error)}") from error
 
 
+@contextmanager
+def stack_of(size_bytes: int) -> Iterator[None]:
+    """Threads that start in here have a stack of this size, whatever the system's limit is. Any
+    other that happens to start meanwhile too: it takes addresses, not memory."""
+    before = threading.stack_size(size_bytes)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
 class Grammars:
     """Compiles, and keeps what was compiled of late. Any thread."""
 
     def __init__(self, tokens: LLTokenizer) -> None:
         self.tokens = tokens
-        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._chars = 0
+        self._kept: OrderedDict[str, tuple[LLMatcher, float]] = OrderedDict()
+        """And the seconds of a core that each took."""
+        self._chars, self._cpu_s = 0, 0.0
         self._lock = threading.Lock()
 
     def matcher(self, grammar: str) -> LLMatcher:
@@ -71,23 +93,29 @@ class Grammars:
         with self._lock:
             if (known := self._kept.get(grammar)) is not None:
                 self._kept.move_to_end(grammar)
-                return known.deep_copy()
+                return known[0].deep_copy()
+        began_s = time.thread_time()
         made = LLMatcher(self.tokens, grammar, log_level=0, limits=limits())
         if not made.is_error():
             made.compute_bitmask()  # a copy inherits what its lexer has learnt
         if made.is_error():
             raise GrammarError(_one_line(made.get_error()))
         with self._lock:
-            self._keep(grammar, made)
+            self._keep(grammar, made, time.thread_time() - began_s)
             return made.deep_copy()
 
-    def _keep(self, grammar: str, matcher: LLMatcher) -> None:
-        if grammar not in self._kept:
-            self._chars += len(grammar)
-        self._kept[grammar] = matcher
-        while len(self._kept) > KEPT_MAX or self._chars > KEPT_CHARS_MAX:
-            oldest, _ = self._kept.popitem(last=False)
+    def _keep(self, grammar: str, matcher: LLMatcher, cpu_s: float) -> None:
+        if grammar in self._kept:
+            return  # two threads at once
+        self._kept[grammar] = matcher, cpu_s
+        self._chars += len(grammar)
+        self._cpu_s += cpu_s
+        while (
+            len(self._kept) > KEPT_MAX or self._chars > KEPT_CHARS_MAX or self._cpu_s > KEPT_CPU_S
+        ):
+            oldest, (_, spent_s) = self._kept.popitem(last=False)
             self._chars -= len(oldest)
+            self._cpu_s -= spent_s
 
 
 def _one_line(error: object) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from core.builders import decode, job_of, prefill
 from sim.device import EOS, Device, right_answer
-from slipstream.core.batching import Batcher
+from slipstream.core.batching import SCORED_TOKENS_MAX, Batcher
 from slipstream.core.blocks import BlockPool
 from slipstream.core.job import Job
 from slipstream.core.machine import BatchPlan
@@ -117,6 +117,18 @@ def test_prompts_share_the_budget_and_streams_are_not_held_up_by_it() -> None:
     assert bench.step() == {"a": (30, 31), "b": (0, 32)}
     assert bench.step() == {"a": (31, 32), "b": (32, 60)}
     assert bench.step() == {"a": (32, 33), "b": (60, 61)}
+
+
+def test_a_step_scores_so_many_tokens_of_prompts_and_holds_nobody_else_up() -> None:
+    """Their logits are there at once, `[tokens, vocab]`."""
+    bench = Bench(num_blocks=200, budget_tokens=2048)
+    bench.add("a", prompt_of(600, 1), ignore_eos=True, prompt_logprobs=0)
+    bench.add("b", prompt_of(500, 2), ignore_eos=True, prompt_logprobs=0)
+    bench.add("c", prompt_of(600, 3), ignore_eos=True)
+    assert bench.step() == {"a": (0, SCORED_TOKENS_MAX), "c": (0, 600)}
+    rest = SCORED_TOKENS_MAX - 88
+    assert bench.step() == {"a": (512, 600), "b": (0, rest // 16 * 16), "c": (600, 601)}
+    assert bench.step() == {"a": (600, 601), "b": (rest // 16 * 16, 500), "c": (601, 602)}
 
 
 def test_prompts_have_the_budget_to_themselves() -> None:

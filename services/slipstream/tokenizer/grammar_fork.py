@@ -2,19 +2,21 @@
 
 Reads one question a line and answers one a line, in any order, until its input ends. It has one
 thread and loads the model's tokens once; each question is a fork of a fork, the inner one compiles
-and may die, the outer one says how it went.
+and may die, the outer one says how it went. It compiles on a thread, whose stack is smaller than
+those of the workers wherever it runs.
 """
 
 import os
 import resource
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
-from slipstream.grammar import GrammarError, limits, tokenizer
+from slipstream.grammar import CHECKER_STACK_BYTES, GrammarError, limits, stack_of, tokenizer
 from slipstream.tokenizer.grammar_check import Question, Reply
 
 CPU_S = 1.0
@@ -54,7 +56,8 @@ def _answer(question: Question, tokens: LLTokenizer) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     compiling = os.fork()
     if compiling == 0:
-        _say(question.number, _compiled(question.grammar, tokens))
+        with stack_of(CHECKER_STACK_BYTES), ThreadPoolExecutor(1) as thread:
+            _say(question.number, thread.submit(_compiled, question.grammar, tokens).result())
         os._exit(0)
     _, status, usage = os.wait4(compiling, 0)
     if status != 0:

@@ -7,6 +7,7 @@ chunks that end on block boundaries.
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from slipstream.core.blocks import BlockPool
@@ -14,6 +15,29 @@ from slipstream.core.job import Job, blocks_for
 from slipstream.core.kv_events import KvEvents
 from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.types import BLOCK_TOKENS, BlockId, RequestId
+
+SCORED_TOKENS_MAX = 512
+"""Of the prompts that one step scores, all together; a multiple of `BLOCK_TOKENS`. Their logits are
+there at once, `[tokens, vocab]` in float32: 100 MB for 49,152 tokens, 300 MB for 150,000."""
+assert SCORED_TOKENS_MAX % BLOCK_TOKENS == 0
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What a step has left for prompts."""
+
+    tokens: int
+    scored: int = SCORED_TOKENS_MAX
+
+    def of(self, job: Job) -> int:
+        return min(self.tokens, self.scored) if job.scores_prompt else self.tokens
+
+    def take(self, job: Job, row: Row) -> None:
+        """A stream's token is none of a prompt, nor are drafts: who streams holds no prompt up."""
+        if row.num_tokens > 1:
+            self.tokens -= row.num_tokens
+            if job.scores_prompt:
+                self.scored -= row.num_tokens
 
 
 class Flight(NamedTuple):
@@ -95,34 +119,33 @@ class Batcher:
         if len(self.in_flight) == self.steps_in_flight:
             return None
         rows: list[tuple[Job, Row]] = []
-        budget = self.budget_tokens
+        budget = _Budget(self.budget_tokens)
         for job in list(self.running):
             if job not in self.running or self._ends(job):
                 continue  # preempted a moment ago, or to leave with what is in flight
             if len(rows) == self.max_num_seqs:
                 break  # hand-overs came in beside: they wait, with their blocks
-            end = self._end(job, budget)
+            end = self._end(job, budget.of(job))
             if end is None:
                 continue
             if not self._grow(job, end + job.drafting):
                 if self.in_flight:
                     return None  # once that has landed, blocks may be taken from somebody
                 continue
-            budget -= self._take(rows, job, end)
+            self._take(rows, job, end, budget)
         for job in self._admit():
-            end = self._end(job, budget)
+            end = self._end(job, budget.of(job))
             if end is not None:
-                budget -= self._take(rows, job, end)
-            if budget < BLOCK_TOKENS:
+                self._take(rows, job, end, budget)
+            if budget.tokens < BLOCK_TOKENS:
                 break
         return self._plan(rows) if rows else None
 
-    def _take(self, rows: list[tuple[Job, Row]], job: Job, end: int) -> int:
-        """The job's row; how many tokens of a prompt are in it. A stream's token is none, nor are
-        drafts: who streams holds no prompt up."""
+    def _take(self, rows: list[tuple[Job, Row]], job: Job, end: int, budget: _Budget) -> None:
+        """The job's row."""
         row = self._row(job, end)
         rows.append((job, row))
-        return row.num_tokens if row.num_tokens > 1 else 0
+        budget.take(job, row)
 
     def _plan(self, rows: list[tuple[Job, Row]]) -> BatchPlan:
         self.steps += 1

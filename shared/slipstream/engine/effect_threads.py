@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from slipstream.core.machine import Event
+from slipstream.grammar import stack_of
 
 CAUSE_CHARACTERS = 300
 
@@ -12,8 +13,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class EffectThreads:
-    def __init__(self, count: int, name: str):
+    def __init__(self, count: int, name: str, stack_bytes: int = 0):
+        """`stack_bytes`: of the first of them, 0 for the system's."""
         self._pool = ThreadPoolExecutor(count, name)
+        with stack_of(stack_bytes):
+            self._pool.submit(int)  # starts it
 
     def submit(
         self,

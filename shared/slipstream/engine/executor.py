@@ -26,6 +26,7 @@ from slipstream.engine.effect_threads import EffectThreads, one_line
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.offload import Offload
 from slipstream.engine.transfers import Transfers
+from slipstream.grammar import STACK_BYTES
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
@@ -56,7 +57,7 @@ class WorkerExecutor:
         self._offload, self._kv_events = offload, kv_events
         self._runner, self._blocks = runner, blocks
         self._transfers = Transfers(blocks, transports, directory)
-        self._compute = EffectThreads(1, "compute")
+        self._compute = EffectThreads(1, "compute", STACK_BYTES)  # follows grammars
         self._post: Callable[[Event], None] = lambda event: None
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()

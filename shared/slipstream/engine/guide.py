@@ -5,8 +5,8 @@ feeds them to a fresh matcher and stands where the first one stood.
 """
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,10 +15,11 @@ import numpy.typing as npt
 from llguidance import LLMatcher
 
 from slipstream.engine.model_config import ModelConfig
-from slipstream.grammar import GrammarError, Grammars, tokenizer
+from slipstream.grammar import STACK_BYTES, GrammarError, Grammars, stack_of, tokenizer
 
-COMPILE_TIMEOUT_S = 10.0
-"""A step waits for a grammar no longer; the tokenizer process has compiled it in less."""
+COMPILE_TIMEOUT_S = 2.0
+"""A step waits no longer for the grammars of all its rows together. One takes a second of a core at
+most; so who is not ready by then stands behind others."""
 
 Biases: TypeAlias = npt.NDArray[np.float32]
 """0 for a token that may come next, -inf for one that may not."""
@@ -28,6 +29,14 @@ _BIASES: Biases = np.where(_BITS, 0.0, -np.inf).astype(np.float32)
 """Of the eight tokens of a byte of a mask, the lowest bit first."""
 
 _LOG = logging.getLogger(__name__)
+
+
+class LateError(GrammarError):
+    """It is not compiled yet. Nobody is to blame, and it may be tried again."""
+
+
+class UnreadError(GrammarError):
+    """No answer of this worker can be held to any grammar, for it has no tokens to do so."""
 
 
 class Guide:
@@ -42,11 +51,11 @@ class Guide:
 
         At the grammar's end that is the ends of sequence alone, then and ever after. GrammarError:
         it cannot be compiled, the answer does not follow it, or it is too complex from here on.
+        Does not wait, `settle` does. LateError: the grammar is not compiled yet.
         """
-        try:
-            matcher = self._matcher.result(COMPILE_TIMEOUT_S)
-        except TimeoutError as error:
-            raise GrammarError(f"it does not compile in {COMPILE_TIMEOUT_S:g} s") from error
+        if not self._matcher.done():
+            raise LateError("too many others are compiled before it")
+        matcher = self._matcher.result()
         self._fed += matcher.try_consume_tokens(list(tokens[self._fed :]))
         if self._fed < len(tokens) and not matcher.is_stopped():
             raise GrammarError(f"token {tokens[self._fed]} of the answer does not follow it")
@@ -60,6 +69,17 @@ class Guide:
         if num_tokens < self._fed:
             self._matcher.result().rollback(self._fed - num_tokens)
             self._fed = num_tokens
+
+    def drop(self) -> None:
+        """Nobody asks any more. What is not being compiled yet never is: others wait for that."""
+        self._matcher.cancel()
+
+    @staticmethod
+    def settle(guides: "Iterable[Guide]") -> None:
+        """Until all their grammars are compiled, or `COMPILE_TIMEOUT_S`."""
+        waiting = [guide._matcher for guide in guides if not guide._matcher.done()]
+        if waiting:
+            wait(waiting, COMPILE_TIMEOUT_S)
 
 
 class Masks:
@@ -84,7 +104,8 @@ class Guides:
     def __init__(self, model_path: str | Path, config: ModelConfig) -> None:
         self._masks = Masks(config.vocab_size)
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._grammars = self._thread.submit(_read, model_path, config)
+        with stack_of(STACK_BYTES):
+            self._grammars = self._thread.submit(_read, model_path, config)
 
     def wait(self) -> None:
         """Until the tokens are read; their reader keeps other threads waiting anyway."""
@@ -97,7 +118,7 @@ class Guides:
 
     def _matcher(self, grammar: str) -> LLMatcher:
         if (error := self._grammars.exception()) is not None:
-            raise GrammarError(f"this model cannot be held to any: {error}") from error
+            raise UnreadError(str(error)) from error
         return self._grammars.result().matcher(grammar)
 
 

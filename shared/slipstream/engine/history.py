@@ -46,6 +46,11 @@ class History:
         self._output_counts += Counter()  # drops the zeros
         del self.tokens[self.num_prompt + num_output :]
 
+    def drop(self) -> None:
+        """It is over."""
+        if self.guide is not None:
+            self.guide.drop()
+
     def output_counts(self) -> tuple[Ids, Ids]:
         """Distinct output tokens, and how often each occurred."""
         size = len(self._output_counts)

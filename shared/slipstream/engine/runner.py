@@ -132,8 +132,9 @@ class Runner:
         request's history or exceeds its block table; nothing was computed then.
         """
         for key in plan.dropped:
-            self._histories.pop(key, None)
             self._failed.pop(key, None)
+            if (history := self._histories.pop(key, None)) is not None:
+                history.drop()
         for admission in plan.admitted:
             key = (admission.request_id, admission.attempt)
             self._histories[key] = self._history(admission)

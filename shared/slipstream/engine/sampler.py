@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.engine.guide import COMPILE_TIMEOUT_S, Guide, LateError, UnreadError
 from slipstream.engine.history import History
 from slipstream.errors import ErrorCode, Problem
 from slipstream.grammar import GrammarError
@@ -25,6 +26,8 @@ from slipstream.types import TokenLogprobs
 
 SCORED_AT_A_TIME = 32
 """Rows: each is a copy of the vocabulary."""
+LATE_RETRY_AFTER_S = 2.0
+"""Until then a few grammars more are compiled, this one perhaps: it is kept."""
 
 
 class RowError(Exception):
@@ -59,8 +62,10 @@ def sample(
 
     `histories[i]` is the request of `rows[i]`; its next output position keys the draw. A row whose
     largest logit is not a finite number, from the model or since all tokens are barred, or whose
-    grammar cannot be followed, gets a `RowError`.
+    grammar cannot be followed, gets a `RowError`. Waits for grammars, of all rows together no
+    longer than `COMPILE_TIMEOUT_S`.
     """
+    Guide.settle(history.guide for history in histories if history.guide is not None)
     raw = _raw_logprobs(logits, rows, histories)
     errors: dict[int, RowError] = {}
     for row, history in zip(rows, histories, strict=True):
@@ -97,8 +102,23 @@ def _undrawable(history: History, top: float) -> RowError:
 
 
 def _ungrammatical(history: History, error: GrammarError) -> RowError:
-    message = f"The answer cannot be held to its format: {error}. Ask for a simpler one."
-    problem = Problem(code=ErrorCode.INVALID_SCHEMA, message=message)
+    match error:
+        case LateError():
+            message = (
+                f"The answer's format could not be made ready in {COMPILE_TIMEOUT_S:g} s: {error}. "
+                f"Try again in {LATE_RETRY_AFTER_S:g} s."
+            )
+            code, retry_after_s = ErrorCode.QUEUE_FULL, LATE_RETRY_AFTER_S
+            problem = Problem(code=code, message=message, retry_after_s=retry_after_s)
+        case UnreadError():
+            message = (
+                "This worker cannot hold an answer to a format: its model folder has no "
+                "tokenizer.json that can be used, and its log says why. Ask for no format."
+            )
+            problem = Problem(code=ErrorCode.INTERNAL, message=message)
+        case _:
+            message = f"The answer cannot be held to its format: {error}. Ask for a simpler one."
+            problem = Problem(code=ErrorCode.INVALID_SCHEMA, message=message)
     return RowError(f"{history.request_id}: grammar: {error}", problem)
 
 
