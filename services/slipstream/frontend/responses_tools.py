@@ -79,19 +79,18 @@ def _name(tool: dict[str, Any], at: str) -> str:
     refuse(f"{at} must be a string, but is {shown(name)}.", at, code)
 
 
-def _allowed(given: list[Any], served: set[str]) -> list[str]:
-    """The functions that it names; it may name tools of other kinds, which are skipped here too."""
-    names = []
+def _allowed(given: list[Any], served: set[str]) -> dict[str, None]:
+    """The functions that it names, each once; it may name tools of other kinds, which are skipped here too."""
+    names: dict[str, None] = {}
     for i, one in enumerate(given):
         at = f"tool_choice.tools[{i}]"
         if not isinstance(one, dict) or not isinstance(one.get("type"), str):
             refuse(f"{at} must be an object with a type, but is {shown(one)}.", at)
         if one["type"] == "function":
-            names.append(_name(one, f"{at}.name"))
-            if names[-1] not in served:
-                refuse(
-                    f"{at}.name is {shown(names[-1])}, which is none of the tools.", f"{at}.name"
-                )
+            name = _name(one, f"{at}.name")
+            if name not in served:
+                refuse(f"{at}.name is {shown(name)}, which is none of the tools.", f"{at}.name")
+            names[name] = None
     return names
 
 
