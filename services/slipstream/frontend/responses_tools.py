@@ -80,7 +80,7 @@ def _name(tool: dict[str, Any], at: str) -> str:
 
 
 def _allowed(given: list[Any], served: set[str]) -> dict[str, None]:
-    """The functions that it names, each once; it may name tools of other kinds, which are skipped here too."""
+    """The functions that it names, each once; those of other kinds are skipped."""
     names: dict[str, None] = {}
     for i, one in enumerate(given):
         at = f"tool_choice.tools[{i}]"
