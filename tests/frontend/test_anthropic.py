@@ -200,7 +200,9 @@ async def test_the_beginning_of_the_answer(server: Server) -> None:
 async def test_a_format(server: Server) -> None:
     form = {"type": "json_schema", "schema": {"type": "object"}}
     await post(server, output_config={"format": form, "effort": "low"})
-    wanted = Constraint(kind=ConstraintKind.JSON_SCHEMA, text='{"type":"object"}')
+    wanted = Constraint(
+        kind=ConstraintKind.JSON_SCHEMA, text='{"type":"object"}', param="response_format"
+    )
     assert server.gateway.submissions[-1].constraint == wanted
 
 
@@ -246,6 +248,19 @@ async def test_what_claude_code_sends_is_let_in(server: Server) -> None:
     assert skipped == "tools[1]='web_search_20250305'"
 
 
+async def test_fields_beyond_anthropics(server: Server) -> None:
+    drawn = {"min_p": 0.1, "seed": 3, "presence_penalty": 0.5, "repetition_penalty": 1.5}
+    given = {"cache_salt": "s", "priority": 3, "timeout": 0.5, "chat_template_kwargs": {"a": 1}}
+    await post(server, **drawn, **given)
+    asked = server.gateway.submissions[-1]
+    assert {name: getattr(asked.sampling, name) for name in drawn} == drawn
+    assert (asked.salt, asked.priority, asked.timeout_s) == ("s", 3, 0.5)
+    assert prompt(server).template_args == {"a": 1}
+
+
+DEEP: dict[str, Any] = {}
+for _ in range(500):
+    DEEP = {"x": DEEP}
 IMAGE = [
     {"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "file:/x"}}]}
 ]
@@ -260,6 +275,10 @@ IMAGE = [
         ({"messages": []}, "messages is empty"),
         ({"messages": IMAGE}, "messages[0].content[0] is of type 'image'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"stop_sequences": [""]}, "A stop string must"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a",
+           "name": "f", "input": DEEP}]}]}, "messages[0].content[0].input is nested"),
+        ({"chat_template_kwargs": DEEP}, "chat_template_kwargs is nested"),
         ({"temperature": 1.5}, "temperature must be at least 0 and at most 1"),
         ({"stop_sequences": ["a"] * 17}, "stop_sequences"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema"),

@@ -350,6 +350,16 @@ async def test_tokenize_and_detokenize(server: Server) -> None:
     assert await (await server.post("/detokenize", {"tokens": []})).json() == {"prompt": ""}
 
 
+async def test_tools_are_tokens_too(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "x": 1}}]
+    response = await server.post("/tokenize", chat_body(tools=tools))
+    assert response.status == 200
+    ((asked, _),) = server.gateway.codec_calls
+    assert isinstance(asked, ChatPrompt)
+    assert asked.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert (await server.post("/tokenize", chat_body(tools=[{}]))).status == 400
+
+
 async def test_problems_of_the_codec(server: Server) -> None:
     problem = Problem(code=ErrorCode.NO_WORKER, message="No tokenizer.")
     server.gateway.coded = DeliverCodec("c", problem=problem)

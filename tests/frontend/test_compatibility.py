@@ -3,6 +3,7 @@
 from typing import Any, get_type_hints
 
 import anthropic.types
+import msgspec
 import pytest
 from anthropic.types import message_count_tokens_params, message_create_params
 from openai.types import completion_create_params as completion_params
@@ -56,11 +57,48 @@ async def test_refused(server: Server, path: str, name: str) -> None:
     assert (await server.post(path, {**BODIES[path], name: None})).status == 200
 
 
+async def asked(server: Server, path: str, **members: Any) -> Any:
+    """What leaves the frontend for a body with these members, but for ids and drawn seeds."""
+    response = await server.post(path, {**BODIES[path], **members})
+    assert response.status == 200, await response.text()
+    if not server.gateway.submissions:
+        return server.gateway.codec_calls[-1]
+    submission = server.gateway.submissions[-1]
+    sampling = msgspec.structs.replace(submission.sampling, seed=0)
+    return msgspec.structs.replace(submission, request_id="", sampling=sampling)
+
+
 @pytest.mark.parametrize(("path", "name"), of("ignored"))
 async def test_ignored(server: Server, path: str, name: str) -> None:
-    given: Any = {"truncation": "auto", "user": "u", "service_tier": "auto"}.get(name, {})
-    response = await server.post(path, {**BODIES[path], name: given})
-    assert response.status == 200, await response.text()
+    words = {"truncation": "auto", "user": "u", "service_tier": "auto"}
+    given: Any = words.get(name, {"effort": "low"})
+    assert await asked(server, path, **{name: given}) == await asked(server, path)
+
+
+NEUTRALS = [
+    pytest.param(operation.path, name, value, id=f"{operation.path} {name} {value}")
+    for operation in OPERATIONS
+    if operation.body is not None and operation.body.refused is not None
+    for name in operation.body.refused.__struct_fields__
+    for value in operation.body.neutral.get(name, ())
+]
+
+
+@pytest.mark.parametrize(("path", "name", "value"), NEUTRALS)
+async def test_values_that_change_nothing(server: Server, path: str, name: str, value: Any) -> None:
+    assert await asked(server, path, **{name: value}) == await asked(server, path)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_no_field_of_a_chat_is_ignored_elsewhere(path: str) -> None:
+    """But for those that change no token: what a client sends to the wrong path it should hear."""
+    chats = {name for name, (verdict, _) in TABLES[CHAT].items() if verdict != "ignored"}
+    assert chats - TABLES[path].keys() <= {"messages", "stream_options"}
+
+
+async def test_true_is_no_one(server: Server) -> None:
+    for path in ("/v1/responses", "/v1/messages"):
+        assert (await server.post(path, {**BODIES[path], "n": True})).status == 400
 
 
 @pytest.mark.parametrize("path", UNSERVED)

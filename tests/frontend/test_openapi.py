@@ -173,8 +173,12 @@ def beyond() -> Iterator[Any]:
     """Each limit of each body, and a value just outside."""
     facets = limits(LIMITS)
     for operation in OPERATIONS:
-        shape = operation.body.shape if operation.body else None
-        for name in shape.__struct_fields__ if shape else ():
+        if operation.body is None:
+            continue
+        shape, refused = operation.body.shape, operation.body.refused
+        for name in shape.__struct_fields__:
+            if refused and name in refused.__struct_fields__:
+                continue
             said = facets.get(f"{shape.__name__}.{name}", facets.get(name, {}))
             for word, limit in said.items():
                 value = _outside(word, limit)

@@ -192,7 +192,9 @@ async def test_formats_and_choices(server: Server) -> None:
     form = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
     body = await post(server, text={"format": form}, tools=[WEATHER],
                       tool_choice={"type": "function", "name": "weather"})  # fmt: skip
-    wanted = Constraint(kind=ConstraintKind.JSON_SCHEMA, text='{"type":"object"}')
+    wanted = Constraint(
+        kind=ConstraintKind.JSON_SCHEMA, text='{"type":"object"}', param="response_format"
+    )
     assert server.gateway.submissions[-1].constraint == wanted
     assert body["text"]["format"] == form and prompt(server).tool_choice == "=weather"
     other = {**WEATHER, "name": "other"}
@@ -207,7 +209,8 @@ async def test_formats_and_choices(server: Server) -> None:
     await post(server, tools=[WEATHER, other])
     assert [tool["function"]["name"] for tool in prompt(server).tools or []] == ["weather", "other"]
     await post(server, text={"format": {"type": "json_object"}})
-    assert server.gateway.submissions[-1].constraint == Constraint(kind=ConstraintKind.JSON)
+    wanted = Constraint(kind=ConstraintKind.JSON, param="response_format")
+    assert server.gateway.submissions[-1].constraint == wanted
 
 
 async def test_tools_that_are_no_functions_are_skipped(server: Server) -> None:

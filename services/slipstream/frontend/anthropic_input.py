@@ -13,18 +13,26 @@ from slipstream.frontend.anthropic_shapes import (
     UnservedMessages,
 )
 from slipstream.frontend.inner_chat import Conversation, check_unserved
-from slipstream.frontend.validate import at_most, not_empty, number, refuse, shown
+from slipstream.frontend.openai import PASSED_ELSEWHERE
+from slipstream.frontend.validate import (
+    at_most,
+    check_depth,
+    not_empty,
+    number,
+    refuse,
+    shown,
+)
 
 NAMES = {
     r"max_completion_tokens": "max_tokens",
-    r"stop": "stop_sequences",
+    r"^stop": "stop_sequences",
     r"response_format\.json_schema": "output_config.format",
     r"(response_format|structured_outputs)": "output_config.format",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
     r"(tools\[\d+\])\.function": r"\1",
     r"tool_choice\.function": "tool_choice",
 }
-"""Our fields in a chat -> theirs."""
+"""Our fields in a chat -> theirs. `stop` is a word too, but never the first of a sentence."""
 
 MESSAGES_MAX = 10_000
 BETWEEN = "\n\n"
@@ -52,6 +60,7 @@ def read(body: Request) -> Asked:
         _message(message, f"messages[{i}]", conversation)
     fields, skipped = _tools(body)
     fields |= {"model": body.model, "messages": conversation.messages}
+    fields["chat_template_kwargs"] = body.chat_template_kwargs
     fields["response_format"] = _format(body.output_config.format if body.output_config else None)
     last = conversation.messages[-1]
     if last["role"] == "assistant" and "tool_calls" not in last:  # the beginning of the answer
@@ -63,12 +72,9 @@ def sampling_fields(body: MessagesRequest) -> dict[str, Any]:
     if body.temperature is not None:
         number("temperature", body.temperature, 0, 1)
     return {
+        **{name: getattr(body, name) for name in PASSED_ELSEWHERE},
         "max_completion_tokens": body.max_tokens,
         "stop": body.stop_sequences or None,
-        "stream": body.stream,
-        "temperature": body.temperature,
-        "top_k": body.top_k,
-        "top_p": body.top_p,
     }
 
 
@@ -136,6 +142,7 @@ def _call(block: dict[str, Any], at: str) -> tuple[str, str, str]:
             f"{at}.input",
             ErrorCode.INVALID_TYPE,
         )
+    check_depth(f"{at}.input", given)
     call_id = _string(block.get("id"), f"{at}.id")
     return call_id, _string(block.get("name"), f"{at}.name"), msgspec.json.encode(given).decode()
 

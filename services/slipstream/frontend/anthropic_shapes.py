@@ -5,17 +5,30 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from slipstream.frontend.openai import NEUTRAL_ELSEWHERE, UnservedElsewhere
+from slipstream.frontend.validate import NEUTRAL
+
 # --- Requests -------------------------------------------------------------------------------------
 
 
-class UnservedMessages(msgspec.Struct, kw_only=True):
+class UnservedMessages(UnservedElsewhere, kw_only=True):
     """Members that would change the answer and are not served (see `NEUTRAL_MESSAGES`)."""
 
     container: Any = None
     mcp_servers: Any = None
+    parallel_tool_calls: Any = None
+    stop: Any = None
+    top_logprobs: Any = None
 
 
-NEUTRAL_MESSAGES: dict[str, tuple[Any, ...]] = {"mcp_servers": ([],)}
+NEUTRAL_MESSAGES: dict[str, tuple[Any, ...]] = {
+    **NEUTRAL,
+    **NEUTRAL_ELSEWHERE,
+    "mcp_servers": ([],),
+    "parallel_tool_calls": (True,),
+    "stop": ([],),
+    "top_logprobs": (0,),
+}
 
 IGNORED_MESSAGES = {
     "cache_control": "prefixes are cached without it",
@@ -54,10 +67,20 @@ class MessagesRequest(_Conversation, kw_only=True):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    # Beyond Anthropic's, as of chat completions.
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CountTokensRequest(_Conversation, kw_only=True):
-    pass
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 # --- Answers --------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def limits(given: Limits) -> dict[str, dict[str, Any]]:
         },
         "priority": {"minimum": -(2**31), "maximum": 2**31 - 1},
         "ChatRequest.tools": {"minItems": 1, "maxItems": TOOLS_MAX},
+        "TokenizeRequest.tools": {"minItems": 1, "maxItems": TOOLS_MAX},
         "timeout": {"exclusiveMinimum": 0, "maximum": TIMEOUT_MAX_S},
         "cache_salt": {"minLength": 1, "maxLength": SALT_CHARS_MAX, "pattern": r"^[^@/\\]*$"},
         "chat_template_kwargs": {"maxProperties": 32},

@@ -22,6 +22,7 @@ from slipstream.frontend.openai import (
     TokenizeRequest,
 )
 from slipstream.frontend.problems import RETRY_AFTER_MAX_S, ApiError, api_error
+from slipstream.frontend.tools_in import tools_of
 from slipstream.messages import ChatPrompt, NodeInfo, Prompt, TextPrompt
 from slipstream.runtime.metrics import CONTENT_TYPE, text
 from slipstream.types import unpack_tokens
@@ -74,6 +75,7 @@ def _prompt(body: TokenizeRequest, context: Context) -> Prompt:
         generate = body.add_generation_prompt
         return ChatPrompt(
             messages=chat_messages(body.messages, context.limits),
+            tools=tools_of(body.tools, None).tools,
             add_generation_prompt=True if generate is None else generate,
             template_args=template_args(body.chat_template_kwargs),
         )

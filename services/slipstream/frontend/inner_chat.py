@@ -32,7 +32,7 @@ def chat(
     call_id: str,
 ) -> Call:
     """The call of a chat with these fields under an id of its own. ApiError as of a chat."""
-    for name in ("tools", "tool_choice", "response_format"):
+    for name in ("tools", "tool_choice", "response_format", "chat_template_kwargs"):
         validate.check_depth(name, fields.get(name))
     named = {name: value for name, value in fields.items() if value is not None}
     body = validate.decode(_decoder, msgspec.json.encode(named))
@@ -110,13 +110,18 @@ def check_unserved(
     """Members of `unserved` are refused by name, but for null and values that change nothing."""
     for name in unserved.__struct_fields__:
         value = getattr(body, name)
-        if value is not None and value not in neutral.get(name, ()):
+        if value is not None and not any(_same(value, one) for one in neutral.get(name, ())):
             validate.refuse(
                 f"'{name}' is not served here and was given as {validate.shown(value)}; leave it "
                 "out.",
                 name,
                 ErrorCode.UNSUPPORTED_PARAMETER,
             )
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """`True` is no 1."""
+    return isinstance(value, bool) is isinstance(neutral, bool) and bool(value == neutral)
 
 
 _INDEX = re.compile(r"\bmessages\[(\d+)\](?:\.\w+)?")

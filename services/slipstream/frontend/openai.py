@@ -22,14 +22,19 @@ class Unserved(msgspec.Struct, kw_only=True):
     function_call: Any = None
     functions: Any = None
     guided_choice: Any = None
+    guided_decoding_backend: Any = None
     guided_grammar: Any = None
     guided_json: Any = None
     guided_regex: Any = None
+    guided_whitespace_pattern: Any = None
     length_penalty: Any = None
+    logits_processors: Any = None
+    logprob_token_ids: Any = None
     modalities: Any = None
     prediction: Any = None
     prompt_embeds: Any = None
     reasoning_effort: Any = None
+    repetition_detection: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
     suffix: Any = None
@@ -37,7 +42,58 @@ class Unserved(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
     verbosity: Any = None
+    vllm_xargs: Any = None
     web_search_options: Any = None
+
+
+class UnservedElsewhere(Unserved, kw_only=True):
+    """The same on the paths of other APIs, with what a chat serves and those paths have in words of
+    their own, or not at all (see `NEUTRAL_ELSEWHERE`)."""
+
+    add_generation_prompt: Any = None
+    add_special_tokens: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    continue_final_message: Any = None
+    echo: Any = None
+    ignore_eos: Any = None
+    include_stop_str_in_output: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+    max_completion_tokens: Any = None
+    min_tokens: Any = None
+    n: Any = None
+    prompt_logprobs: Any = None
+    response_format: Any = None
+    skip_special_tokens: Any = None
+    stop_token_ids: Any = None
+    structured_outputs: Any = None
+
+
+NEUTRAL_ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_tokens": (0,),
+    "n": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+}
+
+PASSED_ELSEWHERE = (
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "seed", "timeout", "cache_salt", "priority", "chat_template_kwargs"),
+    "stream",
+)
+"""Members of a chat that other APIs have, or are served, under the same name."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -107,6 +163,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
 

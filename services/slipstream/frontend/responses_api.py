@@ -1,6 +1,7 @@
 """/v1/responses: answers in items and events, and what is kept of them."""
 
 import contextlib
+import re
 from collections.abc import AsyncGenerator
 from typing import NoReturn
 
@@ -148,7 +149,7 @@ async def input_items(request: web.Request) -> web.Response:
     entry = await _found(request)
     query = request.query
     limit = query.get("limit", str(PAGE_ITEMS))
-    if not limit.isascii() or not limit.isdecimal() or not 1 <= int(limit[:9]) <= PAGE_ITEMS_MAX:
+    if not re.fullmatch(r"[0-9]{1,3}", limit) or not 1 <= int(limit) <= PAGE_ITEMS_MAX:
         validate.refuse(
             f"limit must be at least 1 and at most {PAGE_ITEMS_MAX}, but is "
             f"{validate.shown(limit)}.",

@@ -88,7 +88,9 @@ class Rendering:
         return self._out()
 
     def fail(self, problem: Problem) -> bytes:
-        """In the middle of an answer."""
+        """In the middle of an answer. What has been said of it stays in the output."""
+        for _, block, _ in self._blocks.close():
+            self._close(block, "incomplete")
         limited = ERRORS[problem.code].status == 429
         code = RATE_LIMITED if limited else "server_error"
         self.body.status = "failed"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from slipstream.errors import ErrorCode
 from slipstream.frontend.context import Context
 from slipstream.frontend.generation import Call
 from slipstream.frontend.inner_chat import Conversation, check_unserved
-from slipstream.frontend.responses_input import Tools, read_input, read_tools, response_format
+from slipstream.frontend.responses_input import References, read_input
 from slipstream.frontend.responses_shapes import (
     NEUTRAL_RESPONSES,
     PASSED,
@@ -21,9 +22,12 @@ from slipstream.frontend.responses_shapes import (
     TextConfig,
     UnservedResponses,
 )
+from slipstream.frontend.responses_tools import Tools, format_out, read_tools, response_format
 from slipstream.frontend.validate import LOGPROBS_MAX, at_most, integer, refuse, shown
 
 LOGPROBS = "message.output_text.logprobs"
+BETWEEN = "\n\n"
+"""Between two texts that instruct."""
 METADATA_MAX, METADATA_KEY_MAX, METADATA_VALUE_MAX = 16, 64, 512
 
 
@@ -39,20 +43,29 @@ class Asked(msgspec.Struct, kw_only=True):
 
     @property
     def messages(self) -> list[dict[str, Any]]:
+        """With the instructions. There are templates that allow one system message."""
         said: list[dict[str, Any]] = self.conversation.messages
         if self.instructions is None:
             return said
-        return [{"role": "system", "content": self.instructions}, *said]
+        texts = [self.instructions, *(one["content"] for one in said[: self._leading])]
+        merged = {"role": "system", "content": BETWEEN.join(texts)}
+        return [merged, *said[self._leading :]]
 
     @property
     def origins(self) -> list[str]:
         said: list[str] = self.conversation.origins
-        return said if self.instructions is None else ["instructions", *said]
+        return said if self.instructions is None else ["instructions", *said[self._leading :]]
+
+    @property
+    def _leading(self) -> int:
+        """Messages at the beginning that instruct, like `instructions`."""
+        roles = (one["role"] for one in self.conversation.messages)
+        return sum(1 for _ in takewhile(("system", "developer").__contains__, roles))
 
 
 async def read(body: ResponsesRequest | InputTokensRequest, context: Context) -> Asked:
     check_unserved(body, UnservedResponses, NEUTRAL_RESPONSES)
-    store = context.responses
+    store, most = context.responses, context.limits.max_body_bytes
     conversation = Conversation()
     if body.previous_response_id is not None:
         entry = await store.find(body.previous_response_id)
@@ -65,7 +78,7 @@ async def read(body: ResponsesRequest | InputTokensRequest, context: Context) ->
             )
         conversation = Conversation(msgspec.json.decode(entry.messages))
     return Asked(
-        items=await read_input(body.input, conversation, store),
+        items=await read_input(body.input, conversation, References(store, most)),
         conversation=conversation,
         instructions=body.instructions,
         tools=read_tools(body),
@@ -111,7 +124,6 @@ def begun(body: ResponsesRequest, asked: Asked, call: Call) -> ResponseBody:
     """The response before its first token."""
     sampling = call.submissions[0].sampling
     text = body.text or TextConfig()
-    choice = body.tool_choice if asked.tools.choice is not None else None
     parallel = body.parallel_tool_calls
     return ResponseBody(
         id=call.id,
@@ -124,8 +136,8 @@ def begun(body: ResponsesRequest, asked: Asked, call: Call) -> ResponseBody:
         previous_response_id=body.previous_response_id,
         reasoning=body.reasoning or ReasoningConfig(),
         temperature=sampling.temperature,
-        text=TextConfig(format=text.format or {"type": "text"}, verbosity=text.verbosity),
-        tool_choice=choice or "auto",
+        text=TextConfig(format=format_out(asked.format), verbosity=text.verbosity),
+        tool_choice="auto" if asked.tools.choice is None else asked.tools.choice_out,
         tools=[_tool_out(tool) for tool in asked.tools.served],
         top_logprobs=body.top_logprobs or 0,
         top_p=sampling.top_p,

@@ -4,20 +4,26 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from slipstream.frontend.openai import NEUTRAL_ELSEWHERE, PASSED_ELSEWHERE, UnservedElsewhere
+from slipstream.frontend.validate import NEUTRAL
+
 # --- Requests -------------------------------------------------------------------------------------
 
 
-class UnservedResponses(msgspec.Struct, kw_only=True):
+class UnservedResponses(UnservedElsewhere, kw_only=True):
     """Members that would change the answer and are not served (see `NEUTRAL_RESPONSES`)."""
 
     background: Any = None
     context_management: Any = None
     conversation: Any = None
+    max_tokens: Any = None
     moderation: Any = None
     prompt: Any = None
 
 
 NEUTRAL_RESPONSES: dict[str, tuple[Any, ...]] = {
+    **NEUTRAL,
+    **NEUTRAL_ELSEWHERE,
     "background": (False,),
     "context_management": ([],),
 }
@@ -83,14 +89,11 @@ class ResponsesRequest(UnservedResponses, kw_only=True):
     stop: str | list[str] | None = None
     timeout: float | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-PASSED = (
-    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "seed", "stop", "timeout", "cache_salt", "chat_template_kwargs"),
-    *("parallel_tool_calls", "stream"),
-)
+PASSED = (*PASSED_ELSEWHERE, "stop")
 """Members that a chat has under the same name."""
 
 
