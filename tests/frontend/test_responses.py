@@ -305,7 +305,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "file:
         ({"tool_choice": {"type": "web_search"}}, "unsupported_parameter", "tool_choice"),
         ({"truncation": "often"}, "invalid_value", "truncation"),
         ({"metadata": {str(n): "" for n in range(17)}}, "array_above_max_length", "metadata"),
-        ({"metadata": {"a": 1}}, "invalid_type", "metadata[...]"),
+        ({"metadata": {"a": 1}}, "invalid_type", "metadata"),
         ({"model": "other"}, "model_not_found", "model"),
     ],
 )  # fmt: skip

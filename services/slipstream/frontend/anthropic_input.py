@@ -95,16 +95,14 @@ def _message(message: dict[str, Any], at: str, into: Conversation) -> None:
 
 
 def _of_user(blocks: list[tuple[str, dict[str, Any]]], at: str, into: Conversation) -> None:
-    """Results become messages of their own; the texts between two of them one message."""
+    """Results become messages of their own, and come first: a call is answered at once. All text is
+    one message."""
     texts: list[str] = []
     for where, block in blocks:
         match block:
             case {"type": "text"}:
                 texts.append(_string(block.get("text"), f"{where}.text"))
             case {"type": "tool_result"}:
-                if texts:
-                    into.say("user", BETWEEN.join(texts), at)
-                    texts = []
                 call_id = _string(block.get("tool_use_id"), f"{where}.tool_use_id")
                 into.result(call_id, _texts(block.get("content", ""), f"{where}.content"), at)
             case _:
