@@ -172,7 +172,7 @@ async def test_a_tool_loop(server: Server, client: anthropic.AsyncAnthropic) -> 
             "reasoning_content": "T",
         },
         {"role": "tool", "content": "rain", "tool_call_id": called.id},
-        {"role": "user", "content": f"Ah.{BETWEEN}So?"},
+        {"role": "user", "content": "Ah.\n\nSo?"},
     ]
 
 
