@@ -171,9 +171,8 @@ async def test_a_tool_loop(server: Server, client: anthropic.AsyncAnthropic) -> 
             "content": None,
             "reasoning_content": "T",
         },
-        {"role": "user", "content": "Ah."},
         {"role": "tool", "content": "rain", "tool_call_id": called.id},
-        {"role": "user", "content": "So?"},
+        {"role": "user", "content": "Ah.\n\nSo?"},
     ]
 
 
