@@ -213,6 +213,25 @@ async def test_instructions_are_one_message(server: Server) -> None:
     assert (await response.json())["error"]["param"] == "input[2]"
 
 
+async def test_calls_of_an_answer_are_one_message(server: Server) -> None:
+    """Whatever the model thought and said between them: they are answered together."""
+    steps = [think("A"), *call("weather", "{}"), think("B"), speak("C"), speak("D"),
+             *call("weather", "{}"), speak("E"), think("F")]  # fmt: skip
+    server.gateway.script = lambda s: parted(s, steps)
+    made = await post(server, tools=[WEATHER])
+    names = [one["call_id"] for one in made["output"] if one["type"] == "function_call"]
+    results = [{"type": "function_call_output", "call_id": n, "output": n} for n in names]
+    for earlier in (
+        {"previous_response_id": made["id"], "input": results},
+        {"input": [{"role": "user", "content": "Hi"}, *made["output"], *results]},
+    ):
+        await post(server, **earlier)
+        asked, told, *answers = prompt(server).messages
+        assert asked["content"] == "Hi" and [one["content"] for one in answers] == names
+        assert (told["content"], told["reasoning_content"]) == ("CD\n\nE", "AB")
+        assert [one["id"] for one in told["tool_calls"]] == names
+
+
 async def test_what_was_said_before_a_failure_is_in_the_output(server: Server) -> None:
     late = Problem(code=ErrorCode.DEADLINE, message="Too late.")
     steps = ([think("T")], [speak("a")], call("weather", "{}")[:2], [])

@@ -12,7 +12,7 @@ from slipstream.frontend.anthropic_shapes import (
     MessagesRequest,
     UnservedMessages,
 )
-from slipstream.frontend.inner_chat import Conversation, check_unserved
+from slipstream.frontend.inner_chat import BETWEEN, Conversation, check_unserved
 from slipstream.frontend.openai import PASSED_ELSEWHERE
 from slipstream.frontend.validate import (
     at_most,
@@ -35,8 +35,6 @@ NAMES = {
 """Our fields in a chat -> theirs. `stop` is a word too, but never the first of a sentence."""
 
 MESSAGES_MAX = 10_000
-BETWEEN = "\n\n"
-"""Between two blocks of text of one message."""
 
 Request = MessagesRequest | CountTokensRequest
 
@@ -95,8 +93,8 @@ def _message(message: dict[str, Any], at: str, into: Conversation) -> None:
 
 
 def _of_user(blocks: list[tuple[str, dict[str, Any]]], at: str, into: Conversation) -> None:
-    """Results become messages of their own, and come first: a call is answered at once. All text is
-    one message."""
+    """Results become messages of their own, first, because calls are answered at once; the texts
+    become one message."""
     texts: list[str] = []
     for where, block in blocks:
         match block:

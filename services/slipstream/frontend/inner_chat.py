@@ -19,6 +19,8 @@ from slipstream.frontend.openai import ChatRequest
 from slipstream.frontend.problems import ApiError
 from slipstream.types import count_tokens
 
+BETWEEN = "\n\n"
+"""Between two texts of one message."""
 SKIPPED_HEADER = "x-slipstream-skipped-tools"
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -70,38 +72,69 @@ class Conversation:
     each where in the body it began."""
 
     def __init__(self, earlier: Sequence[dict[str, Any]] = ()) -> None:
-        self.messages = list(earlier)
-        self.origins = ["previous_response_id"] * len(self.messages)
-        self._reasoning = ""
+        self._messages = [_opened(message) for message in earlier]
+        """Contents and reasoning in pieces: a long sum is not made again for each of them."""
+        self.origins = ["previous_response_id"] * len(self._messages)
+        self._thoughts: list[str] = []
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return [_closed(message) for message in self._messages]
 
     def say(self, role: str, text: str, at: str) -> None:
-        last = self.messages[-1] if self.messages else {}
-        if role == "assistant" and "tool_calls" in last and last["content"] is None:
-            last["content"] = text  # it called before it spoke
-            return
-        self._add({"role": role, "content": text}, at)
+        if role == "assistant" and self._calling():  # between its calls, or behind them
+            self._messages[-1]["content"].append(text)
+            self._thought()
+        else:
+            self._add({"role": role, "content": [text]}, at)
 
     def think(self, text: str) -> None:
         """Belongs to what the assistant says or calls next."""
-        self._reasoning += text
+        self._thoughts.append(text)
 
     def call(self, call_id: str, name: str, arguments: str, at: str) -> None:
-        """In the message before it, if that is the assistant's."""
-        if not self.messages or self.messages[-1]["role"] != "assistant" or self._reasoning:
-            self._add({"role": "assistant", "content": None}, at)
+        """In the message before it, if that is the assistant's: calls are answered together."""
+        spoke = bool(self._messages) and self._messages[-1]["role"] == "assistant"
+        if not spoke or (self._thoughts and not self._calling()):
+            self._add({"role": "assistant", "content": []}, at)
         function = {"name": name, "arguments": arguments}
-        calls = self.messages[-1].setdefault("tool_calls", [])
+        calls = self._messages[-1].setdefault("tool_calls", [])
         calls.append({"id": call_id, "type": "function", "function": function})
+        self._thought()
 
     def result(self, call_id: str, text: str, at: str) -> None:
-        self._add({"role": "tool", "tool_call_id": call_id, "content": text}, at)
+        self._add({"role": "tool", "tool_call_id": call_id, "content": [text]}, at)
+
+    def _calling(self) -> bool:
+        return bool(self._messages) and "tool_calls" in self._messages[-1]
 
     def _add(self, message: dict[str, Any], at: str) -> None:
-        if self._reasoning and message["role"] == "assistant":
-            message["reasoning_content"] = self._reasoning
-        self._reasoning = ""
-        self.messages.append(message)
+        self._messages.append(message)
         self.origins.append(at)
+        if message["role"] == "assistant":
+            self._thought()
+        self._thoughts.clear()
+
+    def _thought(self) -> None:
+        if self._thoughts:
+            self._messages[-1].setdefault("reasoning_content", []).extend(self._thoughts)
+            self._thoughts.clear()
+
+
+def _opened(message: dict[str, Any]) -> dict[str, Any]:
+    opened = {**message, "content": [] if message["content"] is None else [message["content"]]}
+    if "reasoning_content" in message:
+        opened["reasoning_content"] = [message["reasoning_content"]]
+    return opened
+
+
+def _closed(message: dict[str, Any]) -> dict[str, Any]:
+    """Only calls can be without a content."""
+    said = message["content"]
+    closed = {**message, "content": BETWEEN.join(said) if said else None}
+    if "reasoning_content" in message:
+        closed["reasoning_content"] = "".join(message["reasoning_content"])
+    return closed
 
 
 def check_unserved(

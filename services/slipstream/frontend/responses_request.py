@@ -10,7 +10,7 @@ import msgspec
 from slipstream.errors import ErrorCode
 from slipstream.frontend.context import Context
 from slipstream.frontend.generation import Call
-from slipstream.frontend.inner_chat import Conversation, check_unserved
+from slipstream.frontend.inner_chat import BETWEEN, Conversation, check_unserved
 from slipstream.frontend.responses_input import References, read_input
 from slipstream.frontend.responses_shapes import (
     NEUTRAL_RESPONSES,
@@ -26,8 +26,6 @@ from slipstream.frontend.responses_tools import Tools, format_out, read_tools, r
 from slipstream.frontend.validate import LOGPROBS_MAX, at_most, integer, refuse, shown
 
 LOGPROBS = "message.output_text.logprobs"
-BETWEEN = "\n\n"
-"""Between two texts that instruct."""
 METADATA_MAX, METADATA_KEY_MAX, METADATA_VALUE_MAX = 16, 64, 512
 
 
