@@ -1,8 +1,10 @@
 """Constraints and forced calls: what a grammar lets through, and how it is read."""
 
 import asyncio
+import contextlib
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from slipstream.tokenizer.chat import PromptError
 from slipstream.tokenizer.codec import TokenizerCodec
 from slipstream.tokenizer.constraints import Answer, planned
 from slipstream.tokenizer.detokenizer import TextAssembler, spelled
+from slipstream.tokenizer.dialect import Dialect
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.formats.parser import merged
 from slipstream.tokenizer.formats.tool_formats import markers, parser
@@ -45,6 +48,7 @@ FIND = {
 STOP = {"type": "function", "function": {"name": "stop"}}
 STOP_SCHEMA = {"type": "object", "properties": {}}
 HALT = {"type": "function", "function": {"name": "halt", "parameters": STOP_SCHEMA}}
+PLAIN = Dialect(None, False, False)
 YES = Constraint(kind=ConstraintKind.CHOICE, text='["yes", "no"]')
 
 
@@ -193,6 +197,7 @@ TAKEN: list[tuple[ConstraintKind, str, list[str], list[str]]] = [
     (ConstraintKind.CHOICE, '["yes", "a \\"b\\"\\n"]', ["yes", 'a "b"\n'], ["no", "yes "]),
     (ConstraintKind.GRAMMAR, 'start: "a" b\nb: /[0-9]/', ["a1"], ["a", "b1"]),
     (ConstraintKind.GRAMMAR, 'root ::= "a" b\nb ::= [0-9]', ["a1"], ["a", "b1"]),
+    (ConstraintKind.GRAMMAR, '?start: "a" b\nb: "::=" /[0-9]/', ["a::=1"], ["a", "a1"]),
 ]
 
 
@@ -234,6 +239,23 @@ def test_where_the_reasoning_is(tmp_path: Path) -> None:
     assert "think" not in text.grammar and text.format == "", "a completion is text"
 
 
+@pytest.mark.parametrize("lines", ["root ::={}#", '{}start: "a"', 'root ::= "a"{}b ::= "b"'])
+def test_a_grammar_of_empty_lines_is_read_in_no_time(lines: str) -> None:
+    text = lines.format("\n" * 32_000)
+    began_s = time.process_time()
+    with contextlib.suppress(PromptError):
+        planned(None, Constraint(kind=ConstraintKind.GRAMMAR, text=text), PLAIN, {}, "")
+    assert time.process_time() - began_s < 1
+
+
+def test_what_cannot_be_enforced_is_refused_or_left_out(tmp_path: Path) -> None:
+    model = Model(CHATML, tmp_path)
+    odd = Constraint(kind=ConstraintKind.JSON_SCHEMA, text='{"type": "array", "uniqueItems": true}')
+    assert LLMatcher(model.tokens, model.planned(odd).grammar, limits=limits()).is_error()
+    lenient = msgspec.structs.replace(odd, lenient=True)
+    assert model.takes(model.planned(lenient).grammar, "[1, 1]")
+
+
 # --- In a process of its own ----------------------------------------------------------------------
 
 SCHEMA = ConstraintKind.JSON_SCHEMA
@@ -259,7 +281,10 @@ BAD = {
     "choice": (ConstraintKind.CHOICE, "[1]", "Expected `str`"),
     "name": (ConstraintKind.GRAMMAR, "start: other", "unknown name"),
     "gbnf": (ConstraintKind.GRAMMAR, "root ::= (", "Expected ')'"),
-    "neither": (ConstraintKind.GRAMMAR, "", "No 'root' rule"),
+    "no root": (ConstraintKind.GRAMMAR, 'start ::= "a"', "No 'root' rule"),
+    "neither": (ConstraintKind.GRAMMAR, "yes or no", "Expected"),
+    "lines": (ConstraintKind.GRAMMAR, "root ::=" + "\n" * 40_000, "at most 32768"),
+    "rules": (ConstraintKind.GRAMMAR, "root ::= a\n" * 300, "256 rules"),
     "brackets": (ConstraintKind.GRAMMAR, "root ::= " + "(" * 30_000, "recursion"),
     "long": (ConstraintKind.GRAMMAR, "x" * 70_000, "at most 65536"),
 }

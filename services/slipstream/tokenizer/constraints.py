@@ -1,11 +1,12 @@
 """What an answer must be, as a grammar of llguidance: from schemas, patterns and forced calls."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from slipstream.errors import ErrorCode
 from slipstream.messages import ChatPrompt
@@ -19,7 +20,9 @@ from slipstream.types import Constraint, ConstraintKind
 GRAMMAR_CHARS_MAX = 1 << 20
 """As `SamplingParams.grammar` has."""
 EBNF_CHARS_MAX = 1 << 16
-"""Of a client's own grammar: it is translated in Python."""
+"""Of a client's own grammar."""
+GBNF_CHARS_MAX, GBNF_RULES_MAX = 1 << 15, 256
+"""It is translated in Python, in a time that grows with the product of the two."""
 
 
 class Answer(NamedTuple):
@@ -142,7 +145,8 @@ def _answer(constraint: Constraint) -> dict[str, Any]:
             case ConstraintKind.JSON:
                 return _json({"type": "object"})
             case ConstraintKind.JSON_SCHEMA:
-                return _json(msgspec.json.decode(text, type=dict[str, Any]))
+                schema = msgspec.json.decode(text, type=dict[str, Any])
+                return _json(schema, lenient=constraint.lenient)
             case ConstraintKind.REGEX:
                 bare = text.removeprefix("^")
                 if bare.endswith("$") and not bare.endswith("\\$"):
@@ -162,16 +166,27 @@ def _answer(constraint: Constraint) -> dict[str, Any]:
         _refuse(str(error), param)
 
 
+_gbnf_rules = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE).findall
+
+
 def _lark(text: str) -> str:
-    """Of Lark or GBNF. ValueError."""
+    """Of Lark or GBNF, whose rules have other signs. ValueError."""
+    rules = len(_gbnf_rules(text))
+    if not rules:
+        return text
+    if len(text) > GBNF_CHARS_MAX or rules > GBNF_RULES_MAX:
+        raise ValueError(
+            f"a grammar in GBNF has at most {GBNF_CHARS_MAX} characters and {GBNF_RULES_MAX} rules,"
+            f" this one has {len(text)} and {rules}; in Lark it may be longer"
+        )
     try:
-        return any_to_lark(text)
-    except Exception as error:  # the library raises no narrower one for a text that is neither
+        return gbnf_to_lark(text)
+    except Exception as error:  # the library raises no narrower one for a text that is none
         raise ValueError(str(error)) from error
 
 
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"json_schema": {**schema, "x-guidance": lark.JSON_OPTIONS}}
+def _json(schema: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"json_schema": {**schema, "x-guidance": {**lark.JSON_OPTIONS, **options}}}
 
 
 def _checked_length(grammars: list[dict[str, Any]], param: str) -> str:
