@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from slipstream.tokenizer.detokenizer import TextAssembler, spelled
 from slipstream.tokenizer.dialect import Dialect
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.formats.parser import merged
-from slipstream.tokenizer.formats.tool_formats import markers, parser
+from slipstream.tokenizer.formats.tool_formats import FORMATS, markers, parser
 from slipstream.tokenizer.grammar_check import GrammarCheck
 from slipstream.types import Constraint, ConstraintKind
 from tokenizer import templates
@@ -181,6 +182,39 @@ def test_names_that_python_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="'a-b' is no name") as raised:
         model.planned(tools=[tool], tool_choice="required")
     assert raised.value.problem.code is ErrorCode.INVALID_SCHEMA
+
+
+OBJECT = {"type": "object"}
+WIDE = {f"p{i}": {"type": "string"} for i in range(2000)}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {**OBJECT, "properties": WIDE, "$defs": {"a": {"description": "x" * 200_000}}},
+        {**OBJECT, "properties": None},
+        {**OBJECT, "properties": ["a"]},
+        {**OBJECT, "properties": {"a": {}}, "required": [["a"]]},
+        {**OBJECT, "properties": {"a": {}}, "required": None},
+    ],
+)
+def test_parameters_that_are_no_schema_or_too_long(parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    prompt = ChatPrompt(messages=[], tools=[tool], tool_choice="required")
+    tracemalloc.start()
+    with pytest.raises(PromptError) as raised:
+        planned(prompt, None, Dialect(FORMATS["pythonic"], True, False), {}, "")
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert raised.value.problem.code is ErrorCode.INVALID_SCHEMA
+    assert raised.value.problem.param == "tools" and most_bytes < 16 << 20
+
+
+def test_who_is_required_twice_is_given_once(tmp_path: Path) -> None:
+    model = Model(templates.LLAMA4, tmp_path)
+    twice = {**OBJECT, "properties": {"a": {"type": "integer"}}, "required": ["a", "a"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": twice}}
+    assert model.takes(model.planned(tools=[tool], tool_choice="required").grammar, "[f(a=1)]")
 
 
 # --- Constraints ----------------------------------------------------------------------------------

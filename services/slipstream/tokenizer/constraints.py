@@ -17,8 +17,6 @@ from slipstream.tokenizer.formats.lark import Function
 from slipstream.tokenizer.formats.tool_formats import ONE, THINKING, THINKS
 from slipstream.types import Constraint, ConstraintKind
 
-GRAMMAR_CHARS_MAX = 1 << 20
-"""As `SamplingParams.grammar` has."""
 EBNF_CHARS_MAX = 1 << 16
 """Of a client's own grammar."""
 GBNF_CHARS_MAX, GBNF_RULES_MAX = 1 << 15, 256
@@ -138,8 +136,8 @@ def _schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
 def _answer(constraint: Constraint) -> dict[str, Any]:
     """One grammar of llguidance's list."""
     text, param = constraint.text, constraint.param
-    if len(text) > GRAMMAR_CHARS_MAX:
-        _refuse(f"it has {len(text)} characters, at most {GRAMMAR_CHARS_MAX} are taken", param)
+    if len(text) > lark.CHARS_MAX:
+        _refuse(f"it has {len(text)} characters, at most {lark.CHARS_MAX} are taken", param)
     try:
         match constraint.kind:
             case ConstraintKind.JSON:
@@ -194,8 +192,8 @@ def _checked_length(grammars: list[dict[str, Any]], param: str) -> str:
         made = msgspec.json.encode({"grammars": grammars}).decode()
     except RecursionError:
         _refuse("it is nested too deep", param)
-    if len(made) > GRAMMAR_CHARS_MAX:
-        _refuse(f"it makes a grammar of more than {GRAMMAR_CHARS_MAX} characters", param)
+    if len(made) > lark.CHARS_MAX:
+        _refuse(f"it makes a grammar of more than {lark.CHARS_MAX} characters", param)
     return made
 
 

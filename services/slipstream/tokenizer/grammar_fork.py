@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         tokens = tokenizer(Path(model), int(vocab_size), ids)
     except GrammarError as error:
         print(f"answers cannot be held to a grammar: {error}", file=sys.stderr, flush=True)
-        unusable = "this model cannot be held to anything, the server's log says why"
+        unusable = "this model cannot be held to any grammar; the server's log says why"
     _say(0, READY)
     for line in sys.stdin.buffer:
         question = msgspec.json.decode(line, type=Question)
