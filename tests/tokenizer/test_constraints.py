@@ -1,8 +1,11 @@
 """Constraints and forced calls: what a grammar lets through, and how it is read."""
 
 import asyncio
+import contextlib
 import json
 import random
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from slipstream.tokenizer.chat import PromptError
 from slipstream.tokenizer.codec import TokenizerCodec
 from slipstream.tokenizer.constraints import Answer, planned
 from slipstream.tokenizer.detokenizer import TextAssembler, spelled
+from slipstream.tokenizer.dialect import Dialect
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.formats.parser import merged
-from slipstream.tokenizer.formats.tool_formats import markers, parser
+from slipstream.tokenizer.formats.tool_formats import FORMATS, markers, parser
 from slipstream.tokenizer.grammar_check import GrammarCheck
 from slipstream.types import Constraint, ConstraintKind
 from tokenizer import templates
@@ -45,6 +49,7 @@ FIND = {
 STOP = {"type": "function", "function": {"name": "stop"}}
 STOP_SCHEMA = {"type": "object", "properties": {}}
 HALT = {"type": "function", "function": {"name": "halt", "parameters": STOP_SCHEMA}}
+PLAIN = Dialect(None, False, False)
 YES = Constraint(kind=ConstraintKind.CHOICE, text='["yes", "no"]')
 
 
@@ -179,6 +184,39 @@ def test_names_that_python_does_not_know(tmp_path: Path) -> None:
     assert raised.value.problem.code is ErrorCode.INVALID_SCHEMA
 
 
+OBJECT = {"type": "object"}
+WIDE = {f"p{i}": {"type": "string"} for i in range(2000)}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {**OBJECT, "properties": WIDE, "$defs": {"a": {"description": "x" * 200_000}}},
+        {**OBJECT, "properties": None},
+        {**OBJECT, "properties": ["a"]},
+        {**OBJECT, "properties": {"a": {}}, "required": [["a"]]},
+        {**OBJECT, "properties": {"a": {}}, "required": None},
+    ],
+)
+def test_parameters_that_are_no_schema_or_too_long(parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    prompt = ChatPrompt(messages=[], tools=[tool], tool_choice="required")
+    tracemalloc.start()
+    with pytest.raises(PromptError) as raised:
+        planned(prompt, None, Dialect(FORMATS["pythonic"], True, False), {}, "")
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert raised.value.problem.code is ErrorCode.INVALID_SCHEMA
+    assert raised.value.problem.param == "tools" and most_bytes < 16 << 20
+
+
+def test_who_is_required_twice_is_given_once(tmp_path: Path) -> None:
+    model = Model(templates.LLAMA4, tmp_path)
+    twice = {**OBJECT, "properties": {"a": {"type": "integer"}}, "required": ["a", "a"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": twice}}
+    assert model.takes(model.planned(tools=[tool], tool_choice="required").grammar, "[f(a=1)]")
+
+
 # --- Constraints ----------------------------------------------------------------------------------
 
 TAKEN: list[tuple[ConstraintKind, str, list[str], list[str]]] = [
@@ -193,6 +231,7 @@ TAKEN: list[tuple[ConstraintKind, str, list[str], list[str]]] = [
     (ConstraintKind.CHOICE, '["yes", "a \\"b\\"\\n"]', ["yes", 'a "b"\n'], ["no", "yes "]),
     (ConstraintKind.GRAMMAR, 'start: "a" b\nb: /[0-9]/', ["a1"], ["a", "b1"]),
     (ConstraintKind.GRAMMAR, 'root ::= "a" b\nb ::= [0-9]', ["a1"], ["a", "b1"]),
+    (ConstraintKind.GRAMMAR, '?start: "a" b\nb: "::=" /[0-9]/', ["a::=1"], ["a", "a1"]),
 ]
 
 
@@ -234,6 +273,23 @@ def test_where_the_reasoning_is(tmp_path: Path) -> None:
     assert "think" not in text.grammar and text.format == "", "a completion is text"
 
 
+@pytest.mark.parametrize("lines", ["root ::={}#", '{}start: "a"', 'root ::= "a"{}b ::= "b"'])
+def test_a_grammar_of_empty_lines_is_read_in_no_time(lines: str) -> None:
+    text = lines.format("\n" * 32_000)
+    began_s = time.process_time()
+    with contextlib.suppress(PromptError):
+        planned(None, Constraint(kind=ConstraintKind.GRAMMAR, text=text), PLAIN, {}, "")
+    assert time.process_time() - began_s < 1
+
+
+def test_what_cannot_be_enforced_is_refused_or_left_out(tmp_path: Path) -> None:
+    model = Model(CHATML, tmp_path)
+    odd = Constraint(kind=ConstraintKind.JSON_SCHEMA, text='{"type": "array", "uniqueItems": true}')
+    assert LLMatcher(model.tokens, model.planned(odd).grammar, limits=limits()).is_error()
+    lenient = msgspec.structs.replace(odd, lenient=True)
+    assert model.takes(model.planned(lenient).grammar, "[1, 1]")
+
+
 # --- In a process of its own ----------------------------------------------------------------------
 
 SCHEMA = ConstraintKind.JSON_SCHEMA
@@ -259,7 +315,10 @@ BAD = {
     "choice": (ConstraintKind.CHOICE, "[1]", "Expected `str`"),
     "name": (ConstraintKind.GRAMMAR, "start: other", "unknown name"),
     "gbnf": (ConstraintKind.GRAMMAR, "root ::= (", "Expected ')'"),
-    "neither": (ConstraintKind.GRAMMAR, "", "No 'root' rule"),
+    "no root": (ConstraintKind.GRAMMAR, 'start ::= "a"', "No 'root' rule"),
+    "neither": (ConstraintKind.GRAMMAR, "yes or no", "Expected"),
+    "lines": (ConstraintKind.GRAMMAR, "root ::=" + "\n" * 40_000, "at most 32768"),
+    "rules": (ConstraintKind.GRAMMAR, "root ::= a\n" * 300, "256 rules"),
     "brackets": (ConstraintKind.GRAMMAR, "root ::= " + "(" * 30_000, "recursion"),
     "long": (ConstraintKind.GRAMMAR, "x" * 70_000, "at most 65536"),
 }
@@ -337,55 +396,3 @@ async def test_tools_that_cannot_be_forced(
     assert yes.problem is None and yes.answer_format == "hermes", (
         "what cannot be held is passed over"
     )
-
-
-async def test_verdicts_are_kept_and_the_process_is_started_again(
-    byte_level_codec: TokenizerCodec, byte_level_folder: Path
-) -> None:
-    checker = GrammarCheck(byte_level_folder, byte_level_codec.vocab_size, [0])
-    bad = EncodePrompt("a", HI, Constraint(kind=SCHEMA, text='{"type": "wrong"}'))
-    (first,) = await asked(byte_level_codec, byte_level_folder, [bad], checker)
-    process = checker._process
-    assert process is not None
-    process.kill()
-    process.wait()
-    (second,) = await asked(byte_level_codec, byte_level_folder, [bad], checker)
-    assert second == first
-    other = msgspec.structs.replace(bad, constraint=YES)
-    (third,) = await asked(byte_level_codec, byte_level_folder, [other], checker)
-    assert third.problem is None and checker._process is not process
-    counted = {"grammars_compiling": 0, "grammars_total": 2, "grammars_refused_total": 1}
-    assert checker.statistics() == {**counted, "grammars_late_total": 0}
-    checker.close()
-
-
-async def test_one_that_dies_while_it_compiles_tells_so(
-    byte_level_codec: TokenizerCodec, byte_level_folder: Path
-) -> None:
-    checker = GrammarCheck(byte_level_folder, byte_level_codec.vocab_size, [0])
-    checker.start()
-    assert checker._process is not None
-    told: asyncio.Queue[object] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    checker.ask("start: /a/", lambda verdict: loop.call_soon_threadsafe(told.put_nowait, verdict))
-    checker._process.kill()
-    verdict = await asyncio.wait_for(told.get(), 10)
-    assert getattr(verdict, "late", False) and not checker._waiting
-    checker.close()
-
-
-async def test_too_many_at_a_time_are_told_to_come_again(
-    byte_level_codec: TokenizerCodec, byte_level_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("slipstream.tokenizer.grammar_check.WAITING_MAX", 1)
-    choices = [json.dumps([f"choice {i}", "x" * i]) for i in range(1, 20)]
-    questions = [
-        EncodePrompt(str(i), HI, Constraint(kind=ConstraintKind.CHOICE, text=text))
-        for i, text in enumerate([SLOW, *choices])
-    ]
-    questions[0] = EncodePrompt("0", HI, Constraint(kind=SCHEMA, text=SLOW))
-    answers = await asked(byte_level_codec, byte_level_folder, questions)
-    codes = {answer.problem.code for answer in answers if answer.problem is not None}
-    assert ErrorCode.QUEUE_FULL in codes
-    late = [a.problem for a in answers if a.problem and a.problem.code is ErrorCode.QUEUE_FULL]
-    assert all(problem.retry_after_s for problem in late)

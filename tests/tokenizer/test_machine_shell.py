@@ -1,19 +1,22 @@
 """What stands around the machine: encoding in threads, and what is read at the start."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
 
 from slipstream.config import StartError
 from slipstream.core.machine import Encoded, EncodePrompt, Event
-from slipstream.errors import ErrorCode
+from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import ChatPrompt, TextPrompt
-from slipstream.tokenizer.__main__ import read_eos_token_ids, run
+from slipstream.tokenizer.__main__ import read_logits, run
+from slipstream.tokenizer.admission import fitted
 from slipstream.tokenizer.codec import TokenizerCodec
 from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.grammar_check import GrammarCheck
+from tokenizer.machines import submission
 
 
 async def test_every_prompt_ends_as_an_event(
@@ -42,18 +45,48 @@ async def test_every_prompt_ends_as_an_event(
     await executor.close()
 
 
-def test_eos_token_ids(tmp_path: Path) -> None:
-    assert read_eos_token_ids(tmp_path) == frozenset()
+def test_log_probabilities_of_a_prompt_are_bounded() -> None:
+    """262,144 of them: 12,483 tokens with 20 alternatives each, not one more."""
+    scored = submission(prompt_logprobs=20, max_tokens=1)
+    assert fitted(scored, 12_483, 0) == scored.sampling
+    problem = fitted(scored, 12_484, 0)
+    assert isinstance(problem, Problem) and problem.param == "prompt_logprobs"
+    assert problem.code is ErrorCode.INVALID_VALUE
+    assert all(number in problem.message for number in ("262164", "262144", "12484"))
+    assert fitted(submission(max_tokens=1), 1 << 20, 0) == submission(max_tokens=1).sampling
+
+
+def test_what_the_logits_are(tmp_path: Path) -> None:
+    assert read_logits(tmp_path) == (0, frozenset())
     (tmp_path / "config.json").write_text('{"eos_token_id": 2, "vocab_size": 9}')
-    assert read_eos_token_ids(tmp_path) == {2}
+    assert read_logits(tmp_path) == (9, {2})
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
-    assert read_eos_token_ids(tmp_path) == {2, 5}
+    assert read_logits(tmp_path) == (9, {2, 5})
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert read_eos_token_ids(tmp_path) == {2}
+    assert read_logits(tmp_path) == (9, {2})
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(StartError, match=r"generation_config\.json") as raised:
-        read_eos_token_ids(tmp_path)
+        read_logits(tmp_path)
     assert raised.value.exit_code == 4
+
+
+def test_grammars_are_compiled_for_what_the_model_gives(
+    byte_level_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the tokenizer has, for models fill their output layer up."""
+    folder = Path(shutil.copytree(byte_level_folder, tmp_path / "model"))
+    (folder / "config.json").write_text('{"eos_token_id": [2, 0], "vocab_size": 512}')
+    made: list[GrammarCheck] = []
+
+    def served(config: object, node: object, machine: object, executor: object, **_: object) -> int:
+        assert isinstance(executor, EncodeExecutor)
+        made.append(executor._grammars)
+        return 0
+
+    monkeypatch.setattr("slipstream.tokenizer.__main__.run_service", served)
+    run(TokenizerConfig(model=str(folder), node_id="t", run_dir=str(tmp_path)))
+    (checker,) = made
+    assert checker._command[-2:] == ["512", "0,2"]
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -6,7 +6,17 @@ import msgspec
 import pytest
 
 from slipstream.core.machine import Encoded, EncodePrompt, PeerUp
-from slipstream.messages import SCHEDULER, Part, PartKind, Resume, Submit, TextOut, Tokenize
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    SCHEDULER,
+    Failed,
+    Part,
+    PartKind,
+    Resume,
+    Submit,
+    TextOut,
+    Tokenize,
+)
 from slipstream.tokenizer.formats.parser import merged
 from slipstream.types import Constraint, ConstraintKind, FinishReason, count_tokens
 from tokenizer.machines import EOS, VOCAB_SIZE, Rig, ids, span, submission
@@ -133,6 +143,19 @@ def test_a_new_attempt_keeps_what_became_of_the_prompt(rig: Rig) -> None:
     assert submit.sampling.bad_tokens == FOUND.bad_tokens
     rig.spans(span(ids(ANSWER), attempt=1024))
     assert heard(rig) == PARTS
+
+
+@pytest.mark.parametrize("known", [0, 5])
+def test_a_moved_stream_is_not_refused_for_want_of_a_place(known: int) -> None:
+    """Another tokenizer has compiled its grammar before the tokens came that it has."""
+    rig = Rig(encode=False)
+    asked(rig, accepted=ids(ANSWER)[:known])
+    full = Problem(code=ErrorCode.QUEUE_FULL, message="Others wait.", retry_after_s=1.0)
+    rig.handle(msgspec.structs.replace(FOUND, problem=full))
+    if known:
+        assert rig.one(Submit, SCHEDULER).sampling.grammar == FOUND.grammar
+    else:
+        assert rig.one(Failed).problem == full
 
 
 def test_markers_that_are_special_tokens_reach_the_parser(

@@ -18,7 +18,8 @@ from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
 
 
-class _EosFile(msgspec.Struct):
+class _ModelFile(msgspec.Struct):
+    vocab_size: int = 0
     eos_token_id: int | list[int] | None = None
 
 
@@ -29,9 +30,8 @@ def run(config: TokenizerConfig) -> int:
         codec = TokenizerCodec(folder, config.tool_format, config.reasoning_format)
     except CodecError as error:
         raise StartError(f"slipstream tokenizer: {error}", ExitCode.MODEL) from None
-    settings = TokenizerSettings(
-        max_model_len=config.max_model_len, eos_token_ids=read_eos_token_ids(folder)
-    )
+    vocab_size, eos_token_ids = read_logits(folder)
+    settings = TokenizerSettings(max_model_len=config.max_model_len, eos_token_ids=eos_token_ids)
     node = NodeInfo(
         node_id=config.node_id,
         role=config.role,
@@ -40,7 +40,7 @@ def run(config: TokenizerConfig) -> int:
         host=host_identity(),
     )
     machine = TokenizerMachine(node, settings, codec)
-    grammars = GrammarCheck(folder, codec.vocab_size, settings.eos_token_ids)
+    grammars = GrammarCheck(folder, vocab_size or codec.vocab_size, eos_token_ids)
     executor = EncodeExecutor(
         codec, grammars, config.threads, lambda: machine.limits().max_model_len
     )
@@ -48,17 +48,23 @@ def run(config: TokenizerConfig) -> int:
     return run_service(config, node, machine, executor, spans=spans)
 
 
-def read_eos_token_ids(folder: Path) -> frozenset[int]:
-    """As the workers read them: those of generation_config.json where it has any, else
-    config.json's. Only these two files are needed, not the weights. StartError 4: not JSON."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        try:
-            ids = msgspec.json.decode(file.read_bytes(), type=_EosFile).eos_token_id
-        except FileNotFoundError:
-            continue
-        except (OSError, msgspec.MsgspecError) as error:
-            raise StartError(f"slipstream tokenizer: {file}: {error}", ExitCode.MODEL) from None
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
+def read_logits(folder: Path) -> tuple[int, frozenset[int]]:
+    """How many numbers a model gives for a token, 0 where nothing says so, and which of them end an
+    answer.
+
+    As the workers read them, so that the same grammars fit: the ends of generation_config.json
+    where it has any, else config.json's. Only these two files are needed, not the weights.
+    StartError 4: not JSON."""
+    model, generation = (_read(folder / f"{name}.json") for name in ("config", "generation_config"))
+    ids = model.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return model.vocab_size, frozenset(listed)
+
+
+def _read(file: Path) -> _ModelFile:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=_ModelFile)
+    except FileNotFoundError:
+        return _ModelFile()
+    except (OSError, msgspec.MsgspecError) as error:
+        raise StartError(f"slipstream tokenizer: {file}: {error}", ExitCode.MODEL) from None

@@ -9,6 +9,9 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import ChatPrompt, NodeInfo, Tokenize
 from slipstream.types import SamplingParams
 
+PROMPT_LOGPROBS_MAX = 262_144
+"""Of one prompt, the likeliest alternatives counted: 16 MB or so, held and sent in one piece."""
+
 
 class Limits(NamedTuple):
     """What every worker can take; 0 and empty while there is none."""
@@ -39,6 +42,8 @@ def fitted(submission: Tokenize, num_prompt: int, max_model_len: int) -> Samplin
     """The sampling parameters with no more `max_tokens` than the context leaves, if that is
     allowed."""
     sampling = submission.sampling
+    if problem := _too_many_logprobs(sampling.prompt_logprobs, num_prompt):
+        return problem
     if not max_model_len or num_prompt + sampling.max_tokens <= max_model_len:
         return sampling
     if submission.clamp_max_tokens and num_prompt < max_model_len:
@@ -51,6 +56,18 @@ def fitted(submission: Tokenize, num_prompt: int, max_model_len: int) -> Samplin
         f"requested {num_prompt + asked} tokens ({num_prompt} in the {param}, {asked} in the "
         f"completion). Please reduce the length of the {param} or completion.",
         param=param,
+    )
+
+
+def _too_many_logprobs(wanted: int | None, num_prompt: int) -> Problem | None:
+    if wanted is None or (num_entries := num_prompt * (1 + wanted)) <= PROMPT_LOGPROBS_MAX:
+        return None
+    return Problem(
+        code=ErrorCode.INVALID_VALUE,
+        message=f"prompt_logprobs {wanted} of {num_prompt} prompt tokens are {num_entries} log "
+        f"probabilities; at most {PROMPT_LOGPROBS_MAX} are given. Ask for fewer of each token, or "
+        "send a shorter prompt.",
+        param="prompt_logprobs",
     )
 
 

@@ -1,11 +1,12 @@
 """What an answer must be, as a grammar of llguidance: from schemas, patterns and forced calls."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from slipstream.errors import ErrorCode
 from slipstream.messages import ChatPrompt
@@ -16,10 +17,10 @@ from slipstream.tokenizer.formats.lark import Function
 from slipstream.tokenizer.formats.tool_formats import ONE, THINKING, THINKS
 from slipstream.types import Constraint, ConstraintKind
 
-GRAMMAR_CHARS_MAX = 1 << 20
-"""As `SamplingParams.grammar` has."""
 EBNF_CHARS_MAX = 1 << 16
-"""Of a client's own grammar: it is translated in Python."""
+"""Of a client's own grammar."""
+GBNF_CHARS_MAX, GBNF_RULES_MAX = 1 << 15, 256
+"""It is translated in Python, in a time that grows with the product of the two."""
 
 
 class Answer(NamedTuple):
@@ -135,14 +136,15 @@ def _schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
 def _answer(constraint: Constraint) -> dict[str, Any]:
     """One grammar of llguidance's list."""
     text, param = constraint.text, constraint.param
-    if len(text) > GRAMMAR_CHARS_MAX:
-        _refuse(f"it has {len(text)} characters, at most {GRAMMAR_CHARS_MAX} are taken", param)
+    if len(text) > lark.CHARS_MAX:
+        _refuse(f"it has {len(text)} characters, at most {lark.CHARS_MAX} are taken", param)
     try:
         match constraint.kind:
             case ConstraintKind.JSON:
                 return _json({"type": "object"})
             case ConstraintKind.JSON_SCHEMA:
-                return _json(msgspec.json.decode(text, type=dict[str, Any]))
+                schema = msgspec.json.decode(text, type=dict[str, Any])
+                return _json(schema, lenient=constraint.lenient)
             case ConstraintKind.REGEX:
                 bare = text.removeprefix("^")
                 if bare.endswith("$") and not bare.endswith("\\$"):
@@ -162,16 +164,27 @@ def _answer(constraint: Constraint) -> dict[str, Any]:
         _refuse(str(error), param)
 
 
+_gbnf_rules = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE).findall
+
+
 def _lark(text: str) -> str:
-    """Of Lark or GBNF. ValueError."""
+    """Of Lark or GBNF, whose rules have other signs. ValueError."""
+    rules = len(_gbnf_rules(text))
+    if not rules:
+        return text
+    if len(text) > GBNF_CHARS_MAX or rules > GBNF_RULES_MAX:
+        raise ValueError(
+            f"a grammar in GBNF has at most {GBNF_CHARS_MAX} characters and {GBNF_RULES_MAX} rules,"
+            f" this one has {len(text)} and {rules}; in Lark it may be longer"
+        )
     try:
-        return any_to_lark(text)
-    except Exception as error:  # the library raises no narrower one for a text that is neither
+        return gbnf_to_lark(text)
+    except Exception as error:  # the library raises no narrower one for a text that is none
         raise ValueError(str(error)) from error
 
 
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"json_schema": {**schema, "x-guidance": lark.JSON_OPTIONS}}
+def _json(schema: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"json_schema": {**schema, "x-guidance": {**lark.JSON_OPTIONS, **options}}}
 
 
 def _checked_length(grammars: list[dict[str, Any]], param: str) -> str:
@@ -179,8 +192,8 @@ def _checked_length(grammars: list[dict[str, Any]], param: str) -> str:
         made = msgspec.json.encode({"grammars": grammars}).decode()
     except RecursionError:
         _refuse("it is nested too deep", param)
-    if len(made) > GRAMMAR_CHARS_MAX:
-        _refuse(f"it makes a grammar of more than {GRAMMAR_CHARS_MAX} characters", param)
+    if len(made) > lark.CHARS_MAX:
+        _refuse(f"it makes a grammar of more than {lark.CHARS_MAX} characters", param)
     return made
 
 

@@ -34,7 +34,7 @@ class EncodeExecutor:
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
         _log.info("%s", self._codec.dialect)
-        self._grammars.start()
+        await self._grammars.start()
 
     def execute(self, effect: Effect) -> None:
         assert isinstance(effect, EncodePrompt)
@@ -46,7 +46,7 @@ class EncodeExecutor:
     async def close(self) -> None:
         """What is being encoded is for nobody any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._grammars.close()
+        await self._grammars.close()
 
     def _encode(self, effect: EncodePrompt, max_tokens: int | None) -> None:
         try:

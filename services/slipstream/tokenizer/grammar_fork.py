@@ -6,18 +6,20 @@ and may die, the outer one says how it went. It compiles on a thread, whose stac
 those of the workers wherever it runs.
 """
 
+import contextlib
 import os
 import resource
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
 from slipstream.grammar import CHECKER_STACK_BYTES, GrammarError, limits, stack_of, tokenizer
-from slipstream.tokenizer.grammar_check import Question, Reply
+from slipstream.tokenizer.grammar_check import READY, Question, Reply
 
 CPU_S = 1.0
 WALL_S = 1.7
@@ -36,32 +38,56 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of its input is the end
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the outer forks
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ids = [int(number) for number in eos_token_ids.split(",") if number] or [int(vocab_size) - 1]
+    ids = [int(number) for number in eos_token_ids.split(",") if number]
     tokens, unusable = None, ""
     try:
         tokens = tokenizer(Path(model), int(vocab_size), ids)
     except GrammarError as error:
-        unusable = f"no answer of this model can be held to anything ({error})"
+        print(f"answers cannot be held to a grammar: {error}", file=sys.stderr, flush=True)
+        unusable = "this model cannot be held to any grammar; the server's log says why"
+    _say(0, READY)
     for line in sys.stdin.buffer:
-        if os.fork() == 0:
-            question = msgspec.json.decode(line, type=Question)
-            if tokens is None:
-                _say(question.number, Reply(0, unusable))
-            else:
+        question = msgspec.json.decode(line, type=Question)
+        if tokens is None:
+            _say(question.number, Reply(0, unusable))
+            continue
+        try:
+            if os.fork() == 0:
                 _answer(question, tokens)
-            os._exit(0)
+        except OSError as error:
+            _say(question.number, _unstarted(error))
 
 
-def _answer(question: Question, tokens: LLTokenizer) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    compiling = os.fork()
-    if compiling == 0:
+def _answer(question: Question, tokens: LLTokenizer) -> NoReturn:
+    """The outer fork's part, which says something whatever happens."""
+    reply: Reply | None = Reply(0, "whoever compiles it has failed", late=True, passing=True)
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        compiling = os.fork()
+        if compiling == 0:
+            _compile(question, tokens)
+        _, status, usage = os.wait4(compiling, 0)
+        reply = _death(os.WTERMSIG(status), usage.ru_utime + usage.ru_stime) if status else None
+    except OSError as error:
+        reply = _unstarted(error)
+    finally:
+        if reply is not None:
+            _say(question.number, reply)
+        os._exit(0)
+
+
+def _compile(question: Question, tokens: LLTokenizer) -> NoReturn:
+    """The inner fork's."""
+    try:
         with stack_of(CHECKER_STACK_BYTES), ThreadPoolExecutor(1) as thread:
             _say(question.number, thread.submit(_compiled, question.grammar, tokens).result())
         os._exit(0)
-    _, status, usage = os.wait4(compiling, 0)
-    if status != 0:
-        _say(question.number, _death(os.WTERMSIG(status), usage.ru_utime + usage.ru_stime))
+    finally:
+        os._exit(1)
+
+
+def _unstarted(error: OSError) -> Reply:
+    return Reply(0, f"no process can be started ({error.strerror})", late=True, passing=True)
 
 
 def _death(cause: int, cpu_s: float) -> Reply:
@@ -92,7 +118,8 @@ def _compiled(grammar: str, tokens: LLTokenizer) -> Reply:
 
 def _say(number: int, reply: Reply) -> None:
     said = Reply(number, reply.refused[:REASON_CHARS_MAX], reply.late, reply.passing)
-    os.write(1, msgspec.json.encode(said) + b"\n")
+    with contextlib.suppress(BrokenPipeError):  # nobody asks any more
+        os.write(1, msgspec.json.encode(said) + b"\n")
 
 
 if __name__ == "__main__":

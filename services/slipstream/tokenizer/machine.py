@@ -247,8 +247,12 @@ class TokenizerMachine:
         stream = self._live.get(event.request_id)
         if stream is None or stream.encoded:
             return []
-        if event.problem is not None or not event.tokens:
-            problem = event.problem or unusable("The prompt has no tokens.")
+        problem = event.problem
+        if not event.tokens:
+            problem = problem or unusable("The prompt has no tokens.")
+        elif problem and problem.code is ErrorCode.QUEUE_FULL and stream.tokens:
+            problem = None  # no time for its grammar; who took these tokens before us had some
+        if problem is not None:
             return self._fail(stream, problem, now_s)
         encoding = Encoding(
             list(event.tokens), event.grammar, event.bad_tokens, event.answer_format

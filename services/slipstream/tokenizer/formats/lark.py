@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
+CHARS_MAX = 1 << 20
+"""Of one grammar, as `SamplingParams.grammar` has."""
 CALLS_MAX = 16
 """Of an answer that is held to calls: a small model may find no end."""
 

@@ -6,7 +6,7 @@ An answer is a list of calls if it begins like one. Arguments become JSON one by
 import ast
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from slipstream.tokenizer.formats import lark
@@ -218,37 +218,45 @@ def rules(functions: Sequence[Function], calls_max: int, ref: Ref) -> str:
         f"calls: {lark.text('[')} {calls} {lark.text(']')}",
         f"call: {lark.either([f'({option})' for option in options])}",
     ]
+    num_chars = 0
     for i, function in enumerate(functions):
-        lines += _argument_rules(i, function)
+        for line in _argument_rules(i, function):
+            num_chars += len(line)
+            if num_chars > lark.CHARS_MAX:  # definitions are repeated in each argument
+                raise ValueError(f"it makes a grammar of more than {lark.CHARS_MAX} characters")
+            lines.append(line)
     return "\n".join(lines)
 
 
-def _argument_rules(number: int, function: Function) -> list[str]:
+def _argument_rules(number: int, function: Function) -> Iterator[str]:
     """Rule `arguments_<number>`: those that are required, then some of the others, in the order of
     the schema, and the bracket that ends them."""
     schema = function.schema
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    properties = schema.get("properties", {})
-    required = [name for name in schema.get("required", ()) if name in properties]
-    names = required + [n for n in properties if n not in required and n.isidentifier()]
+    properties, needed = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, dict):
+        raise ValueError("properties must be an object")
+    if not isinstance(needed, list) or not all(isinstance(name, str) for name in needed):
+        raise ValueError("required must be a list of names")
+    once = dict.fromkeys(needed)
+    required = [name for name in once if name in properties]
+    names = required + [n for n in properties if n not in once and n.isidentifier()]
     for name in (function.name.replace(".", "_"), *required):
         if not name.isidentifier():
             raise ValueError(f"{name!r} is no name in calls of this model's kind")
-    lines = []
     end = lark.text(")")
     for i, name in enumerate(names):
         value = {**properties[name], **shared} if isinstance(properties[name], dict) else {}
-        lines.append(f"a_{number}_{i}: {lark.text(f'{name}=')} {lark.arguments(value)}")
+        yield f"a_{number}_{i}: {lark.text(f'{name}=')} {lark.arguments(value)}"
     # rest_i: what may follow before argument i; first_i: the same where none has come yet.
-    lines.append(f"rest_{number}_{len(names)}: {end}")
-    lines.append(f"first_{number}_{len(names)}: {end}")
+    yield f"rest_{number}_{len(names)}: {end}"
+    yield f"first_{number}_{len(names)}: {end}"
     for i in reversed(range(len(names))):
         told, rest = f"a_{number}_{i} rest_{number}_{i + 1}", f"rest_{number}_{i + 1}"
         if i < len(required):
-            lines.append(f"rest_{number}_{i}: {lark.text(', ')} {told}")
-            lines.append(f"first_{number}_{i}: {told}")
+            yield f"rest_{number}_{i}: {lark.text(', ')} {told}"
+            yield f"first_{number}_{i}: {told}"
         else:
-            lines.append(f"rest_{number}_{i}: {lark.text(', ')} {told} | {rest}")
-            lines.append(f"first_{number}_{i}: {told} | first_{number}_{i + 1}")
-    lines.append(f"arguments_{number}: first_{number}_0")
-    return lines
+            yield f"rest_{number}_{i}: {lark.text(', ')} {told} | {rest}"
+            yield f"first_{number}_{i}: {told} | first_{number}_{i + 1}"
+    yield f"arguments_{number}: first_{number}_0"
