@@ -23,6 +23,8 @@ from slipstream.frontend.openai import (
     Generate,
     TokenizeRequest,
     Unserved,
+    UnservedChat,
+    UnservedCompletion,
 )
 from slipstream.frontend.validate import NEUTRAL
 
@@ -58,9 +60,9 @@ SERVED = members(Generate) - members(Unserved)
     ("heading", "wanted"),
     [
         ("Fields of both", SERVED),
-        ("Chat completions", members(ChatRequest) - members(Generate)),
-        ("Completions", members(CompletionRequest) - members(Generate)),
-        ("Refused", members(Unserved)),
+        ("Chat completions", members(ChatRequest) - members(Generate, UnservedChat)),
+        ("Completions", members(CompletionRequest) - members(Generate, UnservedCompletion)),
+        ("Refused", members(UnservedChat, UnservedCompletion)),
     ],
 )
 def test_fields(heading: str, wanted: set[str]) -> None:

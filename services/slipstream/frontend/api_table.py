@@ -64,8 +64,10 @@ IGNORED = {
     "store": "nothing of a chat is kept",
     "user": "nobody looks at it",
 }
-CHAT = Body(openai.ChatRequest, openai.Unserved, NEUTRAL, IGNORED)
-COMPLETION = Body(openai.CompletionRequest, openai.Unserved, NEUTRAL, {"user": IGNORED["user"]})
+CHAT = Body(openai.ChatRequest, openai.UnservedChat, NEUTRAL, IGNORED)
+COMPLETION = Body(
+    openai.CompletionRequest, openai.UnservedCompletion, NEUTRAL, {"user": IGNORED["user"]}
+)
 RESPONSES = Body(
     ResponsesRequest,
     responses_shapes.UnservedResponses,

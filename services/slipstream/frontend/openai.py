@@ -19,6 +19,7 @@ class Unserved(msgspec.Struct, kw_only=True):
     chat_template: Any = None
     detokenize: Any = None
     documents: Any = None
+    flat_logprobs: Any = None
     function_call: Any = None
     functions: Any = None
     guided_choice: Any = None
@@ -27,6 +28,7 @@ class Unserved(msgspec.Struct, kw_only=True):
     guided_json: Any = None
     guided_regex: Any = None
     guided_whitespace_pattern: Any = None
+    include_reasoning: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
     logprob_token_ids: Any = None
@@ -37,6 +39,7 @@ class Unserved(msgspec.Struct, kw_only=True):
     repetition_detection: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
+    spaces_between_special_tokens: Any = None
     suffix: Any = None
     thinking_token_budget: Any = None
     truncate_prompt_tokens: Any = None
@@ -46,16 +49,27 @@ class Unserved(msgspec.Struct, kw_only=True):
     web_search_options: Any = None
 
 
-class UnservedElsewhere(Unserved, kw_only=True):
+class UnservedChat(Unserved, kw_only=True):
+    """What completions serve, and chats do not."""
+
+    add_special_tokens: Any = None
+    echo: Any = None
+
+
+class UnservedCompletion(Unserved, kw_only=True):
+    """What chats serve, and completions do not."""
+
+    max_completion_tokens: Any = None
+
+
+class UnservedElsewhere(UnservedChat, kw_only=True):
     """The same on the paths of other APIs, with what a chat serves and those paths have in words of
     their own, or not at all (see `NEUTRAL_ELSEWHERE`)."""
 
     add_generation_prompt: Any = None
-    add_special_tokens: Any = None
     allowed_token_ids: Any = None
     bad_words: Any = None
     continue_final_message: Any = None
-    echo: Any = None
     ignore_eos: Any = None
     include_stop_str_in_output: Any = None
     logit_bias: Any = None
@@ -72,11 +86,9 @@ class UnservedElsewhere(Unserved, kw_only=True):
 
 NEUTRAL_ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "add_special_tokens": (False,),
     "bad_words": ([],),
     "best_of": (1,),
     "continue_final_message": (False,),
-    "echo": (False,),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "logit_bias": ({},),
@@ -146,6 +158,9 @@ class ChatRequest(Generate, kw_only=True):
     tool_choice: Any = None
     """A word, or an object that names one."""
     parallel_tool_calls: bool | None = None
+    # Of `UnservedChat`.
+    add_special_tokens: Any = None
+    echo: Any = None
 
 
 class CompletionRequest(Generate, kw_only=True):
@@ -154,6 +169,8 @@ class CompletionRequest(Generate, kw_only=True):
     logprobs: int | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
+    # Of `UnservedCompletion`.
+    max_completion_tokens: Any = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.gateway import ClusterStatus
-from slipstream.frontend.openai import Generate, Unserved
+from slipstream.frontend.openai import ChatRequest, Generate, UnservedChat, UnservedCompletion
 from slipstream.frontend.problems import ApiError, api_error
 
 T = TypeVar("T")
@@ -146,6 +146,11 @@ def check_model(model: str, status: ClusterStatus) -> None:
 # --- Members --------------------------------------------------------------------------------------
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
+    "echo": (False,),
+    "flat_logprobs": (False,),
+    "include_reasoning": (True,),
+    "spaces_between_special_tokens": (True,),
     "modalities": (["text"],),
     "suffix": ("",),
     "length_penalty": (1,),
@@ -158,8 +163,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Values, beside null, that leave the answer as it is."""
 
 
-def check_served(body: Unserved, n: int) -> None:
-    for name in Unserved.__struct_fields__:
+def check_served(body: Generate, n: int) -> None:
+    unserved = UnservedChat if isinstance(body, ChatRequest) else UnservedCompletion
+    for name in unserved.__struct_fields__:
         value = getattr(body, name)
         if value is None or any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
             continue
