@@ -57,6 +57,42 @@ CASES: list[tuple[str, str, Read]] = [
     ),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": ["cut', call("f", '{"a": ["cut')),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', call("f", '{"a": 1}')),
+    (
+        "hermes",
+        '<tool_call>{"type": "function", "id": 7, "name": "f", "x": null, "parameters": {"a": 1}}'
+        "</tool_call>!",
+        call("f", '{"a": 1}') + says("!"),
+    ),
+    ("hermes", '<tool_call>{"name": "f", "arguments": null, "id": "x"}</tool_call>', call("f")),
+    ("hermes", '<tool_call>{"id": "x", "name": "f", "arguments": ""}</tool_call>', call("f")),
+    (
+        "hermes",
+        r'<tool_call>{"name": "f", "arguments": "{\"a\": \"\\n\ud83d\ude00\u00e9\ud83d \uZ\"}", '
+        '"id": 1}</tool_call>!',
+        call("f", '{"a": "\\n😀é\ufffd \\uZ"}') + says("!"),
+    ),
+    (
+        "hermes",
+        '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>',
+        says('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>'),
+    ),
+    (
+        "hermes",
+        '<tool_call>{"arguments": "x", "name": "f"}</tool_call>',
+        says('<tool_call>{"arguments": "x", "name": "f"}</tool_call>'),
+    ),
+    (
+        "llama3_json",
+        '{"type": "function", "name": "f", "parameters": {"a": 1}}',
+        call("f", '{"a": 1}'),
+    ),
+    ("llama3_json", '{"name": "Ann", "age": 7}', says('{"name": "Ann", "age": 7}')),
+    (
+        "mistral",
+        '[TOOL_CALLS][{"id": "abc", "name": "f", "arguments": null}, {"name": "g", '
+        '"arguments": "{}"}]',
+        call("f") + call("g"),
+    ),
     ("hermes", " \n Hello <tool\n", says(" \n Hello <tool\n")),
     ("hermes", "if a <tool_call> b", says("if a <tool_call> b")),
     (

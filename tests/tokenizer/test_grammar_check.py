@@ -59,7 +59,7 @@ async def test_verdicts_are_kept_and_the_process_is_started_again(checker: Gramm
     assert await verdict(checker, BAD) == first
     assert await verdict(checker, EASY) == Verdict()
     assert checker._process is not process
-    counted = {"grammars_waiting": 0, "grammars_compiling": 0, "grammars_total": 2}
+    counted = {"grammars_compiling": 0, "grammars_total": 2}
     later = {"grammars_refused_total": 1, "grammars_late_total": 0}
     assert checker.statistics() == counted | later
 

@@ -116,8 +116,7 @@ class GrammarCheck:
 
     def statistics(self) -> dict[str, float]:
         return {
-            "grammars_waiting": len(self._turns),
-            "grammars_compiling": len(self._asked),
+            "grammars_compiling": len(self._waiting),
             "grammars_total": self._count,
             "grammars_refused_total": self._refused,
             "grammars_late_total": self._late,

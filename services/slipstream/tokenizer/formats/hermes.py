@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from slipstream.tokenizer.formats import lark
-from slipstream.tokenizer.formats.json_call import HEADS, NO_ARGUMENTS, JsonCalls
+from slipstream.tokenizer.formats.json_call import JsonCalls
 from slipstream.tokenizer.formats.lark import Function, Ref
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 class HermesParser(JsonCalls):
-    _heads = (*HEADS, NO_ARGUMENTS)
+    _bare = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,10 +27,10 @@ class HermesParser(JsonCalls):
     def _opened(self) -> bool:
         """In front: the marker, and what may be a call."""
         marker = self._take(len(OPEN))
-        reading = self._begin_call()
-        if reading.match is not None:
+        head = self._begin_call()
+        if head.name:
             self._state = self._inside
-        elif reading.hopeless or self._ended:
+        elif head.hopeless or self._ended:
             self._content(marker)
             self._state = self._free
         else:

@@ -39,10 +39,10 @@ class Llama3JsonParser(JsonCalls):
     def _opened(self) -> bool:
         """In front: the tag if there is one, and what may be a call."""
         marker = self._take(len(TAG) if self._tagged else 0)
-        reading = self._begin_call()
-        if reading.match is not None:
+        head = self._begin_call()
+        if head.name:
             self._state = self._inside
-        elif reading.hopeless or self._ended:
+        elif head.hopeless or self._ended:
             self._content(marker)
             self._state = self._free
         else:

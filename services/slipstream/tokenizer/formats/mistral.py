@@ -49,12 +49,12 @@ class MistralParser(JsonCalls):
     def _element(self, marker: str, body: str) -> bool:
         """An object of a list: what came before it is told if it is none."""
         whole, self._text = self._text, body
-        reading = self._begin_call()
-        if reading.match is not None:
+        head = self._begin_call()
+        if head.name:
             self._wrapped, self._state = True, self._inside
             return True
         self._text = whole
-        return (reading.hopeless or self._ended) and self._give_up(marker)
+        return (head.hopeless or self._ended) and self._give_up(marker)
 
     def _give_up(self, marker: str) -> bool:
         self._content(self._take(len(marker)))

@@ -5,7 +5,7 @@ are of one kind, and reading n characters takes time in proportion to n.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from slipstream.messages import Part, PartKind
@@ -165,11 +165,3 @@ class Head:
 
 def _nameless(piece: str) -> str:
     return re.sub(r"\(\?P<\w+>", "(?:", piece)
-
-
-def first_reading(heads: Sequence[Head], text: str) -> Reading:
-    readings = [head.read(text) for head in heads]
-    for reading in readings:
-        if reading.match:
-            return reading
-    return Reading(None, all(reading.hopeless for reading in readings))
