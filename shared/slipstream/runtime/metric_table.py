@@ -101,7 +101,6 @@ TOKENIZER = {
     "streams_ended": "Ended streams that are kept in case the frontend asks again.",
     "codec_calls": "Calls of /tokenize that wait for a thread.",
     "grammars_compiling": "Grammars of answers that are being compiled.",
-    "grammars_waiting": "Grammars of answers that wait to be compiled.",
     "grammars_total": "Grammars given to the compiler; those it has had of late are not.",
     "grammars_refused_total": "Grammars that are none, or take too long to compile.",
     "grammars_late_total": "Grammars that there was no time or room to compile.",
