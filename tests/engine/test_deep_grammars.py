@@ -56,6 +56,8 @@ class Checker:
         command = [sys.executable, "-m", "slipstream.tokenizer.grammar_fork"]
         command += [str(folder), str(WORDS_VOCAB), str(EOS)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()  # that it is ready
 
     def takes(self, grammar: str) -> bool:
         assert self._process.stdin is not None and self._process.stdout is not None
