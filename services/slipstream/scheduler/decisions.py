@@ -13,7 +13,7 @@ from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
 KEPT = 4096
 ERRORS_MAX = 64
 """Of the latest first tokens: what the median error is taken over."""
-LATE_SHARE = 0.9
+LATE_SHARE = 0.98
 LATE_KNOWN = 16
 LATE_FRESH_S = 10.0
 """So long after the last first token nothing is known of how late they come."""
@@ -110,7 +110,7 @@ class Decisions:
         return list(self._of.values())
 
     def margin_s(self, now_s: float) -> float:
-        """What nine of ten first tokens of late came after their prediction, at most."""
+        """What all but one in fifty first tokens of late came after their prediction, at most."""
         margin_s, learnt_s = self._margin
         return margin_s if now_s - learnt_s <= LATE_FRESH_S else 0.0
 
