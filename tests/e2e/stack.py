@@ -90,6 +90,7 @@ class Stack:
             "max_model_len": 2048,
             "kv_cache_bytes": "128MiB",
             "disaggregation": "always",
+            "ttft_target_s": 0,  # none: nothing is refused because this machine is slow
             **settings,
             "port": self.port,
         }

@@ -45,6 +45,7 @@ class TwoHosts:
             "threads": 1,
             "max_model_len": 2048,
             "kv_cache_bytes": 256 << 20,
+            "ttft_target_s": 0,  # none: nothing is refused because this machine is slow
         }
         layout = Layout(
             config=ServeConfig(**given),  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from slipstream.core import machine as m
 from slipstream.engine import offload
 from slipstream.engine.offload import Offload
 from slipstream.kv.digest import block_digests
+from slipstream.kv.tier import HOST
 from slipstream.kv.tier_files import TierFiles
 
 ROWS, BLOCK_BYTES = 24, 4096
@@ -162,6 +163,7 @@ def test_closing_waits_for_no_room(
     rig = Rig(tmp_path, host_blocks=4, disk_blocks=100)
     saved = tuple(m.SavedBlock(row, name(row), row, None) for row in range(8))
     rig.offload.execute(m.SaveBlocks("op", saved))
+    rig.until_moved(1, tier=HOST)  # it has begun; what has not is given up
     closing = threading.Thread(target=rig.offload.close)
     closing.start()
     assert rig.until(m.BlocksSaved) == m.BlocksSaved("op")
