@@ -696,3 +696,5 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     peer_session: int
     seq: int
     ack: int
+    bye: bool = False
+    """The process ends in order; `seq` is then its last frame's, and nothing comes with this one."""

@@ -166,6 +166,10 @@ class Process:
             return
         for action in step(world.now_s):
             self._perform(action)
+        if not self.alive:  # it has ended by itself
+            for last in self.node.leave(world.now_s):
+                world.transmit(self.info.node_id, last)
+            return
         wake_at_s = self.node.next_wake_s()
         if wake_at_s < self._wake_at_s:
             self._wake_at_s = wake_at_s

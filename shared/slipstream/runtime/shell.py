@@ -221,6 +221,9 @@ class _Shell:
         self._loop.remove_reader(self._bus.descriptor)
         if code:
             _end_anyway(code)
+        if code != ExitCode.BUG:  # then not even the sessions may be whole
+            for last in self._node.leave(time.monotonic()):
+                self._bus.transmit(last, time.monotonic())
         if self._executor is not None:
             try:
                 async with asyncio.timeout(FORCED_CLOSE_S if code else CLOSE_S):
