@@ -159,7 +159,7 @@ def test_who_says_goodbye_is_down_at_once_but_not_before_its_last_word(seed: int
     bus = Bus(seed, loss=0.3 * (seed % 2))
     payloads = [b"%d" % i for i in range(50)]
     bus.send("a", "b", payloads[0])
-    bus.run(2.0)
+    bus.run(6.0)
     for payload in payloads[1:]:
         bus.send("a", "b", payload)
     bus.apply("a", bus.links["a"].leave(bus.now_s))
