@@ -266,7 +266,8 @@ class Cluster:
                 return KvIndexMachine(info, KvIndexSettings())
         settings = WorkerSettings(
             eos_token_ids=(EOS,),
-            step_timeout_s=20.0,
+            step_timeout_s=5.0,
+            stuck_s=20.0,
             offload_after_hits=self.offload_after_hits,
             steps_in_flight=1 + self.seed % 2,
             draft_tokens=self.seed // 2 % 3 * 2,

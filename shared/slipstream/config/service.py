@@ -195,8 +195,11 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = 10.0
     step_timeout_s: Annotated[
         Seconds,
-        Meta(description="Longest step of the model; a worker that hangs longer starts anew."),
-    ] = 120.0
+        Meta(
+            description="How much longer than others of its size a step may take; a worker that "
+            "hangs longer starts anew."
+        ),
+    ] = 10.0
     speculative: Speculative = ""
     overlap: Annotated[bool, Meta(description="Plan the next step while one runs.")] = True
     transports: Transports = "auto"

@@ -22,7 +22,6 @@ from slipstream.core.machine import (
     BlocksDigested,
     BlocksMoved,
     BlocksSaved,
-    CancelTimer,
     Counted,
     Drain,
     Effect,
@@ -43,6 +42,8 @@ from slipstream.core.machine import (
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import namespace
 from slipstream.core.reporter import IndexReporter
+from slipstream.core.step_watch import TIMER as STEP_TIMER
+from slipstream.core.step_watch import StepWatch
 from slipstream.core.token_log import TokenLog
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
@@ -81,7 +82,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 10.0
     renew_s: float = 2.0
     pull_timeout_s: float = 10.0
-    step_timeout_s: float = 120.0
+    step_timeout_s: float = 10.0
+    """See `step_watch`."""
+    stuck_s: float = 120.0
+    """How long after its time a READ may hang, until nothing but a new process helps."""
     enable_prefix_caching: bool = True
     offload_after_hits: int | None = None
     """None: there are no tiers below the pool."""
@@ -118,7 +122,7 @@ class WorkerMachine:
         self.log = TokenLog(LOG_KEEP_S)
         self.jobs: dict[RequestId, Job] = {}
         self.failures: Counter[str] = Counter()
-        self.samples = Samples()
+        self.samples, self.steps = Samples(), StepWatch(settings.step_timeout_s)
         self._eos = frozenset(settings.eos_token_ids)
         self.counted: dict[str, float] = {}
         """By the executor, as of late."""
@@ -166,8 +170,8 @@ class WorkerMachine:
                 return self._tick(now_s)
             case TimerFired("renew"):
                 return [*self.exchange.renew(), SetTimer("renew", now_s + self.settings.renew_s)]
-            case TimerFired("step"):
-                return [Exit(f"no step has ended for {self.settings.step_timeout_s:g} s")]
+            case TimerFired(key) if key == STEP_TIMER:
+                return [Exit(self.steps.fault)]
             case Started():
                 return [
                     SetTimer("tick", now_s + TICK_S),
@@ -235,9 +239,11 @@ class WorkerMachine:
 
     def _batch_done(self, done: BatchDone, now_s: float) -> list[Effect]:
         outputs = {(output.request_id, output.attempt): output for output in done.outputs}
-        self.samples.step(self.batcher.in_flight[0].plan, done)
+        plan = self.batcher.in_flight[0].plan
+        self.samples.step(plan, done)
+        self.steps.took(plan, done.elapsed_s)
         landed = self.batcher.land(done.step)
-        effects = self._watch(now_s)
+        effects = [self.steps.timer(self.batcher.in_flight, now_s)]
         for job, row in landed:
             output = outputs.get(job.key)
             if not self._take(job, row, output):
@@ -291,13 +297,8 @@ class WorkerMachine:
     def _batch_failed(self, step: int, cause: str, now_s: float) -> list[Effect]:
         """Nothing of it may be used, nor what the step after it makes of that."""
         failed = [self._fail(job, f"step: {cause}") for job, _ in self.batcher.land(step)]
-        return [*self._watch(now_s), *chain.from_iterable(failed)]
-
-    def _watch(self, now_s: float) -> list[Effect]:
-        """How long the step in flight may take."""
-        if not self.batcher.busy:
-            return [CancelTimer("step")]
-        return [SetTimer("step", now_s + self.settings.step_timeout_s)]
+        watched = self.steps.timer(self.batcher.in_flight, now_s)
+        return [watched, *chain.from_iterable(failed)]
 
     def _settle(self, now_s: float) -> list[Effect]:
         effects = self.exchange.receiver.retry(now_s)
@@ -317,7 +318,7 @@ class WorkerMachine:
             else:
                 self.batcher.add(job)
         while (plan := self.batcher.plan()) is not None:
-            effects += [RunBatch(plan), *self._watch(now_s)]
+            effects += [RunBatch(plan), self.steps.timer(self.batcher.in_flight, now_s)]
         effects += self.exchange.tiers.flush()
         effects += self.reporter.flush(now_s)
         if self._draining and self._empty():
@@ -369,13 +370,8 @@ class WorkerMachine:
     # --- Time -------------------------------------------------------------------------------------
 
     def _tick(self, now_s: float) -> list[Effect]:
-        stuck = self.exchange.reads.stuck(now_s - self.settings.step_timeout_s)
-        if stuck:
-            return [
-                Exit(
-                    f"READ {stuck} has not ended {self.settings.step_timeout_s:g} s after its time"
-                )
-            ]
+        if stuck := self.exchange.reads.stuck(now_s - self.settings.stuck_s):
+            return [Exit(f"READ {stuck} has not ended {self.settings.stuck_s:g} s after its time")]
         effects = self.exchange.tick(now_s)
         effects.append(SetTimer("tick", now_s + TICK_S))
         effects.append(Send(SCHEDULER, load_with_samples(self)))
