@@ -26,6 +26,7 @@ from slipstream.config import (
     ShmDir,
     Speculative,
     Transports,
+    Watchdog,
 )
 from slipstream.config.rules import check_offload, check_transports
 from slipstream.scheduler.config import (
@@ -113,6 +114,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="Wait for running requests at Ctrl-C or SIGTERM.")
     ] = 30.0
+    watchdog_s: Watchdog = 10.0
 
     log_level: LogLevel = "info"
     log_json: Annotated[bool, Meta(description="Log lines of services as JSON objects.")] = False

@@ -128,6 +128,17 @@ Speculative: TypeAlias = Annotated[
 ]
 
 
+Watchdog: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=3600,
+        description="Seconds after which a process whose loop stands still is ended, to be started "
+        "anew; 0: never.",
+    ),
+]
+
+
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings that every service has."""
 
@@ -171,6 +182,7 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     peer_timeout_s: Annotated[
         Seconds, Meta(description="Silence after which a peer counts as dead.")
     ] = 3.0
+    watchdog_s: Watchdog = 10.0
 
 
 class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -44,6 +44,7 @@ from slipstream.messages import SCHEDULER, NodeInfo
 from slipstream.runtime.bus import Bus
 from slipstream.runtime.log import set_up
 from slipstream.runtime.metrics import metrics
+from slipstream.runtime.pulse import Pulse
 from slipstream.runtime.record import Recorder
 from slipstream.runtime.timers import Timers
 from slipstream.runtime.witness import Witness
@@ -139,6 +140,7 @@ class _Shell:
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
         self._running = self._draining = False
+        self._pulse: Pulse | None = None
         self._chores_s = 0.0
         self._lags_s: deque[float] = deque([0.0], maxlen=LAG_PERIODS)
         self._close_health: Callable[[], Awaitable[None]] | None = None
@@ -179,6 +181,7 @@ class _Shell:
         self._posted.appendleft(Started())
         self._loop.add_reader(self._bus.descriptor, self._turn)
         self._chores_s = time.monotonic()
+        self._pulse = Pulse(self._config.watchdog_s)
         self._chores()
         self._turn()
 
@@ -218,6 +221,8 @@ class _Shell:
 
     async def _close(self, code: int) -> None:
         self._running = False
+        if self._pulse is not None:
+            self._pulse.close()
         self._loop.remove_reader(self._bus.descriptor)
         if code:
             _end_anyway(code)
@@ -335,6 +340,8 @@ class _Shell:
         now_s = time.monotonic()
         self._lags_s.append(max(0.0, now_s - self._chores_s))
         self._bus.sweep(now_s)
+        if self._pulse is not None:
+            self._pulse.beat()
         self._chores_s = now_s + CHORES_PERIOD_S
         if self._running:
             self._loop.call_later(CHORES_PERIOD_S, self._chores)
