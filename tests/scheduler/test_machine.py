@@ -289,11 +289,11 @@ def test_a_request_that_every_worker_fails_ends(limit: int) -> None:
     for attempt in range(1, limit + 2):
         assert rig.state() in ("", "resuming")
         rig.submit(attempt=attempt)
-        rig.hear(DECODE, broken(attempt, cause="step: out of memory"))
+        rig.hear(DECODE, broken(attempt, cause="unheard: by nobody"))
     problem = rig.problem()
     assert problem.code is ErrorCode.MIGRATIONS and rig.state() == ""
     assert all(
-        text in problem.message for text in (f"{limit + 1} workers", f"is {limit} ", "step:")
+        text in problem.message for text in (f"{limit + 1} workers", f"is {limit} ", "unheard:")
     )
 
 

@@ -63,8 +63,8 @@ class Supervisor:
     def __init__(
         self, specs: Sequence[ChildSpec], show: Show, run_dir: Path, watchdog_s: float = 0.0
     ) -> None:
-        """`run_dir`: where children say that they live; `watchdog_s`: how long one may be silent that
-        has spoken, 0: for ever."""
+        """`run_dir`: where children say that they live; `watchdog_s`: how long one that has spoken
+        may be silent, 0: for ever."""
         self.children = [Child(spec) for spec in specs]
         self.failed: asyncio.Future[Failure] = asyncio.get_running_loop().create_future()
         self.ready = False

@@ -8,6 +8,7 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import RETRY_AFTER_MAX_S
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import TOKEN_BYTES, count_tokens
 
 TIMES_ALONE = 2.0
@@ -16,7 +17,7 @@ would be refused as long as anybody is served."""
 
 
 def refusal(
-    submit: Submit, fleet: Fleet, *, live: int, max_requests: int, draining: bool
+    submit: Submit, fleet: Fleet, settings: SchedulerSettings, *, live: int, draining: bool
 ) -> Problem | None:
     """None if the request is taken. What has begun elsewhere is, however full it is here."""
     if len(submit.prompt) % TOKEN_BYTES or len(submit.accepted) % TOKEN_BYTES or not submit.prompt:
@@ -25,11 +26,11 @@ def refusal(
     begun = submit.repeated or submit.accepted
     if draining and not begun:
         return Problem(code=ErrorCode.DRAINING, message="The server is stopping.")
-    if live >= max_requests and not begun:
+    if live >= settings.max_requests and not begun:
         return Problem(
             code=ErrorCode.QUEUE_FULL,
-            message=f"{live} requests are live, the limit is {max_requests} (--max-requests). "
-            "Try again later.",
+            message=f"{live} requests are live, the limit is {settings.max_requests} "
+            "(--max-requests). Try again later.",
         )
     needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)
     most = fleet.largest_pool_blocks()

@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
 from slipstream.errors import Problem
-from slipstream.messages import Decode, Prefill, ShiftRole
+from slipstream.messages import Decode, Prefill, ShiftRole, WorkerLoad
 from slipstream.scheduler.admission import Expected, too_late
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
@@ -73,6 +73,14 @@ class Dispatcher:
 
     def remove(self, request: Request) -> None:
         self.queue.pop(request.request_id, None)
+
+    def loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
+        """A worker has said how it is."""
+        self.fleet.loads[source] = load
+        self.transfers.learn(source, load.transfer_samples, now_s)
+        view = self.ledger.views.get(source)
+        if view is not None and load.step_samples:
+            view.prices.learn(load.step_samples, now_s)
 
     def sync(self) -> None:
         """The fleet has changed."""
@@ -144,10 +152,13 @@ class Dispatcher:
         told = Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))
         return [told, Note(shift.line)]
 
-    def check(self, live: Set[RequestId]) -> None:
-        """`live`: all requests that there are."""
-        assert self.queue.keys() <= live and not self.late
-        assert all(placed and placed <= live for placed in self._begun.values())
+    def check(self, requests: Mapping[RequestId, Request]) -> None:
+        """Against all that there are."""
+        assert self.queue.keys() <= requests.keys() and not self.late
+        assert all(placed and placed <= requests.keys() for placed in self._begun.values())
+        live = [r for r in requests.values() if r.state is not State.FINISHING]
+        for node_id, view in self.ledger.views.items():
+            view.check({r.request_id: r.num_blocks for r in live if node_id in r.workers})
 
     # --- The account ------------------------------------------------------------------------------
 

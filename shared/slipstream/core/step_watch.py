@@ -14,7 +14,6 @@ TIMES_SLOWEST = 4.0
 """Contexts grow, neighbours come, clocks fall."""
 UNMEASURED_S = 120.0
 """For the first step of its kind, which may have to compile, or to fault its weights in."""
-TIMER = "step"
 
 
 class StepWatch:
@@ -46,9 +45,9 @@ class StepWatch:
     def timer(self, in_flight: Sequence[Flight], now_s: float) -> Effect:
         """For the first of those that are with the device."""
         if not in_flight:
-            return CancelTimer(TIMER)
+            return CancelTimer("step")
         self._limit_s = self.limit_s(in_flight[0].plan)
-        return SetTimer(TIMER, now_s + self._limit_s)
+        return SetTimer("step", now_s + self._limit_s)
 
     @property
     def fault(self) -> str:

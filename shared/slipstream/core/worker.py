@@ -7,6 +7,7 @@ ends in `_settle`: collect what became ready, plan the next step, say what there
 
 from collections import Counter
 from itertools import chain
+from typing import Any
 
 import msgspec
 
@@ -42,7 +43,6 @@ from slipstream.core.machine import (
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import namespace
 from slipstream.core.reporter import IndexReporter
-from slipstream.core.step_watch import TIMER as STEP_TIMER
 from slipstream.core.step_watch import StepWatch
 from slipstream.core.token_log import TokenLog
 from slipstream.errors import ErrorCode, Problem
@@ -83,7 +83,6 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     renew_s: float = 2.0
     pull_timeout_s: float = 10.0
     step_timeout_s: float = 10.0
-    """See `step_watch`."""
     stuck_s: float = 120.0
     """How long after its time a READ may hang, until nothing but a new process helps."""
     enable_prefix_caching: bool = True
@@ -170,7 +169,7 @@ class WorkerMachine:
                 return self._tick(now_s)
             case TimerFired("renew"):
                 return [*self.exchange.renew(), SetTimer("renew", now_s + self.settings.renew_s)]
-            case TimerFired(key) if key == STEP_TIMER:
+            case TimerFired("step"):
                 return [Exit(self.steps.fault)]
             case Started():
                 return [
@@ -212,9 +211,8 @@ class WorkerMachine:
             case SnapshotRequest() if message.epoch == self.membership.node.epoch:
                 return self.reporter.snapshot(source)
             case KvReady() | Borrow() | Lent() | Renew() | Release() | Released():
-                job = None
-                if isinstance(message, KvReady):
-                    job = self.jobs.get(message.request_id)
+                named = message.request_id if isinstance(message, KvReady) else ""
+                job = self.jobs.get(named)
                 return self.exchange.received(source, message, job, now_s)
             case Peers():
                 pass  # membership has read it
@@ -227,7 +225,9 @@ class WorkerMachine:
         effects = [] if known is None else self._drop(known.request_id, known.attempt)
         problem = unfit(message, self.info)
         if problem is not None:
-            return effects + self._failed(message.request_id, message.attempt, "unfit", problem)
+            return effects + self._failed(
+                (message.request_id, message.attempt), "unfit", problem=problem
+            )
         space = namespace(self.info.kv_layout_id, message.salt)
         job = Job.of(message, space, self.membership.node.node_id, now_s)
         self.jobs[job.request_id] = job
@@ -247,7 +247,9 @@ class WorkerMachine:
         for job, row in landed:
             output = outputs.get(job.key)
             if not self._take(job, row, output):
-                effects += self._fail(job, "no_token", (output and output.problem) or _NO_TOKEN)
+                effects += self._fail(
+                    job, "no_token", problem=(output and output.problem) or _NO_TOKEN
+                )
                 continue
             self.batcher.advance(job, row)
             if row.sample and row.position == job.num_accepted:
@@ -296,7 +298,9 @@ class WorkerMachine:
 
     def _batch_failed(self, step: int, cause: str, now_s: float) -> list[Effect]:
         """Nothing of it may be used, nor what the step after it makes of that."""
-        failed = [self._fail(job, f"step: {cause}") for job, _ in self.batcher.land(step)]
+        landed = self.batcher.land(step)
+        beside = len(landed) - 1
+        failed = [self._fail(job, f"step: {cause}", beside=beside) for job, _ in landed]
         watched = self.steps.timer(self.batcher.in_flight, now_s)
         return [watched, *chain.from_iterable(failed)]
 
@@ -332,15 +336,13 @@ class WorkerMachine:
         del self.jobs[job.request_id]
         self.batcher.remove(job)
 
-    def _fail(self, job: Job, cause: str, problem: Problem | None = None) -> list[Effect]:
-        dropped = self._drop(job.request_id, job.attempt)
-        return dropped + self._failed(job.request_id, job.attempt, cause, problem)
+    def _fail(self, job: Job, cause: str, **more: Any) -> list[Effect]:
+        """`more`: fields of `AttemptFailed`."""
+        return self._drop(*job.key) + self._failed(job.key, cause, **more)
 
-    def _failed(
-        self, request_id: RequestId, attempt: int, cause: str, problem: Problem | None = None
-    ) -> list[Effect]:
+    def _failed(self, key: tuple[RequestId, int], cause: str, **more: Any) -> list[Effect]:
         self.failures[cause.partition(":")[0]] += 1
-        failed = AttemptFailed(request_id=request_id, attempt=attempt, cause=cause, problem=problem)
+        failed = AttemptFailed(request_id=key[0], attempt=key[1], cause=cause, **more)
         return [Send(SCHEDULER, failed)]
 
     def _drop(self, request_id: RequestId, attempt: int) -> list[Effect]:
@@ -364,7 +366,7 @@ class WorkerMachine:
         for job in [job for job in self.jobs.values() if job.handover == peer]:
             effects += self._fail(job, "decode_lost")
         for request_id, attempt in self.exchange.lender.reader_down(peer):
-            effects += self._failed(request_id, attempt, "decode_lost")
+            effects += self._failed((request_id, attempt), "decode_lost")
         return effects
 
     # --- Time -------------------------------------------------------------------------------------
