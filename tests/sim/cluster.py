@@ -56,7 +56,7 @@ POISONED_MAX = 3
 """Workers that a request may take with it: with others under suspicion there is one more, alone."""
 LOSSES = {"crash", "pause", "partition", "step_failure", "hang", "slow", "loss", "drain"}
 """Faults by which workers are lost that no request is to blame for."""
-REFUSALS = {ErrorCode.NOT_READY, ErrorCode.QUEUE_FULL, ErrorCode.DRAINING}
+REFUSALS = {ErrorCode.NOT_READY, ErrorCode.NO_WORKER, ErrorCode.QUEUE_FULL, ErrorCode.DRAINING}
 
 
 class Letters:

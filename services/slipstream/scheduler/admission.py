@@ -11,6 +11,7 @@ from slipstream.scheduler.past import RETRY_AFTER_MAX_S
 from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import TOKEN_BYTES, count_tokens
 
+NO_WORKER_RETRY_S = 5.0
 TIMES_ALONE = 2.0
 """A prompt that takes long by itself may wait as long again, whatever the target: else long ones
 would be refused as long as anybody is served."""
@@ -41,6 +42,11 @@ def refusal(
             "(--kv-cache-bytes). Shorten the prompt or max_tokens.",
         )
     return None
+
+
+def no_worker(missing: str) -> Problem:
+    text = f"There is {missing} for a while now. Send the request again."
+    return Problem(code=ErrorCode.NO_WORKER, message=text, retry_after_s=NO_WORKER_RETRY_S)
 
 
 class Expected(NamedTuple):

@@ -61,7 +61,9 @@ class SchedulerMachine:
         self.counters: Counter[str] = Counter()
         rules = Rules(settings.policy, settings.disaggregation)
         self.past = Past()
-        self.dispatcher = Dispatcher(self.fleet, rules, self.past, settings.ttft_target_s)
+        self.dispatcher = Dispatcher(
+            self.fleet, rules, self.past, settings.ttft_target_s, settings.recovery_wait_s
+        )
         self._reports, self._suspects = Reports(), Suspects()
         self._counted: dict[str, float] = {}
         self._recovering = False
@@ -170,7 +172,7 @@ class SchedulerMachine:
 
     def _hello(self, source: NodeId, hello: Hello, now_s: float) -> list[Effect]:
         first = self.fleet.hello(source, hello)
-        self.dispatcher.sync()
+        self.dispatcher.sync(now_s)
         effects = self.fleet.announce()
         for live in hello.live if first and hello.node.worker else ():
             request = self._current(live.request_id, live.attempt)
@@ -197,7 +199,7 @@ class SchedulerMachine:
                 request.orphan_s = now_s
             if peer in request.workers:
                 effects += self._retry(request, "worker_lost", now_s)
-        self.dispatcher.sync()
+        self.dispatcher.sync(now_s)
         return effects
 
     def _recovered(self) -> list[Effect]:

@@ -128,6 +128,14 @@ Speculative: TypeAlias = Annotated[
 ]
 
 
+RecoveryWait: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=3600,
+        description="How long requests wait for a service that is away, before they end with 503.",
+    ),
+]
 Watchdog: TypeAlias = Annotated[
     float,
     Meta(
