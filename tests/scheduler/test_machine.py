@@ -303,7 +303,7 @@ def test_what_waits_for_a_worker_that_does_not_come_back_ends() -> None:
     rig.lose(DECODE)
     rig.submit("begun", 2, accepted=3)
     rig.submit("fresh")
-    rig.pass_time(14.0)
+    rig.pass_time(29.0)
     assert rig.all(Failed) == [] and rig.state("fresh") == "queued"
     rig.pass_time(2.0)
     ended = {failed.request_id: failed.problem for _, failed in rig.all(Failed)}

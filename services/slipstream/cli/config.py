@@ -112,7 +112,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = 8000
     max_requests: MaxRequests = 1024
     ttft_target_s: TtftTarget = 30.0
-    recovery_wait_s: RecoveryWait = 15.0
+    recovery_wait_s: RecoveryWait = 30.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="Wait for running requests at Ctrl-C or SIGTERM.")
     ] = 30.0

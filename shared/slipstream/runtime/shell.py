@@ -56,6 +56,8 @@ CHORES_PERIOD_S = 0.5
 LAG_PERIODS = 20
 LINGER_S = 0.5
 """For the last words of a process that ends in order."""
+DRAIN_S = 15.0
+"""After that others take up what is left: sooner than who waits for this process gives up."""
 CLOSE_S = 3.0
 """For the end of the executor."""
 FORCED_CLOSE_S = 1.0
@@ -97,7 +99,7 @@ def run_service(
     machine: Machine,
     executor: Executor | None = None,
     *,
-    drain_timeout_s: float = 30.0,
+    drain_timeout_s: float = DRAIN_S,
     spans: SpanRecorder | None = None,
 ) -> int:
     """Binds `config.listen` and runs until the machine says Exit; returns the exit code. `spans`
@@ -212,7 +214,8 @@ class _Shell:
     def _on_drain_timeout(self) -> None:
         if self._running:
             log.warning("ends at once: not drained after %g s", self._drain_timeout_s)
-            self._end(ExitCode.FAILED)
+            # What others do not take up is a client's connection, and nothing else.
+            self._end(ExitCode.FAILED if self._info.role is Role.FRONTEND else ExitCode.OK)
 
     def _end(self, code: int) -> None:
         self._running = False
