@@ -44,7 +44,7 @@ def main(journal: Path, role: str, node_id: str, port: int) -> int:
     while not stop.wait(0.05):
         if (journal / f"beat-{node_id}").exists():
             with contextlib.suppress(BlockingIOError):
-                supervisor.sendto(b"WATCHDOG=1", os.environ["NOTIFY_SOCKET"])
+                supervisor.sendto(b"WATCHDOG=1", os.environ["SLIPSTREAM_NOTIFY_SOCKET"])
     return 0
 
 

@@ -10,7 +10,7 @@ from slipstream.errors import ExitCode
 PROGRAM = """
 import sys, time
 from slipstream.runtime.pulse import Pulse
-pulse = Pulse(float(sys.argv[1]), {})
+pulse = Pulse(float(sys.argv[1]))
 for _ in range(int(sys.argv[2])):
     pulse.beat()
     time.sleep(0.1)

@@ -15,8 +15,8 @@ from typing import Any
 
 from slipstream.cli.plan import ChildSpec
 from slipstream.cli.pulse import Listener
+from slipstream.config import env_of
 from slipstream.errors import ExitCode
-from slipstream.runtime.pulse import NOTIFY_SOCKET
 
 _FINAL = frozenset(code for code in ExitCode if code.is_final)
 QUICK_DEATHS_MAX = 5
@@ -163,7 +163,7 @@ class Supervisor:
         try:
             process = await asyncio.create_subprocess_exec(
                 *spec.argv,
-                env={**spec.env, NOTIFY_SOCKET: str(listener.path)},
+                env={**spec.env, env_of("notify_socket"): str(listener.path)},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,

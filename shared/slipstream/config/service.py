@@ -191,6 +191,10 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Seconds, Meta(description="Silence after which a peer counts as dead.")
     ] = 3.0
     watchdog_s: Watchdog = 10.0
+    notify_socket: Annotated[
+        str,
+        Meta(description="Datagram socket for signs of life, as of sd_notify(3); empty: none."),
+    ] = ""
 
 
 class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

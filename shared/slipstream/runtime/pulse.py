@@ -1,6 +1,6 @@
 """Whether a loop still turns: told to who supervises the process, and watched over from within.
 
-The words to the supervisor are those of sd_notify(3), so that systemd may be it.
+The words to the supervisor are those of sd_notify(3).
 """
 
 import faulthandler
@@ -9,12 +9,10 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 
 from slipstream.errors import ExitCode
 
-NOTIFY_SOCKET = "NOTIFY_SOCKET"
 ALIVE = b"WATCHDOG=1"
 LOOK_S = 1.0
 
@@ -25,10 +23,13 @@ class Pulse:
     """`beat` is the loop's to call, more than once a second. If it stays away for `watchdog_s` a
     thread shows where everybody stands and ends the process; 0: it does not."""
 
-    def __init__(self, watchdog_s: float, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, watchdog_s: float, notify_socket: str = "") -> None:
         self._beats = 0
         self._stop = threading.Event()
-        self._socket, self._to = _supervisor(environ)
+        self._to = notify_socket
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if notify_socket else None
+        if self._socket is not None:
+            self._socket.setblocking(False)
         if watchdog_s:
             looks = max(2, round(watchdog_s / LOOK_S))
             watch = threading.Thread(target=self._watch, args=(looks,), name="pulse", daemon=True)
@@ -54,12 +55,3 @@ class Pulse:
                 _log.critical("ends: its loop has stood still for %d s", idle)
                 faulthandler.dump_traceback(sys.__stderr__ or 2)
                 os._exit(ExitCode.FAULT)
-
-
-def _supervisor(environ: Mapping[str, str]) -> tuple[socket.socket | None, str]:
-    address = environ.get(NOTIFY_SOCKET, "")
-    if not address:
-        return None, ""
-    to = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    to.setblocking(False)
-    return to, "\0" + address[1:] if address.startswith("@") else address

@@ -183,7 +183,7 @@ class _Shell:
         self._posted.appendleft(Started())
         self._loop.add_reader(self._bus.descriptor, self._turn)
         self._chores_s = time.monotonic()
-        self._pulse = Pulse(self._config.watchdog_s)
+        self._pulse = Pulse(self._config.watchdog_s, self._config.notify_socket)
         self._chores()
         self._turn()
 
