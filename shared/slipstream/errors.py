@@ -40,6 +40,7 @@ class ErrorCode(StrEnum):
     DRAINING = "draining"
     DEADLINE = "deadline_exceeded"
     MIGRATIONS = "too_many_migrations"
+    QUARANTINED = "request_quarantined"
     INTERNAL = "internal_error"
 
 
@@ -88,6 +89,7 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.DRAINING: ErrorSpec(503, _SERVER, True, "The server is stopping."),
     ErrorCode.DEADLINE: ErrorSpec(504, _SERVER, True, "The request's time budget is used up."),
     ErrorCode.MIGRATIONS: ErrorSpec(500, _SERVER, False, "Too many workers failed the request."),
+    ErrorCode.QUARANTINED: ErrorSpec(500, _SERVER, False, "The request seems to kill workers."),
     ErrorCode.INTERNAL: ErrorSpec(500, _SERVER, True, "Something broke on our side."),
 }
 assert ERRORS.keys() == set(ErrorCode)

@@ -427,6 +427,8 @@ class AttemptFailed(Message, kw_only=True, frozen=True):
     attempt: int
     cause: str
     problem: Problem | None = None
+    beside: Count = 0
+    """How many others were in the step that failed."""
 
 
 class Located(Message, kw_only=True, frozen=True):
@@ -696,3 +698,5 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     peer_session: int
     seq: int
     ack: int
+    bye: bool = False
+    """The process ends in order. Nothing comes with this frame; `seq` is that of its last one."""

@@ -1,13 +1,15 @@
 """One child of a fake cluster: `fake_child.py <journal folder> <role> <node id> [<http port>]`.
 
 Writes each start and each SIGTERM into the journal, fails on order, and, as a frontend, answers
-/readyz once every other child has started.
+/readyz once every other child has started. Says that it lives, if it was told to.
 """
 
+import contextlib
 import http.server
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -37,8 +39,12 @@ def main(journal: Path, role: str, node_id: str, port: int) -> int:
     signal.signal(signal.SIGTERM, on_term)
     if port:
         threading.Thread(target=serve, args=(port, journal), daemon=True).start()
+    supervisor = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    supervisor.setblocking(False)
     while not stop.wait(0.05):
-        pass
+        if (journal / f"beat-{node_id}").exists():
+            with contextlib.suppress(BlockingIOError):
+                supervisor.sendto(b"WATCHDOG=1", os.environ["SLIPSTREAM_NOTIFY_SOCKET"])
     return 0
 
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -20,6 +21,11 @@ class Terminal:
         self._master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (24, 80))
         path = os.pathsep.join(filter(None, sys.path))
+
+        def begin() -> None:
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # so that ^C is a signal
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs us may ignore it
+
         self.process = subprocess.Popen(
             [sys.executable, "-m", "slipstream.cli.main", *argv],
             stdin=slave,
@@ -27,7 +33,7 @@ class Terminal:
             stderr=slave,
             env={**os.environ, "TERM": "xterm", "PYTHONPATH": path},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),  # so that ^C is a signal
+            preexec_fn=begin,
         )
         os.set_blocking(self._master, False)
         self._slave = slave

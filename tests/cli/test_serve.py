@@ -150,6 +150,30 @@ def test_killed_child_is_started_again(run: Run, node_id: str) -> None:
     assert f"{node_id:<12} was killed by SIGKILL; starts again in 0.2 s" in run.err
 
 
+def test_a_child_that_stands_still_is_killed_and_started_again(run: Run) -> None:
+    (run.folder / "beat-decode-0").touch()
+    run.start("--watchdog-s", "2")
+    run.ready()
+    stopped, silent = run.lives("start", "decode-0"), run.lives("start", "scheduler-0")
+    time.sleep(1.5)
+    os.kill(stopped[0], signal.SIGSTOP)
+    eventually(lambda: len(run.lives("start", "decode-0")) == 2)
+    assert "decode-0     has given no sign of life for 2 s; killed" in run.err
+    assert run.lives("start", "scheduler-0") == silent, "it never promised to speak"
+
+
+def test_who_was_stopped_itself_does_not_blame_its_children(run: Run) -> None:
+    (run.folder / "beat-decode-0").touch()
+    process = run.start("--watchdog-s", "2")
+    run.ready()
+    time.sleep(1.5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(4.0)
+    assert len(run.lives("start", "decode-0")) == 1, run.err
+
+
 def test_killed_redis_is_started_again(run: Run) -> None:
     run.start()
     run.ready()

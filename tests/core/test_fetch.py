@@ -211,7 +211,7 @@ def test_a_worker_whose_reads_never_end_begins_anew(two: Two) -> None:
     two.reader.pass_time(settings.pull_timeout_s + ANSWER_S + TICK_S)
     assert two.reader.plans, "the job goes on, its blocks are in quarantine"
     two.reader.run()
-    two.reader.pass_time(settings.step_timeout_s - 2 * TICK_S)
+    two.reader.pass_time(settings.stuck_s - 2 * TICK_S)
     assert not two.reader.exits
     two.reader.now_s += 3 * TICK_S
     two.reader.handle(m.TimerFired("tick"))

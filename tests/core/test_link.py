@@ -152,3 +152,19 @@ def test_a_peer_that_does_not_read_costs_a_bounded_amount() -> None:
 
 def test_an_unknown_peer_is_down_at_once() -> None:
     assert list(Link("a", 1, "bus-a").send("b", b"x", 0.0)) == [Down("b")]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_who_says_goodbye_is_down_at_once_but_not_before_its_last_word(seed: int) -> None:
+    bus = Bus(seed, loss=0.3 * (seed % 2))
+    payloads = [b"%d" % i for i in range(50)]
+    bus.send("a", "b", payloads[0])
+    bus.run(6.0)
+    for payload in payloads[1:]:
+        bus.send("a", "b", payload)
+    bus.apply("a", bus.links["a"].leave(bus.now_s))
+    bus.cut = True  # what is on its way arrives, and nothing else is said
+    bus.run(bus.now_s + (bus.links["b"].dead_s if bus.loss else 0.0) + 1.0)
+    arrived, heard = bus.arrived("b"), bus.said["b"]
+    assert isinstance(heard[-1], Down) and sum(isinstance(one, Down) for one in heard) == 1
+    assert arrived == (payloads[: len(arrived)] if bus.loss else payloads)

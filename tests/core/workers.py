@@ -39,7 +39,7 @@ class Worker:
         settings = WorkerSettings(eos_token_ids=(EOS,), offload_after_hits=offload_after_hits)
         self.machine = WorkerMachine(node_info(node_id, epoch, self.info), settings)
         self.device = Device(self.info.num_blocks)
-        self.now_s = 0.0
+        self.now_s, self.step_s = 0.0, 0.0
         self.plans: list[m.BatchPlan] = []
         self.pulls: list[m.PullBlocks] = []
         self.digesting: list[m.DigestBlocks] = []
@@ -65,6 +65,8 @@ class Worker:
                     self.digesting.append(effect)
                 case m.SetTimer(key, at_s):
                     self.timers[key] = at_s
+                case m.CancelTimer(key):
+                    self.timers.pop(key, None)
                 case m.Exit():
                     self.exits = True
                 case _:
@@ -78,12 +80,14 @@ class Worker:
         self.handle(m.Received(source, message))
 
     def pass_time(self, seconds: float) -> list[AnyMessage]:
-        """All that is said meanwhile."""
+        """All that is said meanwhile; less, if it ends itself."""
         sent, end_s = [], self.now_s + seconds
         while (due := min((at_s, key) for key, at_s in self.timers.items()))[0] <= end_s:
             self.now_s = self.timers.pop(due[1])
             self.handle(m.TimerFired(due[1]))
             sent += [message for _, message in self.sent]
+            if self.exits:
+                return sent
         self.now_s = end_s
         return sent
 
@@ -95,7 +99,8 @@ class Worker:
         outputs, digests = self.device.run(plan)
         if tokens:
             outputs = tuple(m.RowOutput(o.request_id, o.attempt, tokens) for o in outputs)
-        self.handle(m.BatchDone(plan.step, outputs, digests))
+        self.now_s += self.step_s
+        self.handle(m.BatchDone(plan.step, outputs, digests, self.step_s))
 
     def run(self) -> list[AnyMessage]:
         """Steps until there is nothing to do; what was said to the scheduler meanwhile."""

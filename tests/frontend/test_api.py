@@ -271,7 +271,10 @@ def changed(server: Server, **members: Any) -> None:
 
 async def test_not_ready_and_draining(server: Server) -> None:
     for members, code, word in (
-        ({"ready": False, "reason": "no decode worker"}, "not_ready", "not_ready"),
+        (
+            {"ready": False, "reason": "no decode worker", "refuses": "no decode worker"},
+            *("not_ready", "not_ready"),
+        ),
         ({"draining": True}, "draining", "draining"),
     ):
         changed(server, **members)
@@ -324,7 +327,7 @@ async def test_models_version_and_root(server: Server) -> None:
     assert (card["id"], card["object"], card["max_model_len"]) == ("demo", "model", 100)
     changed(server, model="org/name")
     assert (await get(server, "/v1/models/org/name"))["id"] == "org/name"
-    changed(server, model="", ready=False)
+    changed(server, model="", ready=False, refuses="no decode worker")
     assert (await get(server, "/v1/models"))["data"] == []
     assert (await get(server, "/version"))["version"]
     assert (await get(server, "/"))["name"] == "slipstream"

@@ -22,6 +22,7 @@ from slipstream.core.machine import (
     Started,
     TimerFired,
 )
+from slipstream.core.membership import COOL_DOWN_S
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.machine import TICK_S, FrontendMachine, FrontendSettings
 from slipstream.messages import (
@@ -45,6 +46,7 @@ from slipstream.types import FinishReason, NodeId, Role, pack_tokens, unpack_tok
 from tokenizer.machines import plain, submission
 
 T0, T1 = "tokenizer-0", "tokenizer-1"
+PATIENCE_S = FrontendSettings().recovery_wait_s
 
 
 def tokenizer(name: NodeId, epoch: int = 1) -> NodeInfo:
@@ -183,6 +185,7 @@ def test_one_request_at_a_time_is_spread_too() -> None:
 def test_refusals() -> None:
     rig = Rig(T0, max_requests=1)
     rig.peers(T0, ready=False)
+    rig.now_s = PATIENCE_S
     rig.open()
     problem = rig.problem()
     assert (problem.code, problem.retry_after_s) == (ErrorCode.NOT_READY, 1.0)
@@ -199,18 +202,40 @@ def test_refusals() -> None:
     assert rig.problem().code is ErrorCode.NOT_READY
 
 
-def test_a_scheduler_that_restarts_is_waited_for() -> None:
+@pytest.mark.parametrize("away", ["worker", "scheduler", "tokenizer"])
+def test_what_is_away_for_a_while_is_waited_for(away: str) -> None:
     rig = Rig(T0)
-    rig.handle(PeerDown(SCHEDULER))
-    rig.now_s = 3.0
+    lose = {
+        "worker": lambda: rig.peers(T0, ready=False),
+        "scheduler": lambda: rig.handle(PeerDown(SCHEDULER)),
+        "tokenizer": lambda: rig.handle(PeerDown(T0)),
+    }
+    lose[away]()
+    rig.now_s = COOL_DOWN_S - 0.1 if away == "tokenizer" else PATIENCE_S - 1.0
+    assert rig.machine.patience.missing(rig.now_s), "the page of health says so at once"
     rig.open()
-    assert rig.asked()[0] == T0
-    rig.now_s = 6.0
-    rig.open(submission("s"))
-    assert "scheduler" in rig.problem().message
+    assert not [e for e in rig.effects if isinstance(e, Deliver)], "it is taken"
     rig.handle(PeerUp(SCHEDULER, 2))
-    rig.open(submission("s"))
-    assert rig.asked()[0] == T0
+    rig.handle(PeerUp(T0, 1))
+    rig.peers(T0)
+    assert away != "tokenizer" or rig.machine.statistics()["requests_waiting"] == 0
+    done = rig.pass_time(2 * PATIENCE_S)
+    assert not [effect for effect in done if isinstance(effect, Deliver)]
+
+
+def test_who_has_waited_long_enough_is_sent_away_unless_it_has_begun() -> None:
+    rig = Rig(T0)
+    rig.open()
+    rig.hear(T0, Tokenized(request_id="r", prompt_tokens=3))
+    assert rig.deltas(T0, delta(b"a")) == "a"
+    rig.open(submission("waits"))
+    rig.peers(T0, ready=False)
+    ended = [effect for effect in rig.pass_time(PATIENCE_S + 1.0) if isinstance(effect, Deliver)]
+    ((name, problem),) = [(effect.request_id, effect.item) for effect in ended]
+    assert name == "waits" and isinstance(problem, Problem)
+    assert problem.code is ErrorCode.NOT_READY and problem.retry_after_s == 1.0
+    rig.open(submission("late"))
+    assert rig.problem().code is ErrorCode.NOT_READY
 
 
 def test_failure_is_the_end(rig: Rig) -> None:

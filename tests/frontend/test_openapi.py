@@ -160,7 +160,9 @@ async def test_bodies_that_are_no_json(server: Server, path: str) -> None:
 
 
 async def test_not_ready(server: Server) -> None:
-    server.gateway.now = type(server.gateway.now)(ready=False, reason="no worker")
+    server.gateway.now = type(server.gateway.now)(
+        ready=False, reason="no worker", refuses="no worker"
+    )
     for path, body in BODIES.items():
         response = await server.post(path, body)
         assert response.status == 503

@@ -23,7 +23,7 @@ class Desk:
 
     def hello(self, info: NodeInfo) -> None:
         self.fleet.hello(info.node_id, Hello(node=info))
-        self.dispatcher.sync()
+        self.dispatcher.sync(0.0)
 
     def add(self, request_id: str, migrations: int = 0, **fields: object) -> Request:
         message = submit(request_id, **fields)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import pytest
 
 from scheduler.rig import WORKING, node
 from slipstream.core.machine import Send
-from slipstream.messages import Hello, NodeInfo, Peers, WorkerLoad
+from slipstream.messages import ClusterLoad, Hello, NodeInfo, Peers, WorkerLoad
 from slipstream.scheduler.fleet import GONE_MAX, Fleet
 from slipstream.types import Role
 
@@ -116,14 +116,17 @@ def test_a_role_is_listed_by_name_without_those_that_drain() -> None:
 
 
 def test_gauges_are_the_last_word_of_each_worker() -> None:
-    fleet = fleet_of("decode-0")
+    fleet = fleet_of("decode-0", "frontend-0")
     names = ("steps", "running", "waiting", "waiting_tokens")
     blocks = ("blocks_free", "blocks_used", "blocks_cached", "blocks_leased")
     numbers = {name: index for index, name in enumerate((*names, *blocks))}
     fleet.loads["decode-0"] = WorkerLoad(**numbers, counters={"preemptions_total": 3.0})
-    assert fleet.gauges() == {"decode-0": {**numbers, "preemptions_total": 3.0}}
+    own = {"scheduler": {"nodes": 2.0}}
+    (told,) = fleet.tell_load(own)
+    gauges = own | {"decode-0": {**numbers, "preemptions_total": 3.0}}
+    assert told == Send("frontend-0", ClusterLoad(gauges=gauges))
     fleet.down("decode-0")
-    assert fleet.gauges() == {}
+    assert fleet.tell_load(own) == [Send("frontend-0", ClusterLoad(gauges=own))]
 
 
 def test_the_memory_of_the_gone_is_bounded() -> None:

@@ -191,7 +191,7 @@ def test_who_drains_takes_nothing_new_and_leaves_when_all_is_done(running: Rig) 
 def test_a_deadline_ends_it_wherever_it_is(
     nodes: tuple[str, ...], said: tuple[Submit, ...], state: str, told: tuple[str, ...]
 ) -> None:
-    rig = Rig(*nodes)
+    rig = Rig(*nodes, recovery_wait_s=100.0)
     rig.submit(timeout_s=30.0)
     for message in said:
         rig.hear(DECODE, message)
@@ -289,12 +289,31 @@ def test_a_request_that_every_worker_fails_ends(limit: int) -> None:
     for attempt in range(1, limit + 2):
         assert rig.state() in ("", "resuming")
         rig.submit(attempt=attempt)
-        rig.hear(DECODE, broken(attempt, cause="step: out of memory"))
+        rig.hear(DECODE, broken(attempt, cause="unheard: by nobody"))
     problem = rig.problem()
     assert problem.code is ErrorCode.MIGRATIONS and rig.state() == ""
     assert all(
-        text in problem.message for text in (f"{limit + 1} workers", f"is {limit} ", "step:")
+        text in problem.message for text in (f"{limit + 1} workers", f"is {limit} ", "unheard:")
     )
+
+
+def test_what_waits_for_a_worker_that_does_not_come_back_ends() -> None:
+    rig = Rig(*WORKING)
+    rig.submit("begun")
+    rig.lose(DECODE)
+    rig.submit("begun", 2, accepted=3)
+    rig.submit("fresh")
+    rig.pass_time(29.0)
+    assert rig.all(Failed) == [] and rig.state("fresh") == "queued"
+    rig.pass_time(2.0)
+    ended = {failed.request_id: failed.problem for _, failed in rig.all(Failed)}
+    assert {problem.code for problem in ended.values()} == {ErrorCode.NO_WORKER}
+    assert ended.keys() == {"begun", "fresh"}
+    rig.join(node(DECODE, epoch=2))
+    rig.submit("next")
+    assert rig.state("next") == "prefilling"
+    rig.pass_time(20.0)
+    assert rig.all(Failed) == []
 
 
 def test_attempts_never_run_into_those_of_the_next_move() -> None:

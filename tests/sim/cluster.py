@@ -52,7 +52,11 @@ DEADLINE_SLACK_S = 8.0 + max(PAUSES_S)
 """The frontend waits 5 s for its tokenizer's word, looks twice a second, and may be stopped."""
 QUIET_S = 150.0
 """Longest time after the last fault until everything has ended and nothing is held."""
-REFUSALS = {ErrorCode.NOT_READY, ErrorCode.QUEUE_FULL, ErrorCode.DRAINING}
+POISONED_MAX = 3
+"""Workers that a request may take with it: with others under suspicion there is one more, alone."""
+LOSSES = {"crash", "pause", "partition", "step_failure", "hang", "slow", "loss", "drain"}
+"""Faults by which workers are lost that no request is to blame for."""
+REFUSALS = {ErrorCode.NOT_READY, ErrorCode.NO_WORKER, ErrorCode.QUEUE_FULL, ErrorCode.DRAINING}
 
 
 class Letters:
@@ -89,6 +93,8 @@ class Client:
     constraint: Constraint | None = None
     bad_words: tuple[str, ...] = ()
     parse: bool = False
+    suspect: bool = False
+    """It is poison, or workers are lost for other reasons too."""
 
     @classmethod
     def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
@@ -129,7 +135,8 @@ class Client:
         if isinstance(item, Problem):
             late = item.code is ErrorCode.DEADLINE and self.timeout_s < TIMEOUT_S
             refused = item.code in REFUSALS and not self.tokens
-            assert late or refused, f"{self.request_id}: {item}"
+            guilty = item.code is ErrorCode.QUARANTINED and self.suspect
+            assert late or refused or guilty, f"{self.request_id}: {item}"
             self.ended = item.code
             return
         assert item.position == len(self.tokens), f"{self.request_id}: {item}"
@@ -206,6 +213,19 @@ class Cluster:
         for client in self.clients.values():
             self.world.at(rng.uniform(1.0, 8.0), lambda client=client: self._open(client))
         self._plan_faults()
+        self._poison()
+
+    def _poison(self) -> None:
+        """One client or two whose requests kill workers. Nobody else may suffer for it."""
+        others = LOSSES & self.faults.active
+        for client in self.clients.values():
+            client.suspect = bool(others)
+        if "poison" not in self.faults.active:
+            return
+        for client in self.rng.sample(list(self.clients.values()), self.rng.choice((1, 1, 2))):
+            position = self.rng.randrange(len(client.prompt) + len(client.expected))
+            self.world.poison[client.request_id] = position, self.rng.random() < 0.5
+            client.suspect = True
 
     def _draw_layout(self) -> dict[NodeId, Role]:
         counts = {
@@ -266,7 +286,8 @@ class Cluster:
                 return KvIndexMachine(info, KvIndexSettings())
         settings = WorkerSettings(
             eos_token_ids=(EOS,),
-            step_timeout_s=20.0,
+            step_timeout_s=5.0,
+            stuck_s=20.0,
             offload_after_hits=self.offload_after_hits,
             steps_in_flight=1 + self.seed % 2,
             draft_tokens=self.seed // 2 % 3 * 2,
@@ -409,7 +430,9 @@ class Cluster:
         while self.world.now_s < end_s:
             self.world.run(self.world.now_s + 2.0)
             if self.world.now_s > max(self.faults.until_s, 8.0) + 10.0 and not self.unsettled():
-                return
+                break
+        if not LOSSES & self.faults.active:
+            assert all(n <= POISONED_MAX for n in self.world.poisoned.values()), "let go too late"
         unsettled = self.unsettled()
         assert not unsettled, "; ".join(unsettled)
 

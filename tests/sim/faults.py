@@ -18,6 +18,7 @@ KINDS = (
     "hang",
     "store_outage",
     "drain",
+    "poison",
 )
 """`reordering` is counted too: it follows from delay."""
 
@@ -34,6 +35,8 @@ class Faults:
     @classmethod
     def draw(cls, rng: Random) -> "Faults":
         active = {kind for kind in KINDS if rng.random() < 0.35}
+        if rng.random() < 0.05:
+            active = {"poison", "corruption", "store_outage"}  # no worker is lost by anything else
         return cls(rng, active, until_s=rng.uniform(2.0, 10.0))
 
     def strikes(self, kind: str, probability: float, now_s: float) -> bool:

@@ -2,7 +2,7 @@
 
 import heapq
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -19,7 +19,7 @@ from slipstream.core.span_recorder import SpanRecorder
 from slipstream.kvindex.memory import MemoryStore
 from slipstream.messages import SCHEDULER, NodeInfo, TokenPrompt
 from slipstream.spans import Trace
-from slipstream.types import NodeId, Role, unpack_tokens
+from slipstream.types import NodeId, RequestId, Role, unpack_tokens
 
 STEP_S, TOKEN_S = 0.004, 0.0002
 READ_BLOCK_S = 0.0005
@@ -67,6 +67,10 @@ class World:
         self.store = MemoryStore()
         self.cut: dict[frozenset[NodeId], float] = {}
         """Pairs that cannot hear each other, and until when."""
+        self.poison: dict[RequestId, tuple[int, bool]] = {}
+        """Requests that kill the worker which computes their token of this position, or else fail
+        its step."""
+        self.poisoned: Counter[RequestId] = Counter()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._last_arrival: dict[tuple[NodeId, str], float] = {}
@@ -166,6 +170,10 @@ class Process:
             return
         for action in step(world.now_s):
             self._perform(action)
+        if not self.alive:  # it has ended by itself
+            for last in self.node.leave(world.now_s):
+                world.transmit(self.info.node_id, last)
+            return
         wake_at_s = self.node.next_wake_s()
         if wake_at_s < self._wake_at_s:
             self._wake_at_s = wake_at_s
@@ -245,10 +253,16 @@ class Process:
         if world.faults.strikes("slow", 0.05, world.now_s):
             elapsed_s *= world.network.uniform(10, 300)
 
+        poison = self._poison(plan)
+
         def finish() -> None:
             device.admit(plan)
             done: m.Event = m.BatchFailed(plan.step, "simulated")
-            if world.faults.strikes("step_failure", 0.01, world.now_s):
+            if poison == "kills":
+                self.kill()
+                world.exited(self.info.node_id)
+                return
+            if poison or world.faults.strikes("step_failure", 0.01, world.now_s):
                 device.fail(plan)
             else:
                 done = m.BatchDone(plan.step, *device.run(plan), elapsed_s)
@@ -259,6 +273,18 @@ class Process:
 
         if not world.faults.strikes("hang", 0.002, world.now_s):
             self.unless_frozen(elapsed_s, finish)
+
+    def _poison(self, plan: m.BatchPlan) -> str:
+        """What a row of this step does to its worker."""
+        world = self.world
+        for row in plan.rows:
+            name = row.request_id.rstrip("'")
+            position, kills = world.poison.get(name, (-1, False))
+            if row.start <= position < row.start + row.num_tokens:
+                world.faults.counts["poison"] += 1
+                world.poisoned[name] += 1
+                return "kills" if kills else "fails"
+        return ""
 
     def unless_frozen(self, delay_s: float, action: Callable[[], None]) -> None:
         """A thread of this process: stops with it, dies with it."""

@@ -21,11 +21,13 @@ from slipstream.config import (
     PrefillBudget,
     Quantization,
     Record,
+    RecoveryWait,
     RedisUrl,
     ServedModelName,
     ShmDir,
     Speculative,
     Transports,
+    Watchdog,
 )
 from slipstream.config.rules import check_offload, check_transports
 from slipstream.scheduler.config import (
@@ -110,9 +112,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = 8000
     max_requests: MaxRequests = 1024
     ttft_target_s: TtftTarget = 30.0
+    recovery_wait_s: RecoveryWait = 30.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="Wait for running requests at Ctrl-C or SIGTERM.")
     ] = 30.0
+    watchdog_s: Watchdog = 10.0
 
     log_level: LogLevel = "info"
     log_json: Annotated[bool, Meta(description="Log lines of services as JSON objects.")] = False

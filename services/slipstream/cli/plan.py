@@ -16,7 +16,15 @@ from slipstream.config import SetupError, env_of, flag_of
 from slipstream.types import Role
 
 REDIS = "redis"
-_NEVER_INHERITED = ("node_id", "listen", "advertise", "scheduler", "metrics_host", "config")
+_NEVER_INHERITED = (
+    "node_id",
+    "listen",
+    "advertise",
+    "scheduler",
+    "metrics_host",
+    "notify_socket",
+    "config",
+)
 _WORKERS = (Role.PREFILL, Role.DECODE)
 _WORKER_ENV = {
     # glibc would give each step's tensors back to the kernel, and take fresh pages for the next.

@@ -71,7 +71,7 @@ def _http_ports(config: ServeConfig) -> list[int]:
 
 
 async def _supervise(layout: Layout, model: Model, screen: Screen, started: float) -> int:
-    supervisor = Supervisor(plan(layout), screen.child)
+    supervisor = Supervisor(plan(layout), screen.child, layout.run_dir, layout.config.watchdog_s)
     signalled = asyncio.Event()
     _on_signals(supervisor, signalled, screen)
     supervisor.start()

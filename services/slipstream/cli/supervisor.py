@@ -10,9 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from slipstream.cli.plan import ChildSpec
+from slipstream.cli.pulse import Listener
+from slipstream.config import env_of
 from slipstream.errors import ExitCode
 
 _FINAL = frozenset(code for code in ExitCode if code.is_final)
@@ -57,12 +60,17 @@ class Child:
 
 
 class Supervisor:
-    def __init__(self, specs: Sequence[ChildSpec], show: Show) -> None:
+    def __init__(
+        self, specs: Sequence[ChildSpec], show: Show, run_dir: Path, watchdog_s: float = 0.0
+    ) -> None:
+        """`run_dir`: where children say that they live; `watchdog_s`: how long one that has spoken
+        may be silent, 0: for ever."""
         self.children = [Child(spec) for spec in specs]
         self.failed: asyncio.Future[Failure] = asyncio.get_running_loop().create_future()
         self.ready = False
         """Set once the cluster has been ready: from then on nothing is given up."""
         self._show = show
+        self._run_dir, self._watchdog_s = run_dir, watchdog_s
         self._stopping = asyncio.Event()
         self._kill_now = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -147,11 +155,15 @@ class Supervisor:
 
     async def _run_once(self, child: Child) -> int:
         """One life of a child; its exit code, negative for a signal."""
+        async with Listener(self._run_dir / f"{child.spec.node_id}.notify") as listener:
+            return await self._watched(child, listener)
+
+    async def _watched(self, child: Child, listener: Listener) -> int:
         spec = child.spec
         try:
             process = await asyncio.create_subprocess_exec(
                 *spec.argv,
-                env=spec.env,
+                env={**spec.env, env_of("notify_socket"): str(listener.path)},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -166,10 +178,19 @@ class Supervisor:
         if self._stopping.is_set():
             child.signal(signal.SIGTERM)
         pump = asyncio.create_task(self._pump(child, process))
+        watch = asyncio.create_task(self._watch(child, listener))
         code = await process.wait()
+        watch.cancel()
         await asyncio.wait({pump}, timeout=1.0)  # a grandchild may hold the pipe open
         pump.cancel()
         return code
+
+    async def _watch(self, child: Child, listener: Listener) -> None:
+        if self._watchdog_s:
+            await listener.silence(self._watchdog_s)
+            text = f"has given no sign of life for {self._watchdog_s:g} s; killed"
+            self._show(child.spec.node_id, text)
+            child.signal(signal.SIGKILL)
 
     async def _pump(self, child: Child, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None

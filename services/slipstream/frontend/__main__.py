@@ -46,7 +46,9 @@ def run(config: FrontendConfig) -> int:
         host=host_identity(),
     )
     settings = FrontendSettings(
-        max_requests=config.max_requests, drain_timeout_s=config.drain_timeout_s
+        max_requests=config.max_requests,
+        recovery_wait_s=config.recovery_wait_s,
+        drain_timeout_s=config.drain_timeout_s,
     )
     machine = FrontendMachine(node, settings)
     app = AppSettings(

@@ -16,7 +16,10 @@ from slipstream.types import NodeId
 if TYPE_CHECKING:
     from slipstream.frontend.gateway import ClusterStatus
 
-STATES = ("recovering", "locating", "queued", "resuming", "prefilling", "decoding", "finishing")
+STATES = (
+    *("recovering", "locating", "queued", "probation", "resuming"),
+    *("prefilling", "decoding", "finishing"),
+)
 """The scheduler's, of a request."""
 PLACEMENTS = ("alone", "apart", "fetching")
 _TRANSFER = re.compile(

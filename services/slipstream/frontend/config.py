@@ -4,7 +4,14 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from slipstream.config import ByteSize, MaxRequests, PortNumber, ServedModelName, ServiceConfig
+from slipstream.config import (
+    ByteSize,
+    MaxRequests,
+    PortNumber,
+    RecoveryWait,
+    ServedModelName,
+    ServiceConfig,
+)
 from slipstream.types import Role
 
 
@@ -39,6 +46,7 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
     keep_alive_s: Annotated[
         float, Meta(gt=0, le=3600, description="Silence in a stream before an SSE comment is sent.")
     ] = 10.0
+    recovery_wait_s: RecoveryWait = 30.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="Wait for running requests at SIGTERM.")
     ] = 30.0

@@ -19,6 +19,8 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool = False
     reason: str = ""
     """What is missing, in words, while not ready."""
+    refuses: str = ""
+    """The same, if it has been missing for so long that requests are not taken any more."""
     model: str = ""
     """Name of the served model; empty while unknown."""
     max_model_len: int = 0

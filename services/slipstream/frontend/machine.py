@@ -30,8 +30,8 @@ from slipstream.core.machine import (
 )
 from slipstream.core.membership import Membership
 from slipstream.errors import ErrorCode, Problem
+from slipstream.frontend.patience import Patience, not_ready
 from slipstream.messages import (
-    SCHEDULER,
     Cancel,
     ClusterLoad,
     Codec,
@@ -60,8 +60,8 @@ class FrontendSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_codec_calls: int = 256
     codec_timeout_s: float = 30.0
     retry_after_s: float = 1.0
-    scheduler_grace_s: float = 5.0
-    """How long requests are still taken while the scheduler is away: it restarts in less."""
+    recovery_wait_s: float = 30.0
+    """How long requests are still taken, and wait, when a service that they need is away."""
     drain_timeout_s: float = 30.0
     """How long running requests may go on after `Drain`; then they are ended with an error."""
 
@@ -97,6 +97,7 @@ class FrontendMachine:
     def __init__(self, node: NodeInfo, settings: FrontendSettings) -> None:
         self.settings = settings
         self.membership = Membership(node)
+        self.patience = Patience(self.membership, settings.recovery_wait_s)
         self.load = ClusterLoad(gauges={})
         """As the scheduler said last."""
         self.draining = False
@@ -107,12 +108,12 @@ class FrontendMachine:
         self._turn = zlib.crc32(node.node_id.encode())
         self._epochs: dict[NodeId, Epoch] = {}
         """Of the sessions that are up."""
-        self._scheduler_lost_s: float | None = None
         self._ticking = False
         self._exited = False
         self._counts: Counter[str] = Counter()
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
+        self.patience.before(event, now_s)
         effects = self.membership.handle(event, now_s)
         match event:
             case Opened(submission):
@@ -125,12 +126,8 @@ class FrontendMachine:
                 effects += self._received(source, message, now_s)
             case PeerUp(peer, epoch):
                 self._epochs[peer] = epoch
-                if peer == SCHEDULER:
-                    self._scheduler_lost_s = None
                 effects += self._place_waiting(now_s)
             case PeerDown(peer):
-                if peer == SCHEDULER and self._scheduler_lost_s is None:
-                    self._scheduler_lost_s = now_s
                 effects += self._lost(peer, now_s)
             case Drain():
                 self.draining, self._drained_s = True, now_s + self.settings.drain_timeout_s
@@ -145,17 +142,6 @@ class FrontendMachine:
             self._exited = True
             effects.append(Exit())
         return effects
-
-    def unready(self, now_s: float) -> str:
-        """What is missing to serve a request, in words; empty if nothing is."""
-        lost_s = self._scheduler_lost_s
-        if lost_s is not None and now_s >= lost_s + self.settings.scheduler_grace_s:
-            return "the scheduler is silent"
-        if not self.membership.ready:
-            return self.membership.reason or "the cluster is starting"
-        if not self.membership.alive(Role.TOKENIZER, now_s):
-            return "no tokenizer answers"
-        return ""
 
     def statistics(self) -> dict[str, float]:
         live = [request for request in self._requests.values() if not request.ended]
@@ -197,11 +183,8 @@ class FrontendMachine:
     def _refusal(self, now_s: float) -> Problem | None:
         if self.draining:
             code, message = ErrorCode.DRAINING, "The server is stopping; send the request again."
-        elif reason := self.unready(now_s):
-            code, message = (
-                ErrorCode.NOT_READY,
-                f"The cluster cannot serve requests yet: {reason}.",
-            )
+        elif reason := self.patience.over(now_s):
+            code, message = ErrorCode.NOT_READY, not_ready(reason)
         elif len(self._requests) >= self.settings.max_requests:
             code = ErrorCode.QUEUE_FULL
             message = f"{self.settings.max_requests} requests are live; send the request again."
@@ -384,6 +367,10 @@ class FrontendMachine:
         if now_s >= self._drained_s:
             text = f"The server stops after {self.settings.drain_timeout_s:g} s; send it again."
             return Problem(code=ErrorCode.DRAINING, message=text)
+        if not request.accepted and (reason := self.patience.over(now_s)):
+            retry_after_s = self.settings.retry_after_s
+            text = not_ready(reason)
+            return Problem(code=ErrorCode.NOT_READY, message=text, retry_after_s=retry_after_s)
         return None
 
     def _tick(self, now_s: float) -> list[Effect]:

@@ -103,7 +103,8 @@ class FrontendService:
 
     def status(self) -> ClusterStatus:
         machine, membership = self._machine, self._machine.membership
-        reason = machine.unready(time.monotonic())
+        now_s = time.monotonic()
+        reason = machine.patience.missing(now_s)
         offered = [node.worker for node in membership.nodes.values() if node.worker is not None]
         if offered:
             # Kept: who asks for the model while every worker is away is told to come again.
@@ -113,6 +114,7 @@ class FrontendService:
             ready=not reason,
             draining=machine.draining,
             reason=reason,
+            refuses=machine.patience.over(now_s),
             model=self._model or (worker.model if worker else ""),
             max_model_len=worker.max_model_len if worker else 0,
             vocab_size=worker.vocab_size if worker else 0,

@@ -14,6 +14,7 @@ from aiohttp import web
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.gateway import ClusterStatus
 from slipstream.frontend.openai import ChatRequest, Generate, UnservedChat, UnservedCompletion
+from slipstream.frontend.patience import not_ready
 from slipstream.frontend.problems import ApiError, api_error
 
 T = TypeVar("T")
@@ -124,9 +125,8 @@ def _type_error(text: str) -> ApiError:
 def check_ready(status: ClusterStatus) -> None:
     if status.draining:
         code, message = ErrorCode.DRAINING, "The server is stopping; send the request again."
-    elif not status.ready:
-        reason = status.reason or "it is starting"
-        code, message = ErrorCode.NOT_READY, f"The cluster cannot serve requests yet: {reason}."
+    elif status.refuses:
+        code, message = ErrorCode.NOT_READY, not_ready(status.refuses)
     else:
         return
     raise ApiError(Problem(code=code, message=message, retry_after_s=status.retry_after_s))

@@ -32,6 +32,7 @@ def run(config: SchedulerConfig) -> int:
         ttft_target_s=config.ttft_target_s or math.inf,
         locate_timeout_s=config.locate_timeout_s,
         recovery_grace_s=config.recovery_grace_s,
+        recovery_wait_s=config.recovery_wait_s,
         max_migrations=config.max_migrations,
         index_stride=config.index_stride,
     )

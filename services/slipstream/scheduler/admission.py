@@ -8,15 +8,17 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import RETRY_AFTER_MAX_S
+from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import TOKEN_BYTES, count_tokens
 
+NO_WORKER_RETRY_S = 5.0
 TIMES_ALONE = 2.0
 """A prompt that takes long by itself may wait as long again, whatever the target: else long ones
 would be refused as long as anybody is served."""
 
 
 def refusal(
-    submit: Submit, fleet: Fleet, *, live: int, max_requests: int, draining: bool
+    submit: Submit, fleet: Fleet, settings: SchedulerSettings, *, live: int, draining: bool
 ) -> Problem | None:
     """None if the request is taken. What has begun elsewhere is, however full it is here."""
     if len(submit.prompt) % TOKEN_BYTES or len(submit.accepted) % TOKEN_BYTES or not submit.prompt:
@@ -25,11 +27,11 @@ def refusal(
     begun = submit.repeated or submit.accepted
     if draining and not begun:
         return Problem(code=ErrorCode.DRAINING, message="The server is stopping.")
-    if live >= max_requests and not begun:
+    if live >= settings.max_requests and not begun:
         return Problem(
             code=ErrorCode.QUEUE_FULL,
-            message=f"{live} requests are live, the limit is {max_requests} (--max-requests). "
-            "Try again later.",
+            message=f"{live} requests are live, the limit is {settings.max_requests} "
+            "(--max-requests). Try again later.",
         )
     needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)
     most = fleet.largest_pool_blocks()
@@ -40,6 +42,11 @@ def refusal(
             "(--kv-cache-bytes). Shorten the prompt or max_tokens.",
         )
     return None
+
+
+def no_worker(missing: str) -> Problem:
+    text = f"There is {missing} for a while now. Send the request again."
+    return Problem(code=ErrorCode.NO_WORKER, message=text, retry_after_s=NO_WORKER_RETRY_S)
 
 
 class Expected(NamedTuple):

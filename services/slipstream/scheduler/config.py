@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
-from slipstream.config import MaxRequests, ServiceConfig
+from slipstream.config import MaxRequests, RecoveryWait, ServiceConfig
 from slipstream.types import Role
 
 Disaggregation: TypeAlias = Annotated[
@@ -58,6 +58,7 @@ class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_f
     recovery_grace_s: Annotated[
         float, Meta(ge=0, le=600, description="After a start: wait for the workers' reports.")
     ] = 2.0
+    recovery_wait_s: RecoveryWait = 30.0
     max_migrations: Annotated[
         int, Meta(ge=0, le=100, description="Workers that may fail a request before it ends.")
     ] = 3

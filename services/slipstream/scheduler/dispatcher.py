@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
 from slipstream.errors import Problem
-from slipstream.messages import Decode, Prefill, ShiftRole
-from slipstream.scheduler.admission import Expected, too_late
+from slipstream.messages import Decode, Prefill, ShiftRole, WorkerLoad
+from slipstream.scheduler.admission import Expected, no_worker, too_late
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
 from slipstream.scheduler.fleet import Fleet
@@ -33,9 +33,17 @@ class Dispatcher:
     """Requests wait here, not at the workers, so that they are placed by what is true then."""
 
     def __init__(
-        self, fleet: Fleet, rules: Rules, past: Past | None = None, ttft_target_s: float = math.inf
+        self,
+        fleet: Fleet,
+        rules: Rules,
+        past: Past | None = None,
+        ttft_target_s: float = math.inf,
+        recovery_wait_s: float = math.inf,
     ):
         self.fleet, self.rules, self.ttft_target_s = fleet, rules, ttft_target_s
+        self._recovery_wait_s = recovery_wait_s
+        self._whole_s = math.inf
+        """When there were last workers for everything; infinite until the first look."""
         self._past = past or Past()
         self.ledger = Ledger()
         self.transfers = TransferPrices()
@@ -74,11 +82,25 @@ class Dispatcher:
     def remove(self, request: Request) -> None:
         self.queue.pop(request.request_id, None)
 
-    def sync(self) -> None:
+    def loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
+        """A worker has said how it is."""
+        self.fleet.loads[source] = load
+        self.transfers.learn(source, load.transfer_samples, now_s)
+        view = self.ledger.views.get(source)
+        if view is not None and load.step_samples:
+            view.prices.learn(load.step_samples, now_s)
+
+    def sync(self, now_s: float) -> None:
         """The fleet has changed."""
+        self._missing(now_s)
         taking = {node.node_id for node in self.fleet.workers()}
         self.ledger.sync(self.fleet.nodes.values(), taking)
         self.transfers.sync(self.ledger.views)
+
+    def _missing(self, now_s: float) -> str:
+        missing = self.fleet.missing()
+        self._whole_s = min(self._whole_s, now_s) if missing else now_s
+        return missing
 
     def dispatch(self, now_s: float) -> list[Effect]:
         """Place what waits until somebody finds no room: nobody overtakes."""
@@ -119,7 +141,12 @@ class Dispatcher:
         return problem is None
 
     def expire(self, now_s: float) -> None:
-        """Nobody waits for longer than the target, or goes on to wait who will have to."""
+        """Nobody waits for longer than the target, or goes on to wait who will have to; or for
+        workers that do not come."""
+        missing = self._missing(now_s)
+        if now_s >= self._whole_s + self._recovery_wait_s:
+            self.late += [(request, no_worker(missing)) for request in self.queue.values()]
+            self.queue.clear()
         pace = self._past.pace_per_s(self._full_since_s, now_s)
         for ahead, request in enumerate(list(self.queue.values())):
             self._judge(request, Expected(now_s - request.since_s, ahead / pace))
@@ -144,10 +171,13 @@ class Dispatcher:
         told = Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))
         return [told, Note(shift.line)]
 
-    def check(self, live: Set[RequestId]) -> None:
-        """`live`: all requests that there are."""
-        assert self.queue.keys() <= live and not self.late
-        assert all(placed and placed <= live for placed in self._begun.values())
+    def check(self, requests: Mapping[RequestId, Request]) -> None:
+        """Against all that there are."""
+        assert self.queue.keys() <= requests.keys() and not self.late
+        assert all(placed and placed <= requests.keys() for placed in self._begun.values())
+        live = [r for r in requests.values() if r.state is not State.FINISHING]
+        for node_id, view in self.ledger.views.items():
+            view.check({r.request_id: r.num_blocks for r in live if node_id in r.workers})
 
     # --- The account ------------------------------------------------------------------------------
 

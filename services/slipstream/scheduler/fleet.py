@@ -2,7 +2,7 @@
 
 from slipstream.core.load import gauges_of
 from slipstream.core.machine import Effect, Send
-from slipstream.messages import Hello, NodeInfo, Peers, WorkerLoad
+from slipstream.messages import ClusterLoad, Hello, NodeInfo, Peers, WorkerLoad
 from slipstream.types import Epoch, NodeId, Role
 
 GONE_MAX = 1024
@@ -66,15 +66,14 @@ class Fleet:
             return "no tokenizer"
         return ""
 
-    def gauges(self) -> dict[NodeId, dict[str, float]]:
-        """The last word of each worker about itself."""
-        return {node_id: gauges_of(load) for node_id, load in self.loads.items()}
-
-    def blocks_from(self) -> dict[NodeId, dict[NodeId, int]]:
-        """Who has read how much from whom; of those that have read."""
-        return {
-            node_id: load.blocks_from for node_id, load in self.loads.items() if load.blocks_from
-        }
+    def tell_load(self, own: dict[NodeId, dict[str, float]]) -> list[Effect]:
+        """`own` gauges and the last word of each worker about itself, to every frontend."""
+        loads = self.loads.items()
+        load = ClusterLoad(
+            gauges=own | {node_id: gauges_of(load) for node_id, load in loads},
+            blocks_from={n: load.blocks_from for n, load in loads if load.blocks_from},
+        )
+        return [Send(node, load) for node in self.of_role(Role.FRONTEND)]
 
     def announce(self) -> list[Effect]:
         """Tell everybody who is there."""

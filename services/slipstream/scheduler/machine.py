@@ -26,7 +26,6 @@ from slipstream.core.machine import (
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     AttemptFailed,
-    ClusterLoad,
     Finished,
     FirstToken,
     Hello,
@@ -46,6 +45,7 @@ from slipstream.scheduler.policy import Rules
 from slipstream.scheduler.reports import Reports
 from slipstream.scheduler.request import Request, State, drop, failed, question
 from slipstream.scheduler.settings import SchedulerSettings
+from slipstream.scheduler.suspects import Suspects, quarantined
 from slipstream.types import ATTEMPTS_PER_MOVE, NodeId, RequestId, Role
 
 TICK_S = 0.25
@@ -61,8 +61,10 @@ class SchedulerMachine:
         self.counters: Counter[str] = Counter()
         rules = Rules(settings.policy, settings.disaggregation)
         self.past = Past()
-        self.dispatcher = Dispatcher(self.fleet, rules, self.past, settings.ttft_target_s)
-        self._reports = Reports()
+        self.dispatcher = Dispatcher(
+            self.fleet, rules, self.past, settings.ttft_target_s, settings.recovery_wait_s
+        )
+        self._reports, self._suspects = Reports(), Suspects()
         self._counted: dict[str, float] = {}
         self._recovering = False
         self._draining = False
@@ -74,7 +76,7 @@ class SchedulerMachine:
         late, self.dispatcher.late = self.dispatcher.late, []
         for request, problem in late:
             effects += self._fail(request, problem, now_s)
-        if self._draining and not self.requests:
+        if self._draining and (not self.requests or self.fleet.of_role(Role.FRONTEND)):
             effects.append(Exit())
         return effects
 
@@ -99,10 +101,7 @@ class SchedulerMachine:
             placed = request.state in (State.PREFILLING, State.DECODING, State.FINISHING)
             assert placed == (request.decode is not None), request.state
             assert all(worker in self.fleet.nodes for worker in request.workers)
-        self.dispatcher.check(self.requests.keys())
-        live = [r for r in self.requests.values() if r.state is not State.FINISHING]
-        for node_id, view in self.dispatcher.ledger.views.items():
-            view.check({r.request_id: r.num_blocks for r in live if node_id in r.workers})
+        self.dispatcher.check(self.requests)
 
     # --- Events -----------------------------------------------------------------------------------
 
@@ -145,12 +144,13 @@ class SchedulerMachine:
                 if request is not None and request.tokenizer == source:
                     return self._end(request, now_s)
             case WorkerLoad() if source in self.fleet.nodes:
-                self._loaded(source, message, now_s)
+                self.dispatcher.loaded(source, message, now_s)
             case FirstToken():
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and source in request.workers:
                     self.dispatcher.computed(request, now_s)
                     self.dispatcher.decisions.first_token(message, now_s)
+                    return self._freed(request, now_s)
             case Located():
                 request = self._current(message.request_id, message.attempt)
                 self._located(request, message, now_s)
@@ -164,13 +164,6 @@ class SchedulerMachine:
                 return self._attempt_failed(source, message, now_s)
         return []
 
-    def _loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
-        self.fleet.loads[source] = load
-        self.dispatcher.transfers.learn(source, load.transfer_samples, now_s)
-        view = self.dispatcher.ledger.views.get(source)
-        if view is not None and load.step_samples:
-            view.prices.learn(load.step_samples, now_s)
-
     def _current(self, request_id: RequestId, attempt: int) -> Request | None:
         request = self.requests.get(request_id)
         return request if request is not None and request.attempt == attempt else None
@@ -179,7 +172,7 @@ class SchedulerMachine:
 
     def _hello(self, source: NodeId, hello: Hello, now_s: float) -> list[Effect]:
         first = self.fleet.hello(source, hello)
-        self.dispatcher.sync()
+        self.dispatcher.sync(now_s)
         effects = self.fleet.announce()
         for live in hello.live if first and hello.node.worker else ():
             request = self._current(live.request_id, live.attempt)
@@ -194,16 +187,19 @@ class SchedulerMachine:
         return effects
 
     def _peer_down(self, peer: NodeId, now_s: float) -> list[Effect]:
-        if self.fleet.down(peer) is None:
+        node = self.fleet.down(peer)
+        if node is None:
             return []
         self._reports.lost(peer)
         effects = self.fleet.announce()
+        for guilty in self._suspects.died(node, self.requests.values()):
+            effects += self._fail(guilty, quarantined(guilty), now_s)
         for request in list(self.requests.values()):
             if request.tokenizer == peer:
                 request.orphan_s = now_s
             if peer in request.workers:
                 effects += self._retry(request, "worker_lost", now_s)
-        self.dispatcher.sync()
+        self.dispatcher.sync(now_s)
         return effects
 
     def _recovered(self) -> list[Effect]:
@@ -253,11 +249,7 @@ class SchedulerMachine:
             again = Resume(request_id=submit.request_id, attempt=tombstone.attempt + 1)
             return [Send(source, again)]
         problem = refusal(
-            submit,
-            self.fleet,
-            live=len(self.requests),
-            max_requests=self.settings.max_requests,
-            draining=self._draining,
+            submit, self.fleet, self.settings, live=len(self.requests), draining=self._draining
         )
         if problem is not None:
             self.counters[f"refused_{problem.code}"] += 1
@@ -290,6 +282,9 @@ class SchedulerMachine:
 
     def _start(self, request: Request, now_s: float) -> list[Effect]:
         """Ask the index, if there is something to ask and somebody to be asked; then queue."""
+        if not self._suspects.admits(request):
+            request.state = State.PROBATION
+            return []
         request.hints = {}
         locate = question(request, self.fleet, self.settings.index_stride)
         indexes = self.fleet.of_role(Role.KVINDEX)
@@ -331,7 +326,13 @@ class SchedulerMachine:
             return []
         if message.problem is not None:
             return self._fail(request, message.problem, now_s)
+        if self._suspects.failed(request, message):
+            return self._fail(request, quarantined(request), now_s)
         return self._retry(request, message.cause, now_s)
+
+    def _freed(self, request: Request, now_s: float) -> list[Effect]:
+        following = self._suspects.freed(request)
+        return [] if following is None else self._start(following, now_s)
 
     def _retry(self, request: Request, cause: str, now_s: float) -> list[Effect]:
         """The attempt is lost. Everybody drops it, and the tokenizer submits the next one."""
@@ -373,7 +374,7 @@ class SchedulerMachine:
         self.dispatcher.ended(request)
         self.counters["ended"] += 1
         self.past.bury(request.request_id, request.attempt, problem, now_s)
-        return effects
+        return effects + self._freed(request, now_s)
 
     # --- Time -------------------------------------------------------------------------------------
 
@@ -393,8 +394,6 @@ class SchedulerMachine:
         self.dispatcher.expire(now_s)  # of those that are left: who has ended is not refused too
         if now_s >= self._load_due_s:
             self._load_due_s = now_s + LOAD_S
-            gauges = {self.node.node_id: self.statistics(), **self.fleet.gauges()}
-            load = ClusterLoad(gauges=gauges, blocks_from=self.fleet.blocks_from())
-            effects += [Send(node, load) for node in self.fleet.of_role(Role.FRONTEND)]
+            effects += self.fleet.tell_load({self.node.node_id: self.statistics()})
             effects += self.dispatcher.tick(now_s)
         return effects

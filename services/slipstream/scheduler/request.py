@@ -19,6 +19,8 @@ class State(StrEnum):
     """Submitted again to a young scheduler: perhaps it runs somewhere."""
     LOCATING = "locating"
     QUEUED = "queued"
+    PROBATION = "probation"
+    """Suspected of killing workers, it waits until it can run as the only such one."""
     RESUMING = "resuming"
     """A worker was lost; the tokenizer has to submit the next attempt."""
     PREFILLING = "prefilling"
@@ -45,6 +47,10 @@ class Request:
     since_s: float = 0.0
     """When it was submitted."""
     migrations: int = 0
+    crashes: int = 0
+    """Workers that died with it in a row, without a new token in between."""
+    fell_with: NodeId = ""
+    """The worker by whose loss, as another worker says, it could not go on."""
     was_begun: bool = False
     """As an earlier submission of it said."""
     orphan_s: float | None = None

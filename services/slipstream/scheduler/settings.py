@@ -16,5 +16,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing is begun whose first token is expected later; see `admission.too_late`."""
     locate_timeout_s: float = 0.05
     recovery_grace_s: float = 2.0
+    recovery_wait_s: float = 30.0
+    """How long what is queued waits for a worker where there is none."""
     max_migrations: int = 3
     index_stride: int = 1

@@ -128,6 +128,25 @@ Speculative: TypeAlias = Annotated[
 ]
 
 
+RecoveryWait: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=3600,
+        description="How long requests wait for a service that is away, before they end with 503.",
+    ),
+]
+Watchdog: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=3600,
+        description="Seconds after which a process whose loop stands still is ended, to be started "
+        "anew; 0: never.",
+    ),
+]
+
+
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings that every service has."""
 
@@ -171,6 +190,11 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     peer_timeout_s: Annotated[
         Seconds, Meta(description="Silence after which a peer counts as dead.")
     ] = 3.0
+    watchdog_s: Watchdog = 10.0
+    notify_socket: Annotated[
+        str,
+        Meta(description="Datagram socket for signs of life, as of sd_notify(3); empty: none."),
+    ] = ""
 
 
 class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -195,8 +219,11 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = 10.0
     step_timeout_s: Annotated[
         Seconds,
-        Meta(description="Longest step of the model; a worker that hangs longer starts anew."),
-    ] = 120.0
+        Meta(
+            description="How much longer than others of its size a step may take; a worker that "
+            "hangs longer starts anew."
+        ),
+    ] = 10.0
     speculative: Speculative = ""
     overlap: Annotated[bool, Meta(description="Plan the next step while one runs.")] = True
     transports: Transports = "auto"

@@ -16,7 +16,8 @@ those of any earlier process of that name. A frame names both, the peer's as 0 w
   - a frame with a smaller number than the peer's latest is dropped;
   - a larger number means that the peer began anew: `Down` if we were up, and a new number of ours;
   - a peer that speaks of an older number of ours is told the new one, with 0 for its own;
-  - a session that ended here is never taken up again (`_floors`).
+  - a session that ended here is never taken up again (`_floors`);
+  - a process that ends in order says so, and who has all of its frames need not wait for silence.
 Any traffic is a sign of life; a ping fills silences.
 """
 
@@ -83,6 +84,8 @@ class _Session:
     expected: int = 1
     early: dict[int, bytes] = field(default_factory=dict)
     ack_at_s: float | None = None
+    last: int | None = None
+    """The peer has said goodbye: its last frame."""
 
 
 class Link:
@@ -161,11 +164,22 @@ class Link:
             if not session.up:
                 session.up = True
                 yield Up(peer, header.epoch)
-        if header.seq:
+        if header.bye:
+            session.last = header.seq
+        elif header.seq:
             session.ack_at_s = session.ack_at_s or now_s + ACK_DELAY_S
             if header.seq >= session.expected and len(session.early) < EARLY_FRAMES_MAX:
                 session.early[header.seq] = payload
         yield from self._in_order(session)
+        whole = session.up and session.last == session.expected - 1
+        if whole and self._sessions.get(peer) is session:
+            yield self._close(session)
+
+    def leave(self, now_s: float) -> Iterator[Transmit]:
+        """The last words of this process, once to every peer. Lost ones are replaced by silence."""
+        for session in self._sessions.values():
+            if session.remote:
+                yield self._transmit(session, session.next_seq - 1, b"", now_s, bye=True)
 
     def wake(self, now_s: float) -> Iterator[Output]:
         """Do what is due: acknowledge, resend, ping, give up."""
@@ -246,6 +260,7 @@ class Link:
         payload: bytes,
         now_s: float,
         peer_session: int | None = None,
+        bye: bool = False,
     ) -> Transmit:
         session.sent_s = now_s
         session.ack_at_s = None
@@ -258,5 +273,6 @@ class Link:
             peer_session=session.remote if peer_session is None else peer_session,
             seq=seq,
             ack=session.expected - 1,
+            bye=bye,
         )
         return Transmit(session.peer, self.addresses[session.peer], header, payload)

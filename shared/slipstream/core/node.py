@@ -77,6 +77,10 @@ class Node:
     def next_wake_s(self) -> float:
         return self.link.next_wake_s()
 
+    def leave(self, now_s: float) -> list[Transmit]:
+        """To be said when the process ends in order."""
+        return list(self.link.leave(now_s))
+
     def check(self) -> None:
         self.link.check()
         self.machine.check()

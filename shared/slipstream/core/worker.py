@@ -7,6 +7,7 @@ ends in `_settle`: collect what became ready, plan the next step, say what there
 
 from collections import Counter
 from itertools import chain
+from typing import Any
 
 import msgspec
 
@@ -22,7 +23,6 @@ from slipstream.core.machine import (
     BlocksDigested,
     BlocksMoved,
     BlocksSaved,
-    CancelTimer,
     Counted,
     Drain,
     Effect,
@@ -43,6 +43,7 @@ from slipstream.core.machine import (
 from slipstream.core.membership import Membership
 from slipstream.core.prefix import namespace
 from slipstream.core.reporter import IndexReporter
+from slipstream.core.step_watch import StepWatch
 from slipstream.core.token_log import TokenLog
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
@@ -81,7 +82,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 10.0
     renew_s: float = 2.0
     pull_timeout_s: float = 10.0
-    step_timeout_s: float = 120.0
+    step_timeout_s: float = 10.0
+    stuck_s: float = 120.0
+    """How long after its time a READ may hang, until nothing but a new process helps."""
     enable_prefix_caching: bool = True
     offload_after_hits: int | None = None
     """None: there are no tiers below the pool."""
@@ -118,7 +121,7 @@ class WorkerMachine:
         self.log = TokenLog(LOG_KEEP_S)
         self.jobs: dict[RequestId, Job] = {}
         self.failures: Counter[str] = Counter()
-        self.samples = Samples()
+        self.samples, self.steps = Samples(), StepWatch(settings.step_timeout_s)
         self._eos = frozenset(settings.eos_token_ids)
         self.counted: dict[str, float] = {}
         """By the executor, as of late."""
@@ -167,7 +170,7 @@ class WorkerMachine:
             case TimerFired("renew"):
                 return [*self.exchange.renew(), SetTimer("renew", now_s + self.settings.renew_s)]
             case TimerFired("step"):
-                return [Exit(f"no step has ended for {self.settings.step_timeout_s:g} s")]
+                return [Exit(self.steps.fault)]
             case Started():
                 return [
                     SetTimer("tick", now_s + TICK_S),
@@ -208,9 +211,8 @@ class WorkerMachine:
             case SnapshotRequest() if message.epoch == self.membership.node.epoch:
                 return self.reporter.snapshot(source)
             case KvReady() | Borrow() | Lent() | Renew() | Release() | Released():
-                job = None
-                if isinstance(message, KvReady):
-                    job = self.jobs.get(message.request_id)
+                named = message.request_id if isinstance(message, KvReady) else ""
+                job = self.jobs.get(named)
                 return self.exchange.received(source, message, job, now_s)
             case Peers():
                 pass  # membership has read it
@@ -223,7 +225,9 @@ class WorkerMachine:
         effects = [] if known is None else self._drop(known.request_id, known.attempt)
         problem = unfit(message, self.info)
         if problem is not None:
-            return effects + self._failed(message.request_id, message.attempt, "unfit", problem)
+            return effects + self._failed(
+                (message.request_id, message.attempt), "unfit", problem=problem
+            )
         space = namespace(self.info.kv_layout_id, message.salt)
         job = Job.of(message, space, self.membership.node.node_id, now_s)
         self.jobs[job.request_id] = job
@@ -235,13 +239,17 @@ class WorkerMachine:
 
     def _batch_done(self, done: BatchDone, now_s: float) -> list[Effect]:
         outputs = {(output.request_id, output.attempt): output for output in done.outputs}
-        self.samples.step(self.batcher.in_flight[0].plan, done)
+        plan = self.batcher.in_flight[0].plan
+        self.samples.step(plan, done)
+        self.steps.took(plan, done.elapsed_s)
         landed = self.batcher.land(done.step)
-        effects = self._watch(now_s)
+        effects = [self.steps.timer(self.batcher.in_flight, now_s)]
         for job, row in landed:
             output = outputs.get(job.key)
             if not self._take(job, row, output):
-                effects += self._fail(job, "no_token", (output and output.problem) or _NO_TOKEN)
+                effects += self._fail(
+                    job, "no_token", problem=(output and output.problem) or _NO_TOKEN
+                )
                 continue
             self.batcher.advance(job, row)
             if row.sample and row.position == job.num_accepted:
@@ -290,14 +298,11 @@ class WorkerMachine:
 
     def _batch_failed(self, step: int, cause: str, now_s: float) -> list[Effect]:
         """Nothing of it may be used, nor what the step after it makes of that."""
-        failed = [self._fail(job, f"step: {cause}") for job, _ in self.batcher.land(step)]
-        return [*self._watch(now_s), *chain.from_iterable(failed)]
-
-    def _watch(self, now_s: float) -> list[Effect]:
-        """How long the step in flight may take."""
-        if not self.batcher.busy:
-            return [CancelTimer("step")]
-        return [SetTimer("step", now_s + self.settings.step_timeout_s)]
+        landed = self.batcher.land(step)
+        beside = len(landed) - 1
+        failed = [self._fail(job, f"step: {cause}", beside=beside) for job, _ in landed]
+        watched = self.steps.timer(self.batcher.in_flight, now_s)
+        return [watched, *chain.from_iterable(failed)]
 
     def _settle(self, now_s: float) -> list[Effect]:
         effects = self.exchange.receiver.retry(now_s)
@@ -317,7 +322,7 @@ class WorkerMachine:
             else:
                 self.batcher.add(job)
         while (plan := self.batcher.plan()) is not None:
-            effects += [RunBatch(plan), *self._watch(now_s)]
+            effects += [RunBatch(plan), self.steps.timer(self.batcher.in_flight, now_s)]
         effects += self.exchange.tiers.flush()
         effects += self.reporter.flush(now_s)
         if self._draining and self._empty():
@@ -331,15 +336,13 @@ class WorkerMachine:
         del self.jobs[job.request_id]
         self.batcher.remove(job)
 
-    def _fail(self, job: Job, cause: str, problem: Problem | None = None) -> list[Effect]:
-        dropped = self._drop(job.request_id, job.attempt)
-        return dropped + self._failed(job.request_id, job.attempt, cause, problem)
+    def _fail(self, job: Job, cause: str, **more: Any) -> list[Effect]:
+        """`more`: fields of `AttemptFailed`."""
+        return self._drop(*job.key) + self._failed(job.key, cause, **more)
 
-    def _failed(
-        self, request_id: RequestId, attempt: int, cause: str, problem: Problem | None = None
-    ) -> list[Effect]:
+    def _failed(self, key: tuple[RequestId, int], cause: str, **more: Any) -> list[Effect]:
         self.failures[cause.partition(":")[0]] += 1
-        failed = AttemptFailed(request_id=request_id, attempt=attempt, cause=cause, problem=problem)
+        failed = AttemptFailed(request_id=key[0], attempt=key[1], cause=cause, **more)
         return [Send(SCHEDULER, failed)]
 
     def _drop(self, request_id: RequestId, attempt: int) -> list[Effect]:
@@ -363,19 +366,14 @@ class WorkerMachine:
         for job in [job for job in self.jobs.values() if job.handover == peer]:
             effects += self._fail(job, "decode_lost")
         for request_id, attempt in self.exchange.lender.reader_down(peer):
-            effects += self._failed(request_id, attempt, "decode_lost")
+            effects += self._failed((request_id, attempt), "decode_lost")
         return effects
 
     # --- Time -------------------------------------------------------------------------------------
 
     def _tick(self, now_s: float) -> list[Effect]:
-        stuck = self.exchange.reads.stuck(now_s - self.settings.step_timeout_s)
-        if stuck:
-            return [
-                Exit(
-                    f"READ {stuck} has not ended {self.settings.step_timeout_s:g} s after its time"
-                )
-            ]
+        if stuck := self.exchange.reads.stuck(now_s - self.settings.stuck_s):
+            return [Exit(f"READ {stuck} has not ended {self.settings.stuck_s:g} s after its time")]
         effects = self.exchange.tick(now_s)
         effects.append(SetTimer("tick", now_s + TICK_S))
         effects.append(Send(SCHEDULER, load_with_samples(self)))

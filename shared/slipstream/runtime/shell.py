@@ -44,6 +44,7 @@ from slipstream.messages import SCHEDULER, NodeInfo
 from slipstream.runtime.bus import Bus
 from slipstream.runtime.log import set_up
 from slipstream.runtime.metrics import metrics
+from slipstream.runtime.pulse import Pulse
 from slipstream.runtime.record import Recorder
 from slipstream.runtime.timers import Timers
 from slipstream.runtime.witness import Witness
@@ -55,6 +56,8 @@ CHORES_PERIOD_S = 0.5
 LAG_PERIODS = 20
 LINGER_S = 0.5
 """For the last words of a process that ends in order."""
+DRAIN_S = 15.0
+"""After that others take up what is left: sooner than who waits for this process gives up."""
 CLOSE_S = 3.0
 """For the end of the executor."""
 FORCED_CLOSE_S = 1.0
@@ -96,7 +99,7 @@ def run_service(
     machine: Machine,
     executor: Executor | None = None,
     *,
-    drain_timeout_s: float = 30.0,
+    drain_timeout_s: float = DRAIN_S,
     spans: SpanRecorder | None = None,
 ) -> int:
     """Binds `config.listen` and runs until the machine says Exit; returns the exit code. `spans`
@@ -139,6 +142,7 @@ class _Shell:
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = math.inf
         self._running = self._draining = False
+        self._pulse: Pulse | None = None
         self._chores_s = 0.0
         self._lags_s: deque[float] = deque([0.0], maxlen=LAG_PERIODS)
         self._close_health: Callable[[], Awaitable[None]] | None = None
@@ -179,6 +183,7 @@ class _Shell:
         self._posted.appendleft(Started())
         self._loop.add_reader(self._bus.descriptor, self._turn)
         self._chores_s = time.monotonic()
+        self._pulse = Pulse(self._config.watchdog_s, self._config.notify_socket)
         self._chores()
         self._turn()
 
@@ -209,7 +214,8 @@ class _Shell:
     def _on_drain_timeout(self) -> None:
         if self._running:
             log.warning("ends at once: not drained after %g s", self._drain_timeout_s)
-            self._end(ExitCode.FAILED)
+            # What others do not take up is a client's connection, and nothing else.
+            self._end(ExitCode.FAILED if self._info.role is Role.FRONTEND else ExitCode.OK)
 
     def _end(self, code: int) -> None:
         self._running = False
@@ -218,9 +224,14 @@ class _Shell:
 
     async def _close(self, code: int) -> None:
         self._running = False
+        if self._pulse is not None:
+            self._pulse.close()
         self._loop.remove_reader(self._bus.descriptor)
         if code:
             _end_anyway(code)
+        if code != ExitCode.BUG:  # then not even the sessions may be whole
+            for last in self._node.leave(time.monotonic()):
+                self._bus.transmit(last, time.monotonic())
         if self._executor is not None:
             try:
                 async with asyncio.timeout(FORCED_CLOSE_S if code else CLOSE_S):
@@ -332,6 +343,8 @@ class _Shell:
         now_s = time.monotonic()
         self._lags_s.append(max(0.0, now_s - self._chores_s))
         self._bus.sweep(now_s)
+        if self._pulse is not None:
+            self._pulse.beat()
         self._chores_s = now_s + CHORES_PERIOD_S
         if self._running:
             self._loop.call_later(CHORES_PERIOD_S, self._chores)

@@ -5,7 +5,7 @@ import { byId, bytes, count, digits, element, plural, say, shape } from "./page.
 
 const MOVES_MAX = 5;
 const PIPS_MAX = 48;
-const WAITING = ["recovering", "locating", "queued", "resuming"];
+const WAITING = ["recovering", "locating", "queued", "probation", "resuming"];
 const SPARK = { width: 120, height: 30, points: 60 };
 
 export class Panel {
