@@ -30,6 +30,7 @@ from slipstream.config import (
 from slipstream.config.rules import check_offload, check_transports
 from slipstream.scheduler.config import (
     Disaggregation,
+    MaxQueuedTokens,
     OtlpEndpoint,
     Policy,
     TtftTarget,
@@ -109,6 +110,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         int, Meta(ge=1, le=65535, description="Port for HTTP (of the first frontend).")
     ] = 8000
     max_requests: MaxRequests = 1024
+    max_queued_tokens: MaxQueuedTokens = 4 * 2**20
     ttft_target_s: TtftTarget = 30.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="Wait for running requests at Ctrl-C or SIGTERM.")

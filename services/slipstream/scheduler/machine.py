@@ -85,6 +85,7 @@ class SchedulerMachine:
             **{f"requests_{name}_total": count for name, count in self.counters.items()},
             **{f"requests_placed_{name}_total": n for name, n in self.dispatcher.placed.items()},
             "requests_waited_seconds_total": self.dispatcher.waited_s,
+            "queued_tokens": self.dispatcher.queue.num_tokens,
             "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
             "role_shifts_total": self.dispatcher.roles.shifts,
             "nodes": len(self.fleet.nodes),
@@ -256,7 +257,8 @@ class SchedulerMachine:
             submit,
             self.fleet,
             live=len(self.requests),
-            max_requests=self.settings.max_requests,
+            queued_tokens=self.dispatcher.queue.num_tokens,
+            limits=self.settings,
             draining=self._draining,
         )
         if problem is not None:
@@ -381,11 +383,7 @@ class SchedulerMachine:
         effects: list[Effect] = [SetTimer("tick", now_s + TICK_S)]
         self.past.expire(now_s)
         for request in list(self.requests.values()):
-            if now_s >= request.deadline_s:
-                problem = Problem(
-                    code=ErrorCode.DEADLINE,
-                    message=f"The request's time budget is used up; it was {request.state}.",
-                )
+            if (problem := request.overdue(now_s)) is not None:
                 effects += self._fail(request, problem, now_s)
             elif request.orphan_s is not None and now_s >= request.orphan_s + ORPHAN_GRACE_S:
                 self.counters["orphaned"] += 1

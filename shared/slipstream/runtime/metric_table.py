@@ -134,6 +134,7 @@ SCHEDULER = {
     "requests_prefilling": "Requests whose prompt a prefill worker computes or hands over.",
     "requests_decoding": "Requests that run on one worker.",
     "requests_finishing": "Requests whose last token the tokenizer has not confirmed.",
+    "queued_tokens": "Tokens of the prompts in the queue.",
     "requests_accepted_total": "Requests accepted.",
     "requests_ended_total": "Accepted requests that are over, however they ended.",
     "requests_locates_total": "Questions to the index.",
