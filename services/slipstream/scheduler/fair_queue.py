@@ -1,10 +1,11 @@
 """Who waits, in the order in which they go: what has begun first, then by priority, and of equal
 priority each tenant in its turn.
 
-Start-time fair queueing (Goyal, Vin, Cheng, 1996), in tokens of virtual time: a request starts where
-its tenant's last one ends, or now if that is past, and lasts for its cost over its tenant's weight.
-Who has queued five hundred is ahead of nobody who queues one; of one tenant alone the first come
-goes first. Deficit round robin divides as fairly, but cannot say how many are before somebody.
+Start-time fair queueing (Goyal, Vin, Cheng, 1996), in tokens of virtual time: a request starts
+where its tenant's last one ends, or now if that is past, and lasts for its cost over its tenant's
+weight. Who has queued five hundred goes after the one of somebody else; of one tenant alone the
+first come goes first. Deficit round robin divides as fairly, but cannot say how many are before
+somebody.
 """
 
 from bisect import bisect_left
