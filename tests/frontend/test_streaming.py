@@ -11,6 +11,7 @@ from frontend.fakes import FakeGateway, Pause, Server, answer, chat_body, servin
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.generation import TAKEN_MAX
+from slipstream.frontend.validate import Limits
 from slipstream.messages import TextDelta, TextPrompt, Tokenize
 from slipstream.types import SamplingParams, pack_tokens
 
@@ -189,6 +190,33 @@ async def test_a_problem_in_mid_stream_is_an_event(server: Server, path: str) ->
         }
     }
     assert server.gateway.streams[0].closed
+
+
+async def test_silence_after_the_first_token_ends_the_answer() -> None:
+    settings = AppSettings(limits=Limits(stall_timeout_s=0.3), keep_alive_s=0.1)
+    async with serving(FakeGateway(), settings) as server:
+
+        def script(submission: Tokenize) -> list[Any]:
+            items = answer(submission, ["a", "b", "c"])
+            return [*items[:2], Pause(0.2), items[2], Pause(0.2), items[3]]
+
+        server.gateway.script = script
+        assert (await server.chat()).status == 200, "between two tokens, and not in all"
+        server.gateway.script = lambda s: [Pause(0.6), *answer(s, ["a"])]
+        assert (await server.chat()).status == 200, "before the first one others watch"
+        server.gateway.script = lambda s: [*answer(s, ["a", "b"])[:2], Pause(60.0)]
+        chunks = events(await (await server.chat(stream=True)).text())
+        assert chunks[-1]["error"]["code"] == "stream_stalled"
+        assert "No token came for 0.3 s" in chunks[-1]["error"]["message"]
+        response = await server.chat(n=2)
+        assert response.status == 504 and response.headers["x-should-retry"] == "true"
+        assert all(stream.closed for stream in server.gateway.streams)
+
+
+async def test_time_that_is_used_up_is_not_asked_for_again(server: Server) -> None:
+    server.gateway.refuse(Problem(code=ErrorCode.DEADLINE, message="Late."))
+    response = await server.chat(stream=True)
+    assert response.status == 504 and response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("n", [1, 2])

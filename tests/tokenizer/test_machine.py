@@ -444,6 +444,14 @@ def test_deadline(rig: Rig) -> None:
     assert (SCHEDULER, StreamEnded(request_id="r")) in said
 
 
+def test_what_was_encoded_too_late_is_not_submitted() -> None:
+    rig = Rig(encode=False)
+    rig.ask(submission(timeout_s=0.1))
+    rig.now_s = 0.2
+    rig.handle(Encoded("r", tuple(ids("Hi"))))
+    assert failure(rig.one(Failed)).code is ErrorCode.DEADLINE and not rig.all(Submit)
+
+
 def test_drain(rig: Rig) -> None:
     rig.ask(submission())
     rig.handle(Drain())

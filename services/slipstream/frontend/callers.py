@@ -15,7 +15,7 @@ from slipstream.config import SetupError
 from slipstream.errors import ErrorCode
 from slipstream.frontend.api_keys import PRIORITY_MIN, ApiKey, Keyring, read
 from slipstream.frontend.problems import ApiError, api_error
-from slipstream.frontend.quota import Limits, Quota
+from slipstream.frontend.quota import Allowance, Quota
 from slipstream.runtime.metric_table import HTTP
 
 OPEN = frozenset({"/livez", "/readyz", "/health"})
@@ -56,7 +56,7 @@ class Client(Caller):
     def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
         self.tenant = key.name
         self._clock, self._parts = clock, 1
-        self._quota = Quota(Limits(), clock())
+        self._quota = Quota(Allowance(), clock())
         self.counts: Counter[str] = Counter(requests=0, tokens=0, refused=0)
         self.renew(key)
 
@@ -64,7 +64,7 @@ class Client(Caller):
         """What the file says now."""
         self.key, self.weight = key, key.weight
         self.priority_min, self.operator = key.priority_min, key.operator
-        self._limits = Limits(key.requests_per_minute, key.tokens_per_minute, key.max_concurrent)
+        self._limits = Allowance(key.requests_per_minute, key.tokens_per_minute, key.max_concurrent)
         self._quota.resize(self._limits.divided(self._parts), self._clock())
 
     def begin(self, frontends: int) -> None:

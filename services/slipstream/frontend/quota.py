@@ -8,16 +8,16 @@ from slipstream.errors import ErrorCode, Problem
 MINUTE_S = 60.0
 
 
-class Limits(NamedTuple):
+class Allowance(NamedTuple):
     """0: none."""
 
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     max_concurrent: int = 0
 
-    def divided(self, parts: int) -> "Limits":
+    def divided(self, parts: int) -> "Allowance":
         """Among so many, who do not speak of it: of each limit at least one is left."""
-        return Limits(*(-(-limit // parts) for limit in self))
+        return Allowance(*(-(-limit // parts) for limit in self))
 
 
 class Bucket:
@@ -51,13 +51,13 @@ class Bucket:
 class Quota:
     """One client's account. `begin` before each request, `end` after it, `spend` as tokens come."""
 
-    def __init__(self, limits: Limits, now_s: float) -> None:
+    def __init__(self, limits: Allowance, now_s: float) -> None:
         self._requests = Bucket(limits.requests_per_minute, now_s)
         self._tokens = Bucket(limits.tokens_per_minute, now_s)
         self._max_concurrent = limits.max_concurrent
         self.running = 0
 
-    def resize(self, limits: Limits, now_s: float) -> None:
+    def resize(self, limits: Allowance, now_s: float) -> None:
         self._requests.resize(limits.requests_per_minute, now_s)
         self._tokens.resize(limits.tokens_per_minute, now_s)
         self._max_concurrent = limits.max_concurrent

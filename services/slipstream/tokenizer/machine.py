@@ -54,6 +54,8 @@ EXIT_LINGER_S = 1.0
 SUBMIT_BATCH_BYTES = 16 << 20
 """How much is said to a scheduler that comes back before it has had time to read."""
 
+LATE = Problem(code=ErrorCode.DEADLINE, message="The request's time budget is used up.")
+
 Deltas: TypeAlias = dict[NodeId, list[TextDelta]]
 
 
@@ -248,6 +250,8 @@ class TokenizerMachine:
         if stream is None or stream.encoded:
             return []
         problem = event.problem
+        if now_s >= stream.deadline_s:
+            return self._fail(stream, LATE, now_s)  # while it was waited for
         if not event.tokens:
             problem = problem or unusable("The prompt has no tokens.")
         elif problem and problem.code is ErrorCode.QUEUE_FULL and stream.tokens:
@@ -348,9 +352,7 @@ class TokenizerMachine:
         for stream in list(self._live.values()):
             orphaned_at_s = stream.orphaned_at_s
             if now_s >= stream.deadline_s:
-                text = "The request's time budget is used up."
-                late = Problem(code=ErrorCode.DEADLINE, message=text)
-                effects += self._fail(stream, late, now_s)
+                effects += self._fail(stream, LATE, now_s)
             elif orphaned_at_s is not None and (
                 now_s >= orphaned_at_s + self.settings.orphan_grace_s
             ):
