@@ -1,4 +1,4 @@
-"""No process unpickles, and nothing that a client says becomes code, a file, a host or a command."""
+"""No process unpickles, and nothing that a client says is code, a file, a host or a command."""
 
 import json
 import os
@@ -87,6 +87,10 @@ def chat(**members: Any) -> dict[str, Any]:
     return {"messages": messages, "max_tokens": 4, **members}
 
 
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 SCHEMA = {
     "type": "object",
     "title": EVIL,
@@ -112,20 +116,9 @@ REFUSED = [
     chat(model=f"../{MARK}"),
     chat(chat_template=f"{{{{ {MARK} }}}}"),
     chat(chat_template_kwargs={MARK: EVIL}),
-    chat(
-        response_format={
-            "type": "json_schema",
-            "json_schema": {"name": MARK, "schema": {"$ref": f"http://{MARK}.invalid/x"}},
-        }
-    ),
-    *(
-        chat(
-            messages=[
-                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
-            ]
-        )
-        for url in (f"file:///tmp/{MARK}", f"http://{MARK}.invalid/x.png")
-    ),
+    chat(structured_outputs={"json": {"$ref": f"http://{MARK}.invalid/x"}}),
+    chat(messages=[{"role": "user", "content": [image(f"file:///tmp/{MARK}")]}]),
+    chat(messages=[{"role": "user", "content": [image(f"http://{MARK}.invalid/x.png")]}]),
 ]
 
 
@@ -141,9 +134,8 @@ def test_what_clients_say_stays_text(guard: Guard) -> None:
         for body in REFUSED:
             status = send(stack, "/v1/chat/completions", {"model": model, **body}, **headers)
             assert 400 <= status < 500, (status, body)
-        assert (
-            send(stack, "/v1/completions", {"model": model, "prompt": EVIL, "max_tokens": 4}) == 200
-        )
+        plain = {"model": model, "prompt": EVIL, "max_tokens": 4}
+        assert send(stack, "/v1/completions", plain) == 200
         asked = {"model": model, "input": EVIL, "max_output_tokens": 16}
         assert send(stack, "/v1/responses", asked) == 200
         assert send(stack, "/v1/responses", {**asked, "previous_response_id": MARK}) == 404
