@@ -15,7 +15,7 @@ Attributes: TypeAlias = dict[str, Attribute]
 
 ROOT = "request"
 """Name of the span that holds all others; the frontend's."""
-TENANT = "slipstream.tenant"
+TENANT = "tenant"
 """Its attribute: the name of the API key, where one was shown."""
 
 

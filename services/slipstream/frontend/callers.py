@@ -143,8 +143,12 @@ class Callers:
             _log.info("%s: %d clients", self._path, len(self._clients))
 
     def families(self) -> Iterator[Metric]:
-        for what in ("requests", "tokens", "refused") if self._clients else ():
-            name = f"slipstream_key_{what}_total"
+        names = {
+            "requests": "slipstream_key_requests_total",
+            "tokens": "slipstream_key_tokens_total",
+            "refused": "slipstream_key_refused_total",
+        }
+        for what, name in names.items() if self._clients else ():
             family = CounterMetricFamily(name, HTTP[name], labels=["key"])
             for tenant, client in sorted(self._clients.items()):
                 family.add_metric([tenant], client.counts[what])

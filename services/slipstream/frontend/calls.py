@@ -42,8 +42,7 @@ def new_call(
     include_usage, continuous_usage = validate.stream_options(body)
     call_id = f"{prefix}-{_unique(request)}"
     timeout_s = validate.timeout_s(request, body, context.limits)
-    caller = request[CALLER]
-    salt = caller.salt(validate.salt(body))
+    caller, salt = request[CALLER], validate.salt(body)
     priority = validate.integer("priority", body.priority or 0, caller.priority_min, 2**31 - 1)
     constraint, barred = constraint_of(body), bad_words(body)
     submissions: list[Tokenize] = []
@@ -57,7 +56,7 @@ def new_call(
                 prompt=prompt,
                 sampling=msgspec.structs.replace(sampling, choice=choice, seed=seed),
                 timeout_s=timeout_s,
-                salt=salt,
+                salt=caller.salt(salt),
                 clamp_max_tokens=clamp,
                 constraint=constraint,
                 bad_words=barred,

@@ -41,7 +41,7 @@ from slipstream.messages import (
     TokensOut,
     TokenSpan,
 )
-from slipstream.tokenizer.admission import Limits, fitted, limits, unknown_token, unusable
+from slipstream.tokenizer.admission import LATE, Limits, fitted, limits, unknown_token, unusable
 from slipstream.tokenizer.codec_calls import CodecCalls
 from slipstream.tokenizer.detokenizer import TokenBytes
 from slipstream.tokenizer.stream import Encoding, Stream
@@ -53,8 +53,6 @@ EXIT_LINGER_S = 1.0
 """After the last stream's end, so that its last words leave the process."""
 SUBMIT_BATCH_BYTES = 16 << 20
 """How much is said to a scheduler that comes back before it has had time to read."""
-
-LATE = Problem(code=ErrorCode.DEADLINE, message="The request's time budget is used up.")
 
 Deltas: TypeAlias = dict[NodeId, list[TextDelta]]
 
