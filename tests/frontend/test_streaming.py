@@ -196,21 +196,21 @@ async def test_a_problem_in_mid_stream_is_an_event(server: Server, path: str) ->
 
 
 async def test_silence_after_the_first_token_ends_the_answer() -> None:
-    settings = AppSettings(limits=Limits(stall_timeout_s=0.3), keep_alive_s=0.1)
+    settings = AppSettings(limits=Limits(stall_timeout_s=0.6), keep_alive_s=0.1)
     async with serving(FakeGateway(), settings) as server:
 
         def script(submission: Tokenize) -> list[Any]:
-            items = answer(submission, ["a", "b", "c"])
-            return [*items[:2], Pause(0.2), items[2], Pause(0.2), items[3]]
+            items = answer(submission, list("abcdef"))
+            return [items[0], *(thing for item in items[1:] for thing in (item, Pause(0.2)))]
 
         server.gateway.script = script
         assert (await server.chat()).status == 200, "between two tokens, and not in all"
-        server.gateway.script = lambda s: [Pause(0.6), *answer(s, ["a"])]
+        server.gateway.script = lambda s: [Pause(0.9), *answer(s, ["a"])]
         assert (await server.chat()).status == 200, "before the first one others watch"
         server.gateway.script = lambda s: [*answer(s, ["a", "b"])[:2], Pause(60.0)]
         chunks = events(await (await server.chat(stream=True)).text())
         assert chunks[-1]["error"]["code"] == "stream_stalled"
-        assert "No token came for 0.3 s" in chunks[-1]["error"]["message"]
+        assert "No token came for 0.6 s" in chunks[-1]["error"]["message"]
         response = await server.chat(n=2)
         assert response.status == 504 and response.headers["x-should-retry"] == "true"
         assert all(stream.closed for stream in server.gateway.streams)
