@@ -148,8 +148,8 @@ class Answers:
         """One timer for the whole answer. Until the first token others watch over the time."""
         now_s, limit_s = asyncio.get_running_loop().time(), self._call.stall_timeout_s
         silent_s = 0.0 if self._heard_s is None else now_s - self._heard_s
-        if silent_s < limit_s or self._arrived:  # what has come is still to be taken
-            self._look_again(max(limit_s / 4, limit_s - silent_s))
+        if silent_s < limit_s:
+            self._look_again(limit_s - silent_s)
         elif self._running:
             text = f"No token came for {limit_s:g} s (--stall-timeout-s); send the request again."
             self._put(0, Problem(code=ErrorCode.STALLED, message=text))
