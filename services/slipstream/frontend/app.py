@@ -27,7 +27,7 @@ from slipstream.frontend import (
     responses_api,
     trace_api,
 )
-from slipstream.frontend.callers import CALLER, Callers, working
+from slipstream.frontend.callers import CALLER, NOBODY, Callers
 from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
@@ -173,12 +173,14 @@ async def _let_in(
 ) -> web.StreamResponse:
     """What is cheap to refuse is refused first: who asks, how long the body is, how often."""
     context = request.app[CONTEXT]
-    caller = request[CALLER] = context.callers.identify(request)
-    if request.method != "POST":
+    client = context.callers.identify(request)
+    request[CALLER] = client or NOBODY
+    if request.method == "POST":
+        check_length(request, context.limits.max_body_bytes)
+    if client is None or request.method != "POST":
         return await handler(request)
-    check_length(request, context.limits.max_body_bytes)
     frontends = sum(node.role is Role.FRONTEND for node in context.gateway.status().nodes)
-    with working(caller, frontends):
+    with client.working(frontends):
         return await handler(request)
 
 

@@ -29,18 +29,12 @@ _log = logging.getLogger("slipstream.frontend")
 
 
 class Caller:
-    """One client, under however many keys. Who has none to show is the nameless one, who may do
-    everything where no keys are asked for."""
+    """Somebody without a name, who may do everything: where no keys are asked for."""
 
     tenant = ""
     weight = 1
     priority_min = PRIORITY_MIN
     operator = True
-
-    def begin(self, frontends: int) -> None:
-        """Another request of it, at one of so many frontends. ApiError: it is one too many."""
-
-    def end(self) -> None: ...
 
     def spend(self, tokens: int) -> None: ...
 
@@ -53,6 +47,8 @@ class Caller:
 
 
 class Client(Caller):
+    """One name of the file, under however many keys."""
+
     def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
         self.tenant = key.name
         self._clock, self._parts = clock, 1
@@ -67,7 +63,10 @@ class Client(Caller):
         self._limits = Allowance(key.requests_per_minute, key.tokens_per_minute, key.max_concurrent)
         self._quota.resize(self._limits.divided(self._parts), self._clock())
 
-    def begin(self, frontends: int) -> None:
+    @contextlib.contextmanager
+    def working(self, frontends: int) -> Iterator[None]:
+        """While one of its requests is answered, at one of so many frontends. ApiError: it is one
+        too many."""
         now_s, parts = self._clock(), max(1, frontends)
         if parts != self._parts:
             self._parts = parts
@@ -77,9 +76,10 @@ class Client(Caller):
             raise ApiError(problem)
         self.counts["requests"] += 1
         self._quota.begin(now_s)
-
-    def end(self) -> None:
-        self._quota.end()
+        try:
+            yield
+        finally:
+            self._quota.end()
 
     def spend(self, tokens: int) -> None:
         self.counts["tokens"] += tokens
@@ -111,10 +111,11 @@ class Callers:
             self._seen = self._stamp()
             self._take(read(path))
 
-    def identify(self, request: web.Request) -> Caller:
-        """ApiError: no key, a wrong one, or one that may not ask for this."""
+    def identify(self, request: web.Request) -> Client | None:
+        """None: nobody needs to be known. ApiError: no key, a wrong one, or one that may not ask
+        for this."""
         if self._keyring is None or _is_open(request):
-            return NOBODY
+            return None
         offered = _offered(request)
         key = self._keyring.find(offered) if offered else None
         if key is None:
@@ -201,13 +202,3 @@ def _unauthorized(request: web.Request, given: bool) -> ApiError:
         text += ", not in the URL." if request.query_string else ", or 'x-api-key: KEY'."
     error = api_error(ErrorCode.UNAUTHORIZED, text)
     return ApiError(error.problem, {"WWW-Authenticate": "Bearer"})
-
-
-@contextlib.contextmanager
-def working(caller: Caller, frontends: int) -> Iterator[None]:
-    """While one of its requests is answered. ApiError as of `begin`."""
-    caller.begin(frontends)
-    try:
-        yield
-    finally:
-        caller.end()
