@@ -207,7 +207,7 @@ def test_foreign_token_ids_are_refused() -> None:
 def test_a_prompt_that_cannot_be_encoded() -> None:
     rig = Rig(encode=False)
     rig.ask(submission())
-    assert rig.effects == [EncodePrompt("r", TextPrompt(text="Hi"))]
+    assert rig.effects == [EncodePrompt("r", TextPrompt(text="Hi"), deadline_s=100.0)]
     problem = Problem(code=ErrorCode.INVALID_VALUE, message="no")
     rig.handle(Encoded("r", problem=problem))
     assert failure(rig.one(Failed)) == problem

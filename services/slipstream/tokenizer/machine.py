@@ -215,7 +215,7 @@ class TokenizerMachine:
         self._counts["streams"] += 1
         if encoding is not None and encoding.prompt:
             return self._begin(stream, encoding, now_s)
-        asked = message.constraint, message.bad_words, message.parse
+        asked = message.constraint, message.bad_words, message.parse, stream.deadline_s
         return [EncodePrompt(stream.request_id, message.prompt, *asked)]
 
     def _say_again(self, stream: Stream, position: int) -> list[Effect]:
