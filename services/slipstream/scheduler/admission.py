@@ -6,6 +6,7 @@ from typing import NamedTuple
 from slipstream.core.job import blocks_for
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
+from slipstream.scheduler.fair_queue import FairQueue
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import RETRY_AFTER_MAX_S
 from slipstream.scheduler.settings import SchedulerSettings
@@ -19,14 +20,14 @@ would be refused as long as anybody is served."""
 def refusal(
     submit: Submit,
     fleet: Fleet,
+    settings: SchedulerSettings,
+    queue: FairQueue,
     *,
     live: int,
-    queued_tokens: int,
-    limits: SchedulerSettings,
     draining: bool,
 ) -> Problem | None:
     """None if the request is taken. What has begun elsewhere is, however full it is here."""
-    max_requests, max_tokens = limits.max_requests, limits.max_queued_tokens
+    max_requests, max_tokens = settings.max_requests, settings.max_queued_tokens
     if len(submit.prompt) % TOKEN_BYTES or len(submit.accepted) % TOKEN_BYTES or not submit.prompt:
         text = f"A prompt is one token id or more, of {TOKEN_BYTES} bytes each."
         return Problem(code=ErrorCode.INVALID_VALUE, message=text, param="prompt")
@@ -39,10 +40,11 @@ def refusal(
             message=f"{live} requests are live, the limit is {max_requests} (--max-requests). "
             "Try again later.",
         )
-    if queued_tokens and queued_tokens + count_tokens(submit.prompt) > max_tokens and not begun:
+    waiting = queue.num_tokens
+    if waiting and waiting + count_tokens(submit.prompt) > max_tokens and not begun:
         return Problem(
             code=ErrorCode.QUEUE_FULL,
-            message=f"Prompts of {queued_tokens} tokens wait, the limit is {max_tokens} "
+            message=f"Prompts of {waiting} tokens wait, the limit is {max_tokens} "
             "(--max-queued-tokens). Try again later.",
         )
     needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)

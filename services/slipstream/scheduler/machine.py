@@ -253,13 +253,9 @@ class SchedulerMachine:
                 return [Send(source, failed(submit.request_id, tombstone.problem))]
             again = Resume(request_id=submit.request_id, attempt=tombstone.attempt + 1)
             return [Send(source, again)]
+        queue, live = self.dispatcher.queue, len(self.requests)
         problem = refusal(
-            submit,
-            self.fleet,
-            live=len(self.requests),
-            queued_tokens=self.dispatcher.queue.num_tokens,
-            limits=self.settings,
-            draining=self._draining,
+            submit, self.fleet, self.settings, queue, live=live, draining=self._draining
         )
         if problem is not None:
             self.counters[f"refused_{problem.code}"] += 1
