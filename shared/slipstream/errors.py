@@ -25,6 +25,7 @@ class ErrorCode(StrEnum):
     INVALID_SCHEMA = "invalid_schema"
     CONTEXT_LENGTH = "context_length_exceeded"
     UNAUTHORIZED = "invalid_api_key"
+    FORBIDDEN = "permission_denied"
     MODEL_NOT_FOUND = "model_not_found"
     UNKNOWN_URL = "unknown_url"
     UNSUPPORTED_ENDPOINT = "unsupported_endpoint"
@@ -34,11 +35,13 @@ class ErrorCode(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TOO_LARGE = "request_too_large"
     UNSUPPORTED_MEDIA = "unsupported_media_type"
+    RATE_LIMIT = "rate_limit_exceeded"
     QUEUE_FULL = "queue_full"
     NOT_READY = "not_ready"
     NO_WORKER = "no_worker"
     DRAINING = "draining"
     DEADLINE = "deadline_exceeded"
+    STALLED = "stream_stalled"
     MIGRATIONS = "too_many_migrations"
     QUARANTINED = "request_quarantined"
     INTERNAL = "internal_error"
@@ -74,6 +77,7 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.INVALID_SCHEMA: ErrorSpec(400, _BAD, False, "A schema or grammar is unusable."),
     ErrorCode.CONTEXT_LENGTH: ErrorSpec(400, _BAD, False, "Prompt and answer exceed the context."),
     ErrorCode.UNAUTHORIZED: ErrorSpec(401, _BAD, False, "The API key is missing or wrong."),
+    ErrorCode.FORBIDDEN: ErrorSpec(403, _BAD, False, "The API key may not ask for this."),
     ErrorCode.MODEL_NOT_FOUND: ErrorSpec(404, _BAD, False, "The model is not served here."),
     ErrorCode.UNKNOWN_URL: ErrorSpec(404, _BAD, False, "No such path."),
     ErrorCode.UNSUPPORTED_ENDPOINT: ErrorSpec(404, _BAD, False, "This model generates text only."),
@@ -83,11 +87,13 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.METHOD_NOT_ALLOWED: ErrorSpec(405, _BAD, False, "The path has other methods."),
     ErrorCode.TOO_LARGE: ErrorSpec(413, _BAD, False, "The body is larger than the limit."),
     ErrorCode.UNSUPPORTED_MEDIA: ErrorSpec(415, _BAD, False, "Send application/json, not encoded."),
+    ErrorCode.RATE_LIMIT: ErrorSpec(429, "rate_limit_error", True, "The API key has used it up."),
     ErrorCode.QUEUE_FULL: ErrorSpec(429, "rate_limit_error", True, "Too many requests wait."),
     ErrorCode.NOT_READY: ErrorSpec(503, _SERVER, True, "The cluster is starting."),
     ErrorCode.NO_WORKER: ErrorSpec(503, _SERVER, True, "No worker can take the request."),
     ErrorCode.DRAINING: ErrorSpec(503, _SERVER, True, "The server is stopping."),
-    ErrorCode.DEADLINE: ErrorSpec(504, _SERVER, True, "The request's time budget is used up."),
+    ErrorCode.DEADLINE: ErrorSpec(504, _SERVER, False, "The request's time budget is used up."),
+    ErrorCode.STALLED: ErrorSpec(504, _SERVER, True, "No token came for too long."),
     ErrorCode.MIGRATIONS: ErrorSpec(500, _SERVER, False, "Too many workers failed the request."),
     ErrorCode.QUARANTINED: ErrorSpec(500, _SERVER, False, "The request seems to kill workers."),
     ErrorCode.INTERNAL: ErrorSpec(500, _SERVER, True, "Something broke on our side."),

@@ -35,6 +35,10 @@ SCHEDULER: NodeId = "scheduler"
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+Tenant = Annotated[str, Meta(max_length=64)]
+"""On whose account a request runs: the name of an API key; empty where nobody asks for one."""
+Weight = Annotated[int, Meta(ge=1, le=100)]
+"""A tenant's part of the queue, to those of the others."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -284,6 +288,8 @@ class Tokenize(Message, kw_only=True, frozen=True):
     bad_words: Annotated[tuple[str, ...], Meta(max_length=128)] = ()
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     """Of requests that wait, those with a lower number run first."""
+    tenant: Tenant = ""
+    weight: Weight = 1
     parse: bool = False
     """Tell reasoning and tool calls apart from content: deltas have `parts` in place of `text`."""
 
@@ -363,6 +369,8 @@ class Submit(Message, kw_only=True, frozen=True):
     salt: str = ""
     block_hashes: bytes = b""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    tenant: Tenant = ""
+    weight: Weight = 1
 
 
 class StreamEnded(Message, kw_only=True, frozen=True):

@@ -15,6 +15,8 @@ Attributes: TypeAlias = dict[str, Attribute]
 
 ROOT = "request"
 """Name of the span that holds all others; the frontend's."""
+TENANT = "tenant"
+"""Its attribute: the name of the API key, where one was shown."""
 
 
 class TraceContext(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

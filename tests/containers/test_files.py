@@ -15,7 +15,7 @@ import pytest
 from slipstream.cli.commands import unknown_variables
 
 FOLDER = Path(__file__).parents[2] / "compose"
-OVERLAYS = ["gpu", "observability", "load"]
+OVERLAYS = ["gpu", "observability", "load", "keys"]
 JOBS = {"keys", "model"}
 VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
 
@@ -91,6 +91,15 @@ def test_only_this_machine_gets_in_and_services_get_out_nowhere(project: dict[st
         name for name, one in project["services"].items() if "store" in one.get("networks", ())
     ]
     assert sorted(redis) == ["kvindex", "redis"]
+
+
+def test_frontends_alone_have_the_api_keys_if_they_are_asked_for() -> None:
+    for overlays, holders in (([], set()), (["keys"], {"frontend"})):
+        services = configured(*overlays)["services"]
+        assert {name for name, one in services.items() if one.get("secrets")} == holders
+    frontend = services["frontend"]
+    path = frontend["environment"]["SLIPSTREAM_API_KEYS_FILE"]
+    assert path == f"/run/secrets/{frontend['secrets'][0]['source']}"
 
 
 def test_workers_of_a_host_have_their_pools_in_one_place(project: dict[str, Any]) -> None:

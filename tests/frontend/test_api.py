@@ -139,6 +139,10 @@ async def test_time_budgets(server: Server) -> None:
     body = chat_body(timeout=9)
     await server.post("/v1/chat/completions", body, **{"X-Request-Timeout-Ms": "1500"})
     assert server.gateway.submissions[-1].timeout_s == 1.5
+    await server.post("/v1/chat/completions", body, **{"X-Request-Timeout-Ms": "20000"})
+    assert server.gateway.submissions[-1].timeout_s == 9.0, "the least of both"
+    await server.post("/v1/chat/completions", chat_body(), **{"X-Request-Timeout-Ms": "9000000"})
+    assert server.gateway.submissions[-1].timeout_s == 9000.0, "what is asked for, not the default"
 
 
 async def test_several_choices(server: Server) -> None:

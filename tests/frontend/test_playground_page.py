@@ -4,13 +4,16 @@ import ast
 import json
 import shlex
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from browser import Browser, browsing, needs_chromium
-from frontend.fakes import Pause, Script, Server, answer, until
+from frontend.fakes import FakeGateway, Pause, Script, Server, answer, serving, until
+from frontend.test_callers import entry
 from frontend.test_playground import GAUGES
 from slipstream.errors import ErrorCode, Problem
+from slipstream.frontend.app import AppSettings
 from slipstream.messages import ChatPrompt, ClusterLoad, Tokenize
 
 pytestmark = needs_chromium
@@ -237,3 +240,22 @@ async def test_the_panel_shows_who_reads_from_whom(server: Server, page: Browser
     server.gateway.now.nodes.pop()
     await page.until("!document.querySelector('.edge')")
     assert page.complaints == []
+
+
+async def test_a_key_is_asked_for_and_shown_to_every_path(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(entry("alice", "key-a") + entry("root", "key-r", operator=True))
+    settings = AppSettings(api_keys_file=str(keys))
+    async with serving(FakeGateway(), settings) as server, browsing() as page:
+        await page.open(server.url + "/")
+        state = "document.querySelector('#ready').dataset.state"
+        await page.until(f"{state} === 'locked'")
+        assert await page.run("document.querySelector('#request-fold').open")
+        await set_control(page, "key", "key-a")
+        await page.until(f"{state} === 'ready'")
+        assert await page.text("#cluster-note") == "for operators"
+        await ask(page, "Hi")
+        await page.until(IDLE)
+        assert server.gateway.submissions[-1].tenant == "alice"
+        await set_control(page, "key", "key-r")
+        await page.until("document.querySelector('#cluster-note').textContent === '1 worker'")

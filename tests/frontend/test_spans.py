@@ -1,12 +1,14 @@
 """What a frontend tells of a request, and its way to the traces."""
 
+import msgspec
+
 from core.recorded import beside, ms, named, tree
 from frontend.test_machine import T0, T1, Rig, delta
 from slipstream.core.machine import Closed, DeliverTrace, Opened, PeerDown, Send, TraceAsked
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.spans import FrontendSpans
 from slipstream.messages import SCHEDULER, Failed, FindTrace, TextOut, Tokenized, TraceFound
-from slipstream.spans import RequestSpans, TraceContext
+from slipstream.spans import TENANT, RequestSpans, TraceContext
 from tokenizer.machines import submission
 
 CONTEXT = TraceContext(trace_id="a" * 32, parent_id="b" * 16)
@@ -58,6 +60,17 @@ def test_an_answer() -> None:
     assert said["gen_ai.request.model"] == "demo" and said["tokenizer"] == T0
     assert said["gen_ai.operation.name"] == "text_completion"
     assert said["gen_ai.response.finish_reasons"] == "stop" and "error.type" not in said
+    assert TENANT not in said
+
+
+def test_whose_it_is() -> None:
+    cluster, spans = rig()
+    cluster.handle(
+        Opened(msgspec.structs.replace(submission("s"), tenant="alice"), CONTEXT, "demo")
+    )
+    cluster.handle(Closed("s"))
+    (whose,) = [one for one in spans.book.take(cluster.now_s, 0) if one.request_id == "s"]
+    assert named(whose.spans)["request"].attributes[TENANT] == "alice"
 
 
 def test_a_stream_that_moves_to_another_tokenizer() -> None:

@@ -5,13 +5,17 @@ import contextlib
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from frontend.fakes import FakeGateway, Pause, Server, answer, chat_body, serving, until
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings
-from slipstream.frontend.generation import TAKEN_MAX
+from slipstream.frontend.callers import Caller
+from slipstream.frontend.generation import TAKEN_MAX, Answers, Call
+from slipstream.frontend.validate import Limits
 from slipstream.messages import TextDelta, TextPrompt, Tokenize
+from slipstream.spans import TraceContext
 from slipstream.types import SamplingParams, pack_tokens
 
 PROBLEM = Problem(code=ErrorCode.MIGRATIONS, message="Three workers failed.")
@@ -189,6 +193,48 @@ async def test_a_problem_in_mid_stream_is_an_event(server: Server, path: str) ->
         }
     }
     assert server.gateway.streams[0].closed
+
+
+async def test_silence_after_the_first_token_ends_the_answer() -> None:
+    settings = AppSettings(limits=Limits(stall_timeout_s=0.6), keep_alive_s=0.1)
+    async with serving(FakeGateway(), settings) as server:
+
+        def script(submission: Tokenize) -> list[Any]:
+            items = answer(submission, list("abcdef"))
+            return [items[0], *(thing for item in items[1:] for thing in (item, Pause(0.2)))]
+
+        server.gateway.script = script
+        assert (await server.chat()).status == 200, "between two tokens, and not in all"
+        server.gateway.script = lambda s: [Pause(0.9), *answer(s, ["a"])]
+        assert (await server.chat()).status == 200, "before the first one others watch"
+        server.gateway.script = lambda s: [*answer(s, ["a", "b"])[:2], Pause(60.0)]
+        chunks = events(await (await server.chat(stream=True)).text())
+        assert chunks[-1]["error"]["code"] == "stream_stalled"
+        assert "No token came for 0.6 s" in chunks[-1]["error"]["message"]
+        response = await server.chat(n=2)
+        assert response.status == 504 and response.headers["x-should-retry"] == "true"
+        assert all(stream.closed for stream in server.gateway.streams)
+
+
+async def test_a_slow_reader_is_not_taken_for_a_silent_worker() -> None:
+    gateway = FakeGateway()
+    asked = msgspec.structs.replace(a_submission(), request_id="r-0")
+    call = Call(
+        id="r", created=0, model="m", system_fingerprint="f", submissions=[asked], caller=Caller(),
+        stall_timeout_s=0.05, n=1, stream=True, include_usage=False, continuous_usage=False,
+        wants_logprobs=False, context=TraceContext(trace_id="a" * 32),
+    )  # fmt: skip
+    with Answers(gateway, call) as answers:
+        answers.open()
+        await asyncio.sleep(0.3)
+        while await answers.more():
+            assert [delta.text for _, delta in answers.take()] == ["Hello", " world"]
+
+
+async def test_time_that_is_used_up_is_not_asked_for_again(server: Server) -> None:
+    server.gateway.refuse(Problem(code=ErrorCode.DEADLINE, message="Late."))
+    response = await server.chat(stream=True)
+    assert response.status == 504 and response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("n", [1, 2])

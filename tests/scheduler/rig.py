@@ -80,6 +80,8 @@ def submit(
     repeated: bool = False,
     hashes: bytes = b"",
     priority: int = 0,
+    tenant: str = "",
+    weight: int = 1,
 ) -> Submit:
     """A submission; `prompt` and `accepted` in tokens."""
     return Submit(
@@ -92,6 +94,8 @@ def submit(
         timeout_s=timeout_s,
         block_hashes=hashes,
         priority=priority,
+        tenant=tenant,
+        weight=weight,
     )
 
 

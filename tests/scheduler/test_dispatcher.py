@@ -6,6 +6,7 @@ import pytest
 
 from scheduler.rig import WORKING, node, submit
 from slipstream.core.machine import Effect, Send
+from slipstream.errors import ErrorCode
 from slipstream.messages import Decode, Hello, NodeInfo, Prefill
 from slipstream.scheduler.dispatcher import Dispatcher
 from slipstream.scheduler.fleet import Fleet
@@ -42,7 +43,7 @@ class Desk:
 
     @property
     def queued(self) -> list[str]:
-        return list(self.dispatcher.queue)
+        return [request.request_id for request in self.dispatcher.queue]
 
 
 def said(effects: list[Effect]) -> list[tuple[str, Decode | Prefill]]:
@@ -72,12 +73,22 @@ def test_one_worker_is_told_that_it_is_alone() -> None:
     desk = Desk(mode="never")
     request = desk.add("r")
     request.hints = {"decode-0": 1}
-    ((to, decode),) = said(desk.dispatch(now_s=200.0))
+    ((to, decode),) = said(desk.dispatch(now_s=99.0))
     assert isinstance(decode, Decode) and to == "decode-0"
     assert (decode.prefill, decode.prefill_epoch, decode.claimed_blocks) == (None, 0, 1)
-    assert decode.timeout_s == 0.0, "never negative"
+    assert decode.timeout_s == 1.0
     assert (request.state, request.workers) == (State.DECODING, {"decode-0"})
     assert desk.dispatcher.placed["alone"] == 1
+
+
+def test_nothing_is_begun_after_its_time() -> None:
+    desk = Desk(mode="never")
+    late, next_one = desk.add("late"), desk.add("next", timeout_s=200.0)
+    next_one.deadline_s = 200.0
+    desk.dispatch(now_s=100.0)
+    ((turned_away, problem),) = desk.dispatcher.late
+    assert turned_away is late and problem.code is ErrorCode.DEADLINE
+    assert desk.queued == [] and next_one.state is State.DECODING
 
 
 def test_what_was_given_counts_at_once() -> None:

@@ -154,6 +154,21 @@ def test_a_full_house_says_when_to_come_back() -> None:
     assert rig.count("requests_refused_queue_full_total") == 1
 
 
+def test_the_queue_is_bounded_in_tokens() -> None:
+    rig = Rig(TOKENIZER, max_queued_tokens=100)  # nobody computes: all of them wait
+    rig.submit("alone", prompt=150, max_tokens=1)
+    assert rig.state("alone") == "queued", "however long it is, for nothing else waits"
+    rig.submit("r", prompt=1)
+    problem = rig.problem()
+    assert problem.code is ErrorCode.QUEUE_FULL and problem.retry_after_s is not None
+    assert "Prompts of 150 tokens wait, the limit is 100" in problem.message
+    rig.submit("begun", accepted=3)
+    assert rig.state("begun") == "queued", "what has begun is always taken"
+    rig.hear(TOKENIZER, StreamEnded(request_id="alone"))
+    rig.submit("r", prompt=70)
+    assert rig.state() == "queued" and rig.count("queued_tokens") == 93
+
+
 def test_what_no_pool_holds_is_refused_with_both_numbers(rig: Rig) -> None:
     rig.submit(prompt=200, max_tokens=56)
     assert rig.state() == "prefilling"

@@ -308,6 +308,7 @@ class Cluster:
         name = client.request_id
         due_s = self.world.now_s + client.timeout_s + DEADLINE_SLACK_S
         self.world.at(due_s, lambda: self._is_over(client, name))
+        number = int(name.strip("r'"))
         submission = Tokenize(
             request_id=client.request_id,
             prompt=TokenPrompt(tokens=pack_tokens(client.prompt)),
@@ -317,8 +318,9 @@ class Cluster:
             constraint=client.constraint,
             bad_words=client.bad_words,
             parse=client.parse,
+            tenant=f"tenant-{number % 3}",
+            weight=1 + number % 2,
         )
-        number = int(name.strip("r'"))
         context = TraceContext(trace_id=f"{number + 1:032x}")
         process.post(m.Opened(submission, context))
 

@@ -207,7 +207,7 @@ def test_foreign_token_ids_are_refused() -> None:
 def test_a_prompt_that_cannot_be_encoded() -> None:
     rig = Rig(encode=False)
     rig.ask(submission())
-    assert rig.effects == [EncodePrompt("r", TextPrompt(text="Hi"))]
+    assert rig.effects == [EncodePrompt("r", TextPrompt(text="Hi"), deadline_s=100.0)]
     problem = Problem(code=ErrorCode.INVALID_VALUE, message="no")
     rig.handle(Encoded("r", problem=problem))
     assert failure(rig.one(Failed)) == problem
@@ -442,6 +442,14 @@ def test_deadline(rig: Rig) -> None:
     said = rig.pass_time(1.1)
     assert failure(next(m for to, m in said if to == "frontend-0")).code is ErrorCode.DEADLINE
     assert (SCHEDULER, StreamEnded(request_id="r")) in said
+
+
+def test_what_was_encoded_too_late_is_not_submitted() -> None:
+    rig = Rig(encode=False)
+    rig.ask(submission(timeout_s=0.1))
+    rig.now_s = 0.2
+    rig.handle(Encoded("r", tuple(ids("Hi"))))
+    assert failure(rig.one(Failed)).code is ErrorCode.DEADLINE and not rig.all(Submit)
 
 
 def test_drain(rig: Rig) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,16 @@ async def test_every_prompt_ends_as_an_event(
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
     await executor.start(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
 
-    async def encoded(prompt: object) -> Encoded:
-        executor.execute(EncodePrompt("r", prompt))  # type: ignore[arg-type]
+    async def encoded(prompt: object, **more: float) -> Encoded:
+        executor.execute(EncodePrompt("r", prompt, **more))  # type: ignore[arg-type]
         event = await asyncio.wait_for(events.get(), 10)
         assert isinstance(event, Encoded) and event.request_id == "r"
         return event
 
     text = TextPrompt(text="Hello world " * 1000)
     assert (await encoded(text)).tokens == tuple(byte_level_codec.encode(text))
+    late = await encoded(TextPrompt(text=None), deadline_s=time.monotonic())  # type: ignore[arg-type]
+    assert late.problem is not None and late.problem.code is ErrorCode.DEADLINE, "not even begun"
     limit = 10
     refused = await encoded(text)
     assert refused.problem is not None and refused.problem.code is ErrorCode.CONTEXT_LENGTH

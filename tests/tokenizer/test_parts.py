@@ -55,7 +55,7 @@ def heard(rig: Rig) -> list[Part]:
 
 def test_the_thread_is_asked_and_the_workers_are_told(rig: Rig) -> None:
     message = asked(rig)
-    assert rig.effects == [EncodePrompt("r", message.prompt, YES, ("no",), True)]
+    assert rig.effects == [EncodePrompt("r", message.prompt, YES, ("no",), True, 100.0)]
     rig.handle(FOUND)
     sampling = rig.one(Submit, SCHEDULER).sampling
     assert (sampling.grammar, sampling.bad_tokens) == ("start: /x/", ((1, 2), (3,)))

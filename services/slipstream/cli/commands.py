@@ -17,7 +17,7 @@ from slipstream.config import (
     env_of,
 )
 from slipstream.decode.config import DecodeConfig
-from slipstream.frontend.config import FrontendConfig
+from slipstream.frontend.config import ApiKeysFile, FrontendConfig
 from slipstream.kvindex.config import KvIndexConfig
 from slipstream.prefill.config import PrefillConfig
 from slipstream.scheduler.config import SchedulerConfig
@@ -103,6 +103,39 @@ class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     folder: Annotated[str, Meta(description="Where the keys go.", extra={"positional": "FOLDER"})]
 
 
+class ApiKeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Makes an API key, prints it, and adds its digest to the file; the key itself is nowhere else.
+    A further key of a name that is there has that name's limits, and shares them."""
+
+    name: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9._-]{1,64}$",
+            description="Whose it is: letters, digits, '.', '_', '-'.",
+            extra={"positional": "NAME"},
+        ),
+    ]
+    api_keys_file: ApiKeysFile = "api-keys.toml"
+    requests_per_minute: Annotated[int, Meta(ge=0, description="0: no limit.")] = 0
+    tokens_per_minute: Annotated[
+        int, Meta(ge=0, description="Of prompts and answers; 0: no limit.")
+    ] = 0
+    max_concurrent: Annotated[int, Meta(ge=0, description="At a time; 0: no limit.")] = 0
+    weight: Annotated[
+        int, Meta(ge=1, le=100, description="Its part of the queue, to those of others.")
+    ] = 1
+    share_prefixes: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9._-]{0,64}$",
+            description="A group whose members share cached prompts; empty: none.",
+        ),
+    ] = ""
+    operator: Annotated[
+        bool, Meta(description="May read /metrics, /cluster and everybody's traces.")
+    ] = False
+
+
 class DocsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Prints the page docs/configuration.md."""
 
@@ -125,6 +158,7 @@ COMMANDS: dict[str, Command] = {
     "config show": Command(ShowConfig, "the settings of a command and their origin"),
     "config docs": Command(DocsConfig, "the reference page of all settings"),
     "keys make": Command(KeysConfig, "keys of the bus, one pair for each role"),
+    "keys api": Command(ApiKeyConfig, "one API key for one client"),
     "frontend": Command(FrontendConfig, "one frontend: the OpenAI API over HTTP"),
     "tokenizer": Command(TokenizerConfig, "one tokenizer: text to tokens and back"),
     "scheduler": Command(SchedulerConfig, "the scheduler: owns every request"),

@@ -30,8 +30,10 @@ from slipstream.config import (
     Watchdog,
 )
 from slipstream.config.rules import check_offload, check_transports
+from slipstream.frontend.config import ApiKeysFile, StallTimeout
 from slipstream.scheduler.config import (
     Disaggregation,
+    MaxQueuedTokens,
     OtlpEndpoint,
     Policy,
     TtftTarget,
@@ -110,9 +112,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     port: Annotated[
         int, Meta(ge=1, le=65535, description="Port for HTTP (of the first frontend).")
     ] = 8000
+    api_keys_file: ApiKeysFile = ""
     max_requests: MaxRequests = 1024
+    max_queued_tokens: MaxQueuedTokens = 4 * 2**20
     ttft_target_s: TtftTarget = 30.0
     recovery_wait_s: RecoveryWait = 30.0
+    stall_timeout_s: StallTimeout = 60.0
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="Wait for running requests at Ctrl-C or SIGTERM.")
     ] = 30.0

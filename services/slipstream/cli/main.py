@@ -13,6 +13,7 @@ from slipstream.cli.commands import (
     COMMANDS,
     CONFIGURED,
     SERVICES,
+    ApiKeyConfig,
     Command,
     DocsConfig,
     DoctorConfig,
@@ -201,6 +202,17 @@ def _keys(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     return ExitCode.OK
 
 
+def _api_key(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
+    config = load(ApiKeyConfig, command, rest, environ)
+    from slipstream.frontend.api_keys import ApiKey, add
+
+    given = msgspec.structs.asdict(config)
+    path = Path(given.pop("api_keys_file"))
+    print(add(path, msgspec.convert({**given, "sha256": "0" * 64}, ApiKey)))
+    print(f"{path}: {config.name} added; the key is shown this once", file=sys.stderr)
+    return ExitCode.OK
+
+
 def _docs(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
     load(DocsConfig, command, rest, environ)
     from slipstream.config.help import markdown
@@ -240,6 +252,7 @@ _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "model prepare": _prepare,
     "doctor transports": _transports,
     "keys make": _keys,
+    "keys api": _api_key,
     "config show": _show,
     "config docs": _docs,
 }

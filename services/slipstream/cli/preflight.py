@@ -13,6 +13,7 @@ from slipstream.config import (
     make_folder,
     require_folder,
 )
+from slipstream.frontend.config import FrontendConfig
 from slipstream.kvindex.config import KvIndexConfig
 from slipstream.runtime.memory import available_memory, require_host_tiers, require_pools
 from slipstream.scheduler.config import SchedulerConfig
@@ -41,6 +42,10 @@ def _check(config: ServiceConfig) -> None:
             from slipstream.kv.offers import require_possible
 
             require_possible(config.transports)
+    if isinstance(config, FrontendConfig) and config.api_keys_file:
+        from slipstream.frontend.api_keys import read
+
+        read(config.api_keys_file)
     if isinstance(config, KvIndexConfig):
         from slipstream.kvindex.connect import require_url
 

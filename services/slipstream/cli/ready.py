@@ -101,7 +101,7 @@ def _absent(body: Readyz, expected: Collection[str]) -> list[str]:
 
 def ready_block(
     readyz: Readyz, *, url: str, model: str, folder: str, pids: Mapping[str, int],
-    transports: str, redis: str, seconds: float,
+    transports: str, redis: str, seconds: float, asks_for_keys: bool = False,
 ) -> list[str]:  # fmt: skip
     """The lines that tell a person that it runs, what runs, and what to type next."""
     context = f", context {readyz.max_model_len} tokens" if readyz.max_model_len else ""
@@ -122,6 +122,8 @@ def ready_block(
         "temperature": 0,
     }
     header = "-H 'Content-Type: application/json'"
+    if asks_for_keys:
+        header += ' -H "Authorization: Bearer $API_KEY"'
     curl = f"curl -N {url}/v1/chat/completions {header} -d '{json.dumps(body)}'"
     return [*lines, "", curl, ""]
 

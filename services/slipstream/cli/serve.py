@@ -166,4 +166,5 @@ def _block(layout: Layout, supervisor: Supervisor, readyz: Readyz, seconds: floa
         transports=config.transports,
         redis=redis,
         seconds=seconds,
+        asks_for_keys=bool(config.api_keys_file),
     )

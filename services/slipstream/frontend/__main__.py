@@ -1,5 +1,6 @@
 """`slipstream frontend`."""
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -36,7 +37,8 @@ CUT_S = 3.0
 def run(config: FrontendConfig) -> int:
     """Serves HTTP until it is drained; the exit code.
 
-    StartError: 4 for an unusable generation_config.json, 5 for a port that is taken.
+    StartError: 3 for an unusable file of API keys, 4 for an unusable generation_config.json, 5 for
+    a port that is taken.
     """
     node = NodeInfo(
         node_id=config.node_id,
@@ -56,11 +58,13 @@ def run(config: FrontendConfig) -> int:
             max_body_bytes=config.max_body_bytes,
             max_choices=config.max_choices,
             request_timeout_s=config.request_timeout_s,
+            stall_timeout_s=config.stall_timeout_s or math.inf,
         ),
         default_sampling=default_sampling(config.model),
         keep_alive_s=config.keep_alive_s,
         response_store_bytes=config.response_store_bytes,
         response_keep_s=config.response_keep_s,
+        api_keys_file=config.api_keys_file,
     )
     name = config.served_model_name or (Path(config.model).resolve().name if config.model else "")
     service = FrontendService(machine, app, config.host, config.port, name)

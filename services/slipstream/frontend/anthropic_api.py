@@ -23,7 +23,7 @@ _count_decoder = msgspec.json.Decoder(CountTokensRequest)
 
 async def messages(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _decoder, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _decoder)
     status = context.gateway.status()
     validate.check_ready(status)
     validate.check_model(body.model, status)
@@ -65,7 +65,7 @@ async def _events(
 
 async def count_tokens(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _count_decoder, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _count_decoder)
     status = context.gateway.status()
     validate.check_ready(status)
     validate.check_model(body.model, status)

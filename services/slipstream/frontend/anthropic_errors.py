@@ -12,6 +12,7 @@ from slipstream.frontend.sse import Manner, named_event
 ROOT = "/v1/messages"
 TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",

@@ -135,7 +135,8 @@ def limits(given: Limits) -> dict[str, dict[str, Any]]:
 
 # --- Operations -----------------------------------------------------------------------------------
 
-_HTTP = (ErrorCode.INTERNAL,)
+_OPEN = (ErrorCode.INTERNAL,)
+_HTTP = (ErrorCode.UNAUTHORIZED, ErrorCode.INTERNAL)
 _RANGES = (
     *(ErrorCode.INTEGER_BELOW, ErrorCode.INTEGER_ABOVE, ErrorCode.DECIMAL_BELOW),
     *(ErrorCode.DECIMAL_ABOVE, ErrorCode.STRING_BELOW, ErrorCode.STRING_ABOVE),
@@ -147,12 +148,13 @@ _BODY = (
     *(ErrorCode.MISSING_PARAMETER, ErrorCode.UNSUPPORTED_PARAMETER, ErrorCode.TOO_LARGE),
     *(ErrorCode.UNSUPPORTED_CONTENT, ErrorCode.CONTEXT_LENGTH, ErrorCode.MODEL_NOT_FOUND),
     *(ErrorCode.UNSUPPORTED_MEDIA, ErrorCode.QUEUE_FULL, ErrorCode.NOT_READY),
-    *(ErrorCode.DRAINING, ErrorCode.DEADLINE, ErrorCode.INTERNAL),
+    *(ErrorCode.DRAINING, ErrorCode.DEADLINE, ErrorCode.RATE_LIMIT, *_HTTP),
 )
-_LOST = (ErrorCode.NO_WORKER, ErrorCode.MIGRATIONS, ErrorCode.QUARANTINED)
+_LOST = (ErrorCode.NO_WORKER, ErrorCode.MIGRATIONS, ErrorCode.QUARANTINED, ErrorCode.STALLED)
 _GENERATES = (*_BODY, ErrorCode.INVALID_SCHEMA, *_LOST)
 _GOES_ON = (ErrorCode.RESPONSE_NOT_FOUND, ErrorCode.PREVIOUS_NOT_FOUND)
-_KEPT = (ErrorCode.RESPONSE_NOT_FOUND, ErrorCode.INTERNAL)
+_KEPT = (ErrorCode.RESPONSE_NOT_FOUND, *_HTTP)
+_OPERATORS = (ErrorCode.FORBIDDEN, *_HTTP)
 _ASKED = (*_KEPT, ErrorCode.INVALID_VALUE, ErrorCode.UNSUPPORTED_PARAMETER)
 
 
@@ -222,20 +224,20 @@ OPERATIONS = (
         "POST", "/detokenize", "text of token ids", _BODY, Body(openai.DetokenizeRequest),
         openai.DetokenizeReply,
     ),
-    Operation("GET", "/health", "whether a request can be served now", reply=Readiness),
-    Operation("GET", "/readyz", "whether a request can be served now", reply=Readiness),
-    Operation("GET", "/livez", "that the process turns", reply=Alive),
-    Operation("GET", "/metrics", "Prometheus' text form", reply="text/plain"),
+    Operation("GET", "/health", "whether a request can be served now", _OPEN, reply=Readiness),
+    Operation("GET", "/readyz", "whether a request can be served now", _OPEN, reply=Readiness),
+    Operation("GET", "/livez", "that the process turns", _OPEN, reply=Alive),
+    Operation("GET", "/metrics", "Prometheus' text form", _OPERATORS, reply="text/plain"),
     Operation("GET", "/version", "the version", reply=Version),
     Operation("GET", "/openapi.json", "this document", reply="application/json"),
-    Operation("GET", "/cluster", "workers, blocks, queue", reply=Cluster),
+    Operation("GET", "/cluster", "workers, blocks, queue", _OPERATORS, reply=Cluster),
     Operation(
         "GET", "/trace/{name}", "what all services did for a request", reply=TracesOut,
         codes=(ErrorCode.TRACE_NOT_FOUND, ErrorCode.NOT_READY, *_HTTP),
     ),
     Operation("GET", "/", "the playground for browsers, links for others", reply=Index),
     Operation(
-        "GET", "/playground/{name}", "a file of the playground", (ErrorCode.UNKNOWN_URL, *_HTTP),
+        "GET", "/playground/{name}", "a file of the playground", (ErrorCode.UNKNOWN_URL, *_OPEN),
         reply="*/*",
     ),
 )  # fmt: skip

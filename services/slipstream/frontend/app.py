@@ -27,6 +27,7 @@ from slipstream.frontend import (
     responses_api,
     trace_api,
 )
+from slipstream.frontend.callers import CALLER, NOBODY, Callers
 from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
@@ -34,7 +35,8 @@ from slipstream.frontend.problems import ApiError, api_error, error_response
 from slipstream.frontend.responses_store import MemoryStore
 from slipstream.frontend.sse import StreamKeeper
 from slipstream.frontend.unserved import unserved
-from slipstream.frontend.validate import Limits, shown, too_large
+from slipstream.frontend.validate import Limits, check_length, shown, too_large
+from slipstream.types import Role
 
 _log = logging.getLogger("slipstream.frontend")
 
@@ -51,15 +53,19 @@ class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
     response_store_bytes: int = 64 * 2**20
     """How much /v1/responses keeps."""
     response_keep_s: float = 3600.0
+    api_keys_file: str = ""
+    """Empty: nobody is asked for a key."""
 
 
 def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
+    """SetupError: the file of API keys cannot be used."""
     app = web.Application(
         middlewares=[_in_our_shape], client_max_size=settings.limits.max_body_bytes
     )
     http = HttpMetrics()
     app[CONTEXT] = Context(
         gateway=gateway,
+        callers=Callers(settings.api_keys_file),
         limits=settings.limits,
         default_sampling=settings.default_sampling,
         keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s, http),
@@ -96,7 +102,7 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
         ]
     )
     playground_api.install(app)
-    app.cleanup_ctx.append(_keeping_streams)
+    app.cleanup_ctx.append(_chores)
     app.on_response_prepare.append(_sign)
     return app
 
@@ -108,12 +114,14 @@ def _version() -> str:
         return "0"
 
 
-async def _keeping_streams(app: web.Application) -> AsyncIterator[None]:
-    keeping = asyncio.create_task(app[CONTEXT].keeper.run())
+async def _chores(app: web.Application) -> AsyncIterator[None]:
+    chores = app[CONTEXT].keeper.run(), app[CONTEXT].callers.watch()
+    tasks = [asyncio.create_task(chore) for chore in chores]
     yield
-    keeping.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await keeping
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 # --- Every request --------------------------------------------------------------------------------
@@ -142,7 +150,7 @@ async def _answered(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     try:
-        return await handler(request)
+        return await _let_in(request, handler)
     except ApiError as error:
         return _refusal(request, error)
     except web.HTTPException as error:
@@ -158,6 +166,22 @@ async def _answered(
             request.transport.abort()
             raise ConnectionError("a bug in the middle of an answer") from None
         return _refusal(request, _internal(request[REQUEST_ID]))
+
+
+async def _let_in(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """What is cheap to refuse is refused first: who asks, how long the body is, how often."""
+    context = request.app[CONTEXT]
+    client = context.callers.identify(request)
+    request[CALLER] = client or NOBODY
+    if request.method == "POST":
+        check_length(request, context.limits.max_body_bytes)
+    if client is None or request.method != "POST":
+        return await handler(request)
+    frontends = sum(node.role is Role.FRONTEND for node in context.gateway.status().nodes)
+    with client.working(frontends):
+        return await handler(request)
 
 
 def _refusal(request: web.Request, error: ApiError) -> web.Response:
@@ -194,6 +218,8 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     if anthropic_errors.is_ours(request.path):
         response.headers["request-id"] = request[REQUEST_ID]
     response.headers["Server"] = "slipstream"
+    if request.method == "POST" and CALLER in request:
+        response.headers.update(request[CALLER].headers())
     request[ANSWERING] = True
 
 

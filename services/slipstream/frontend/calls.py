@@ -10,6 +10,7 @@ from aiohttp import web
 
 from slipstream.errors import ErrorCode
 from slipstream.frontend import validate
+from slipstream.frontend.callers import CALLER
 from slipstream.frontend.constraints import constraint_of
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.generation import Answers, Call
@@ -41,8 +42,8 @@ def new_call(
     include_usage, continuous_usage = validate.stream_options(body)
     call_id = f"{prefix}-{_unique(request)}"
     timeout_s = validate.timeout_s(request, body, context.limits)
-    salt = validate.salt(body)
-    priority = validate.integer("priority", body.priority or 0, -(2**31), 2**31 - 1)
+    caller, salt = request[CALLER], validate.salt(body)
+    priority = validate.integer("priority", body.priority or 0, caller.priority_min, 2**31 - 1)
     constraint, barred = constraint_of(body), bad_words(body)
     submissions: list[Tokenize] = []
     for prompt in prompts:
@@ -55,12 +56,14 @@ def new_call(
                 prompt=prompt,
                 sampling=msgspec.structs.replace(sampling, choice=choice, seed=seed),
                 timeout_s=timeout_s,
-                salt=salt,
+                salt=caller.salt(salt),
                 clamp_max_tokens=clamp,
                 constraint=constraint,
                 bad_words=barred,
                 priority=priority,
                 parse=parse,
+                tenant=caller.tenant,
+                weight=caller.weight,
             )
             for choice in range(n)
         ]
@@ -71,6 +74,8 @@ def new_call(
         model=body.model,
         system_fingerprint=context.system_fingerprint,
         submissions=submissions,
+        caller=caller,
+        stall_timeout_s=context.limits.stall_timeout_s,
         n=n,
         stream=bool(body.stream),
         include_usage=include_usage,

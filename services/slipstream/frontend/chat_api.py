@@ -44,7 +44,7 @@ _FIRST = ChatDelta(role="assistant", content="")
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _decoder, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _decoder)
     status = context.gateway.status()
     validate.check_ready(status)
     call = chat_call(request, context, body, status)

@@ -41,7 +41,7 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 
 async def completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _decoder, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _decoder)
     status = context.gateway.status()
     validate.check_ready(status)
     call, asked = _call(request, context, body, status)

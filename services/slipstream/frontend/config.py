@@ -1,6 +1,6 @@
 """Settings of `slipstream frontend`."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 from msgspec import Meta
 
@@ -13,6 +13,23 @@ from slipstream.config import (
     ServiceConfig,
 )
 from slipstream.types import Role
+
+ApiKeysFile: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="File of API keys (slipstream keys api): requests need one of them; empty: "
+        "nobody is asked. It may change at any time."
+    ),
+]
+StallTimeout: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=86_400,
+        description="Longest silence between two tokens of an answer before it ends in an error; "
+        "0: as long as its time budget.",
+    ),
+]
 
 
 class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,6 +44,7 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="Model folder; only generation_config.json is read. Empty: no defaults."),
     ] = ""
     served_model_name: ServedModelName = ""
+    api_keys_file: ApiKeysFile = ""
     max_requests: MaxRequests = 1024
     max_body_bytes: Annotated[
         ByteSize, Meta(ge=1024, description="Longest request body; a longer one is answered 413.")
@@ -34,6 +52,7 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
     request_timeout_s: Annotated[
         float, Meta(gt=0, le=86_400, description="Time budget of a request, queueing included.")
     ] = 600.0
+    stall_timeout_s: StallTimeout = 60.0
     max_choices: Annotated[
         int, Meta(ge=1, le=128, description="Highest n (choices of one request).")
     ] = 16

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from slipstream.frontend.callers import Callers
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import HttpMetrics
 from slipstream.frontend.responses_store import ResponseStore
@@ -15,6 +16,7 @@ from slipstream.frontend.validate import Limits
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     gateway: Gateway
+    callers: Callers
     limits: Limits
     default_sampling: Mapping[str, float]
     keeper: StreamKeeper

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from types import TracebackType
 import msgspec
 
 from slipstream.errors import ErrorCode, Problem
+from slipstream.frontend.callers import Caller
 from slipstream.frontend.gateway import Gateway, StreamItem
 from slipstream.frontend.openai import (
     PromptLogprob,
@@ -21,7 +23,7 @@ from slipstream.frontend.openai import (
 from slipstream.frontend.problems import ApiError
 from slipstream.messages import PartKind, TextDelta, TextLogprob, Tokenize
 from slipstream.spans import TraceContext
-from slipstream.types import FinishReason, Usage
+from slipstream.types import FinishReason, Usage, count_tokens
 
 TAKEN_MAX = 64
 """Items that go out in one write: a slow reader is noticed between two."""
@@ -42,6 +44,9 @@ class Call(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     submissions: list[Tokenize]
     """One for each choice: prompt by prompt, `n` for each."""
+    caller: Caller
+    stall_timeout_s: float
+    """Longest silence between two tokens."""
     n: int
     stream: bool
     include_usage: bool
@@ -107,6 +112,9 @@ class Answers:
         self._arrived: deque[tuple[int, StreamItem]] = deque()
         """Not taken yet. Together as long as the answers at most."""
         self._news: asyncio.Future[None] | None = None
+        self._heard_s: float | None = None
+        """When the last token came."""
+        self._watch: asyncio.TimerHandle | None = None
         self.choices = [Choice(call.forced) for _ in call.submissions]
         self._running = len(self.choices)
 
@@ -119,6 +127,8 @@ class Answers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         with contextlib.ExitStack() as closing:
             for close in self._closing:
                 closing.callback(close)
@@ -128,6 +138,21 @@ class Answers:
         for index, submission in enumerate(call.submissions):
             put = partial(self._put, index)
             self._closing.append(self._gateway.open(submission, put, call.context, call.model))
+        if call.stall_timeout_s < math.inf:
+            self._look_again(call.stall_timeout_s)
+
+    def _look_again(self, after_s: float) -> None:
+        self._watch = asyncio.get_running_loop().call_later(after_s, self._look)
+
+    def _look(self) -> None:
+        """One timer for the whole answer. Until the first token others watch over the time."""
+        now_s, limit_s = asyncio.get_running_loop().time(), self._call.stall_timeout_s
+        silent_s = 0.0 if self._heard_s is None else now_s - self._heard_s
+        if silent_s < limit_s:
+            self._look_again(limit_s - silent_s)
+        elif self._running:
+            text = f"No token came for {limit_s:g} s (--stall-timeout-s); send the request again."
+            self._put(0, Problem(code=ErrorCode.STALLED, message=text))
 
     async def more(self) -> bool:
         """Waits until there is something to take; False once every choice has ended."""
@@ -156,6 +181,11 @@ class Answers:
                 choice.prompt_tokens = item
 
     def _put(self, index: int, item: StreamItem) -> None:
+        if isinstance(item, TextDelta):
+            self._heard_s = asyncio.get_running_loop().time()
+            self._call.caller.spend(count_tokens(item.tokens))
+        elif isinstance(item, int) and index % self._call.n == 0:  # choices share their prompt
+            self._call.caller.spend(item)
         self._arrived.append((index, item))
         if self._news is not None and not self._news.done():
             self._news.set_result(None)

@@ -55,7 +55,7 @@ async def model(request: web.Request) -> web.Response:
 
 async def tokenize(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _tokenize, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _tokenize)
     status = _asked(context, body.model)
     coded = await context.gateway.codec(_prompt(body, context), b"")
     _check(coded)
@@ -89,7 +89,7 @@ def _prompt(body: TokenizeRequest, context: Context) -> Prompt:
 
 async def detokenize(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _detokenize, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _detokenize)
     status = _asked(context, body.model)
     if not body.tokens:
         return json_response(DetokenizeReply(prompt=""))
@@ -162,7 +162,9 @@ async def cluster(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     return web.Response(
-        body=context.gateway.metrics() + text(context.http.families()),
+        body=context.gateway.metrics()
+        + text(context.http.families())
+        + text(context.callers.families()),
         headers={"Content-Type": CONTENT_TYPE},
     )
 

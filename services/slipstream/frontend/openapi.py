@@ -23,6 +23,11 @@ WAITS = {
     "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."},
     "retry-after-ms": {"schema": {"type": "integer"}},
 }
+SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+"""Of servers with --api-keys-file."""
 ASKS = [
     {"name": "X-Request-Id", "in": "header", "schema": {"type": "string"}},
     {
@@ -61,7 +66,8 @@ def document(version: str, given: Limits) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Slipstream", "version": version},
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": components, "securitySchemes": SCHEMES},
+        "security": [{}, *({name: []} for name in SCHEMES)],
     }
 
 

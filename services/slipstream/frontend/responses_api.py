@@ -10,8 +10,9 @@ from aiohttp import web
 
 from slipstream.errors import ERRORS, ErrorCode
 from slipstream.frontend import calls, validate
+from slipstream.frontend.callers import CALLER
 from slipstream.frontend.calls import json_response
-from slipstream.frontend.context import CONTEXT, Context
+from slipstream.frontend.context import CONTEXT
 from slipstream.frontend.generation import Answers
 from slipstream.frontend.http_metrics import STATUS
 from slipstream.frontend.inner_chat import chat, count_chat_tokens, naming, new_id, skipped_header
@@ -26,7 +27,7 @@ from slipstream.frontend.responses_shapes import (
     ResponseDeleted,
     ResponsesRequest,
 )
-from slipstream.frontend.responses_store import Kept, kept
+from slipstream.frontend.responses_store import Kept, OwnStore, ResponseStore, kept
 from slipstream.frontend.sse import Manner, stream_events
 
 PAGE_ITEMS, PAGE_ITEMS_MAX = 20, 100
@@ -38,17 +39,18 @@ _count_decoder = msgspec.json.Decoder(InputTokensRequest)
 
 async def responses(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _decoder, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _decoder)
     status = context.gateway.status()
     validate.check_ready(status)
     validate.check_model(body.model, status)
-    asked = await read(body, context)
+    own = _own(request)
+    asked = await read(body, own, context.limits.max_body_bytes)
     with naming(NAMES, asked.origins):
         fields = chat_fields(body, asked)
         call = chat(request, context, fields, status, f"resp_{new_id()}")
     top = call.submissions[0].sampling.logprobs
     rendering = Rendering(begun(body, asked, call), top, streams=call.stream)
-    store = context if body.store is not False else None
+    store = own if body.store is not False else None
     with Answers(context.gateway, call) as answers:
         events = _events(request, asked, rendering, answers, store)
         async with contextlib.aclosing(events):
@@ -72,9 +74,9 @@ async def _events(
     asked: Asked,
     rendering: Rendering,
     answers: Answers,
-    context: Context | None,
+    store: ResponseStore | None,
 ) -> AsyncGenerator[bytes, None]:
-    """What has arrived since the last time, in one piece. With a `context` the response is kept
+    """What has arrived since the last time, in one piece. With a `store` the response is kept
     before its end is told. ApiError while nothing has been told; later that is an event."""
     try:
         with naming(NAMES, asked.origins):
@@ -89,11 +91,11 @@ async def _events(
         yield rendering.fail(error.problem)
         return
     last = rendering.end(answers.choices[0])
-    if context is not None:
+    if store is not None:
         body = rendering.body
         items = with_ids(asked.items, body.id.removeprefix("resp_"))
         messages = remember(asked.conversation, rendering.blocks)
-        await context.responses.keep(body.id, kept(body, items, messages))
+        await store.keep(body.id, kept(body, items, messages))
     if last:
         yield last
 
@@ -101,18 +103,21 @@ async def _events(
 # --- What is kept ---------------------------------------------------------------------------------
 
 
+def _own(request: web.Request) -> ResponseStore:
+    return OwnStore(request.app[CONTEXT].responses, request[CALLER].tenant)
+
+
 async def _found(request: web.Request) -> Kept:
-    context, response_id = request.app[CONTEXT], request.match_info["id"]
-    entry = await context.responses.find(response_id)
+    store, response_id = _own(request), request.match_info["id"]
+    entry = await store.find(response_id)
     if entry is None:
-        _refuse_unknown(context, response_id)
+        _refuse_unknown(store, response_id)
     return entry
 
 
-def _refuse_unknown(context: Context, response_id: str) -> NoReturn:
+def _refuse_unknown(store: ResponseStore, response_id: str) -> NoReturn:
     validate.refuse(
-        f"No response is kept by the id {validate.shown(response_id)}. "
-        f"{context.responses.limits()}.",
+        f"No response is kept by the id {validate.shown(response_id)}. {store.limits()}.",
         "response_id",
         ErrorCode.RESPONSE_NOT_FOUND,
     )
@@ -130,9 +135,9 @@ async def response(request: web.Request) -> web.Response:
 
 
 async def delete(request: web.Request) -> web.Response:
-    context, response_id = request.app[CONTEXT], request.match_info["id"]
-    if not await context.responses.drop(response_id):
-        _refuse_unknown(context, response_id)
+    store, response_id = _own(request), request.match_info["id"]
+    if not await store.drop(response_id):
+        _refuse_unknown(store, response_id)
     return json_response(ResponseDeleted(id=response_id))
 
 
@@ -177,11 +182,11 @@ async def input_items(request: web.Request) -> web.Response:
 
 async def input_tokens(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
-    body = await validate.read_json(request, _count_decoder, context.limits.max_body_bytes)
+    body = await validate.read_json(request, _count_decoder)
     status = context.gateway.status()
     validate.check_ready(status)
     validate.check_model(body.model, status)
-    asked = await read(body, context)
+    asked = await read(body, _own(request), context.limits.max_body_bytes)
     fields = {
         "model": body.model,
         "messages": asked.messages,

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from slipstream.errors import ErrorCode
-from slipstream.frontend.context import Context
 from slipstream.frontend.generation import Call
 from slipstream.frontend.inner_chat import BETWEEN, Conversation, check_unserved
 from slipstream.frontend.responses_input import References, read_input
@@ -22,6 +21,7 @@ from slipstream.frontend.responses_shapes import (
     TextConfig,
     UnservedResponses,
 )
+from slipstream.frontend.responses_store import ResponseStore
 from slipstream.frontend.responses_tools import Tools, format_out, read_tools, response_format
 from slipstream.frontend.validate import LOGPROBS_MAX, at_most, integer, refuse, shown
 
@@ -61,9 +61,11 @@ class Asked(msgspec.Struct, kw_only=True):
         return sum(1 for _ in takewhile(("system", "developer").__contains__, roles))
 
 
-async def read(body: ResponsesRequest | InputTokensRequest, context: Context) -> Asked:
+async def read(
+    body: ResponsesRequest | InputTokensRequest, store: ResponseStore, max_bytes: int
+) -> Asked:
+    """`max_bytes`: of what references refer to."""
     check_unserved(body, UnservedResponses, NEUTRAL_RESPONSES)
-    store, most = context.responses, context.limits.max_body_bytes
     conversation = Conversation()
     if body.previous_response_id is not None:
         entry = await store.find(body.previous_response_id)
@@ -76,7 +78,7 @@ async def read(body: ResponsesRequest | InputTokensRequest, context: Context) ->
             )
         conversation = Conversation(msgspec.json.decode(entry.messages))
     return Asked(
-        items=await read_input(body.input, conversation, References(store, most)),
+        items=await read_input(body.input, conversation, References(store, max_bytes)),
         conversation=conversation,
         instructions=body.instructions,
         tools=read_tools(body),

@@ -54,6 +54,25 @@ class ResponseStore(Protocol):
         ...
 
 
+class OwnStore:
+    """What one client has kept in a store that is everybody's: of the rest it knows nothing."""
+
+    def __init__(self, store: ResponseStore, tenant: str) -> None:
+        self._store, self._tenant = store, tenant
+
+    async def keep(self, response_id: str, entry: Kept) -> bool:
+        return await self._store.keep(f"{self._tenant}/{response_id}", entry)
+
+    async def find(self, response_id: str) -> Kept | None:
+        return await self._store.find(f"{self._tenant}/{response_id}")
+
+    async def drop(self, response_id: str) -> bool:
+        return await self._store.drop(f"{self._tenant}/{response_id}")
+
+    def limits(self) -> str:
+        return self._store.limits()
+
+
 class MemoryStore:
     """Of this process. The oldest go first."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from aiohttp import web
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from slipstream.config import is_loopback
 from slipstream.core.machine import (
     Closed,
     CodecAsked,
@@ -60,6 +61,7 @@ class FrontendService:
         self._traces: dict[str, asyncio.Future[TraceFound]] = {}
         self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
         self._defaults = settings.default_sampling
+        self._asks_for_keys = bool(settings.api_keys_file)
         self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
 
     # --- Executor ---
@@ -74,6 +76,8 @@ class FrontendService:
             raise port_error(*where, error) from None
         self.port = self._runner.addresses[0][1]
         _log.info("HTTP on %s:%d", self._host, self.port)
+        if not self._asks_for_keys and not is_loopback(self._host):
+            _log.warning("whoever reaches %s may ask: no --api-keys-file is given", self._host)
         if self._defaults:
             said = ", ".join(f"{name} {value:g}" for name, value in self._defaults.items())
             _log.info("generation_config.json: where a client says nothing, %s", said)

@@ -18,7 +18,7 @@ from slipstream.messages import (
     Tokenize,
     TraceFound,
 )
-from slipstream.spans import ROOT, Attributes
+from slipstream.spans import ROOT, TENANT, Attributes
 from slipstream.types import NodeId, RequestId
 
 
@@ -47,6 +47,8 @@ class FrontendSpans(SpanRecorder):
             "gen_ai.request.top_p": sampling.top_p,
             "gen_ai.response.id": request_id.rpartition("-")[0] or request_id,
         }
+        if submission.tenant:
+            said[TENANT] = submission.tenant
         self.book.open(request_id, self.now_s, event.context)
         self.book.begin(request_id, ROOT, self.now_s, said=said)
         self.book.begin(request_id, "tokenize", self.now_s)

@@ -4,11 +4,12 @@ import msgspec
 from aiohttp import web
 
 from slipstream.errors import ErrorCode
+from slipstream.frontend.callers import CALLER
 from slipstream.frontend.calls import json_response
 from slipstream.frontend.context import CONTEXT
 from slipstream.frontend.problems import api_error
 from slipstream.frontend.validate import shown
-from slipstream.spans import ROOT, Attributes, Trace
+from slipstream.spans import ROOT, TENANT, Attributes, Trace
 
 NAME_CHARS_MAX = 128
 
@@ -46,22 +47,29 @@ class TracesOut(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def trace(request: web.Request) -> web.Response:
-    """404 if there is none."""
+    """404 if there is none, or none of this client's."""
     name = request.match_info["name"]
     if not 0 < len(name) <= NAME_CHARS_MAX:
         raise api_error(ErrorCode.TRACE_NOT_FOUND, f"No request is called {shown(name)}.")
     found = await request.app[CONTEXT].gateway.trace(name)
     if found is None:
         raise api_error(ErrorCode.NOT_READY, "The scheduler, who keeps the traces, is silent.")
-    if not found.traces:
+    caller = request[CALLER]
+    seen = [one for one in found.traces if caller.operator or _tenant(one) == caller.tenant]
+    if not seen:
         raise api_error(
             ErrorCode.TRACE_NOT_FOUND,
             f"No trace of {shown(name)}; those of the last {found.kept} requests are kept.",
         )
-    traces = [_trace(trace) for trace in found.traces]
-    response = json_response(TracesOut(kept=found.kept, traces=traces))
+    response = json_response(TracesOut(kept=found.kept, traces=[_trace(one) for one in seen]))
     response.headers["Cache-Control"] = "no-store"
     return response
+
+
+def _tenant(trace: Trace) -> str | None:
+    """None: its frontend has not said whose it is."""
+    roots = [s for process in trace.processes for s in process.spans if s.name == ROOT]
+    return str(roots[0].attributes.get(TENANT, "")) if roots else None
 
 
 def _trace(trace: Trace) -> TraceOut:

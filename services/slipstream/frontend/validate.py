@@ -32,6 +32,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_prompts: int = 64
     max_messages: int = 10_000
     request_timeout_s: float = 600.0
+    stall_timeout_s: float = 60.0
 
 
 def refuse(message: str, param: str | None, code: ErrorCode = ErrorCode.INVALID_VALUE) -> NoReturn:
@@ -53,9 +54,7 @@ def shown(value: Any) -> str:
 # --- Bodies ---------------------------------------------------------------------------------------
 
 
-async def read_json(
-    request: web.Request, decoder: msgspec.json.Decoder[T], max_body_bytes: int
-) -> T:
+async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
     if request.content_type != "application/json" or "Content-Type" not in request.headers:
         given = shown(request.headers.get("Content-Type", "none"))
         refuse(
@@ -68,9 +67,13 @@ async def read_json(
             None,
             ErrorCode.UNSUPPORTED_MEDIA,
         )
+    return decode(decoder, await request.read())
+
+
+def check_length(request: web.Request, max_body_bytes: int) -> None:
+    """As it is said; one that is longer than it says ends while it is read."""
     if (request.content_length or 0) > max_body_bytes:
         raise too_large(max_body_bytes, request.content_length)
-    return decode(decoder, await request.read())
 
 
 def too_large(max_body_bytes: int, length: int | None = None) -> ApiError:
@@ -248,15 +251,17 @@ def check_depth(name: str, value: Any) -> None:
 
 
 def timeout_s(request: web.Request, body: Generate, limits: Limits) -> float:
+    """The least of what is asked for: whoever stands between may shorten it, and not lengthen."""
+    asked = [limits.request_timeout_s] if body.timeout is None else []
     header = request.headers.get("X-Request-Timeout-Ms")
     if header is not None:
         name = "X-Request-Timeout-Ms"
         if not re.fullmatch(r"[0-9]{1,9}", header):
             refuse(f"{name} must be whole milliseconds, but is {shown(header)}.", name)
-        return number(name, int(header), 0, TIMEOUT_MAX_S * 1000, above=True) / 1000
+        asked = [number(name, int(header), 0, TIMEOUT_MAX_S * 1000, above=True) / 1000]
     if body.timeout is not None:
-        return number("timeout", body.timeout, 0, TIMEOUT_MAX_S, above=True)
-    return limits.request_timeout_s
+        asked.append(number("timeout", body.timeout, 0, TIMEOUT_MAX_S, above=True))
+    return min(asked)
 
 
 def salt(body: Generate) -> str:

@@ -28,6 +28,7 @@ def run(config: SchedulerConfig) -> int:
         policy=config.policy,
         disaggregation=config.disaggregation,
         max_requests=config.max_requests,
+        max_queued_tokens=config.max_queued_tokens,
         max_request_timeout_s=config.max_request_timeout_s,
         ttft_target_s=config.ttft_target_s or math.inf,
         locate_timeout_s=config.locate_timeout_s,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from slipstream.core.job import blocks_for
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
+from slipstream.scheduler.fair_queue import FairQueue
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import RETRY_AFTER_MAX_S
 from slipstream.scheduler.settings import SchedulerSettings
@@ -18,7 +19,13 @@ would be refused as long as anybody is served."""
 
 
 def refusal(
-    submit: Submit, fleet: Fleet, settings: SchedulerSettings, *, live: int, draining: bool
+    submit: Submit,
+    fleet: Fleet,
+    settings: SchedulerSettings,
+    queue: FairQueue,
+    *,
+    live: int,
+    draining: bool,
 ) -> Problem | None:
     """None if the request is taken. What has begun elsewhere is, however full it is here."""
     if len(submit.prompt) % TOKEN_BYTES or len(submit.accepted) % TOKEN_BYTES or not submit.prompt:
@@ -32,6 +39,13 @@ def refusal(
             code=ErrorCode.QUEUE_FULL,
             message=f"{live} requests are live, the limit is {settings.max_requests} "
             "(--max-requests). Try again later.",
+        )
+    waiting, max_tokens = queue.num_tokens, settings.max_queued_tokens
+    if waiting and waiting + count_tokens(submit.prompt) > max_tokens and not begun:
+        return Problem(
+            code=ErrorCode.QUEUE_FULL,
+            message=f"Prompts of {waiting} tokens wait, the limit is {max_tokens} "
+            "(--max-queued-tokens). Try again later.",
         )
     needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)
     most = fleet.largest_pool_blocks()

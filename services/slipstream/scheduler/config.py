@@ -29,6 +29,15 @@ OtlpEndpoint: TypeAlias = Annotated[
         "http://host:4318; empty: none."
     ),
 ]
+MaxQueuedTokens: TypeAlias = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=2**40,
+        description="Most prompt tokens in the scheduler's queue; above it: 429. One prompt is "
+        "taken, however long.",
+    ),
+]
 TtftTarget: TypeAlias = Annotated[
     float,
     Meta(
@@ -48,6 +57,7 @@ class SchedulerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_f
     disaggregation: Disaggregation = "auto"
     policy: Policy = "cost"
     max_requests: MaxRequests = 1024
+    max_queued_tokens: MaxQueuedTokens = 4 * 2**20
     max_request_timeout_s: Annotated[
         float, Meta(gt=0, le=86_400, description="Longest time budget a request may ask for.")
     ] = 3600.0

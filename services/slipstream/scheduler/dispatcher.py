@@ -1,9 +1,8 @@
 """The queue, and the way out of it: onto workers, in order."""
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from itertools import takewhile
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
@@ -12,6 +11,7 @@ from slipstream.messages import Decode, Prefill, ShiftRole, WorkerLoad
 from slipstream.scheduler.admission import Expected, no_worker, too_late
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
+from slipstream.scheduler.fair_queue import FairQueue
 from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.ledger import Ledger
 from slipstream.scheduler.past import Past
@@ -49,7 +49,7 @@ class Dispatcher:
         self.transfers = TransferPrices()
         self.decisions = Decisions()
         self.roles = Roles()
-        self.queue: OrderedDict[RequestId, Request] = OrderedDict()
+        self.queue = FairQueue()
         self.placed: Counter[str] = Counter()
         self.waited_s = 0.0
         """Of all that were placed, together."""
@@ -61,26 +61,15 @@ class Dispatcher:
         """When the queue began; since then all places are taken."""
 
     def enqueue(self, request: Request, now_s: float) -> None:
-        """Behind those of the same priority; what had begun before goes to the queue's head."""
+        """Among those of its priority; what had begun before goes to the queue's head."""
         request.state = State.QUEUED
-        ahead = self._join(request)
+        ahead = self.queue.join(request)
         if ahead and not request.resumed:
             wait_s = ahead / self._past.pace_per_s(self._full_since_s, now_s)
             self._judge(request, Expected(now_s - request.since_s, wait_s))
 
-    def _join(self, request: Request) -> int:
-        """How many are before it now."""
-        before = request.order
-        behind = list(takewhile(lambda other: other.order > before, reversed(self.queue.values())))
-        self.queue[request.request_id] = request
-        for other in reversed(behind):
-            self.queue.move_to_end(other.request_id)
-        if request.resumed:
-            self.queue.move_to_end(request.request_id, last=False)
-        return len(self.queue) - 1 - len(behind)
-
     def remove(self, request: Request) -> None:
-        self.queue.pop(request.request_id, None)
+        self.queue.remove(request)
 
     def loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
         """A worker has said how it is."""
@@ -107,7 +96,10 @@ class Dispatcher:
         effects: list[Effect] = []
         views = list(self.ledger.views.values())
         while self.queue:
-            request = next(iter(self.queue.values()))
+            request = self.queue.head
+            if (problem := request.overdue(now_s)) is not None:
+                self._turn_away(request, problem)
+                continue
             demand = request.demand()
             turn = self.placed["alone"] + self.placed["apart"]
             placement = place(demand, views, self.transfers, self.rules, turn, now_s)
@@ -136,19 +128,22 @@ class Dispatcher:
         begun = request.begun or request.call in self._begun  # one refused choice ends them all
         problem = None if begun else too_late(expected, self.ttft_target_s)
         if problem is not None:
-            self.remove(request)
-            self.late.append((request, problem))
+            self._turn_away(request, problem)
         return problem is None
+
+    def _turn_away(self, request: Request, problem: Problem) -> None:
+        self.queue.remove(request)
+        self.late.append((request, problem))
 
     def expire(self, now_s: float) -> None:
         """Nobody waits for longer than the target, or goes on to wait who will have to; or for
         workers that do not come."""
         missing = self._missing(now_s)
         if now_s >= self._whole_s + self._recovery_wait_s:
-            self.late += [(request, no_worker(missing)) for request in self.queue.values()]
-            self.queue.clear()
+            for request in list(self.queue):
+                self._turn_away(request, no_worker(missing))
         pace = self._past.pace_per_s(self._full_since_s, now_s)
-        for ahead, request in enumerate(list(self.queue.values())):
+        for ahead, request in enumerate(list(self.queue)):
             self._judge(request, Expected(now_s - request.since_s, ahead / pace))
 
     def ended(self, request: Request) -> None:
@@ -173,7 +168,8 @@ class Dispatcher:
 
     def check(self, requests: Mapping[RequestId, Request]) -> None:
         """Against all that there are."""
-        assert self.queue.keys() <= requests.keys() and not self.late
+        self.queue.check()
+        assert {request.request_id for request in self.queue} <= requests.keys() and not self.late
         assert all(placed and placed <= requests.keys() for placed in self._begun.values())
         live = [r for r in requests.values() if r.state is not State.FINISHING]
         for node_id, view in self.ledger.views.items():
@@ -218,7 +214,7 @@ class Dispatcher:
     def _assign(
         self, request: Request, demand: Demand, placement: Placement, now_s: float
     ) -> list[Effect]:
-        self.remove(request)
+        self.queue.take(request)
         source, target = placement.prefill, placement.decode
         request.prefill, request.decode = source, target
         for worker in sorted(request.workers):

@@ -87,6 +87,7 @@ class SchedulerMachine:
             **{f"requests_{name}_total": count for name, count in self.counters.items()},
             **{f"requests_placed_{name}_total": n for name, n in self.dispatcher.placed.items()},
             "requests_waited_seconds_total": self.dispatcher.waited_s,
+            "queued_tokens": self.dispatcher.queue.num_tokens,
             "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
             "role_shifts_total": self.dispatcher.roles.shifts,
             "nodes": len(self.fleet.nodes),
@@ -248,8 +249,9 @@ class SchedulerMachine:
                 return [Send(source, failed(submit.request_id, tombstone.problem))]
             again = Resume(request_id=submit.request_id, attempt=tombstone.attempt + 1)
             return [Send(source, again)]
+        queue, live = self.dispatcher.queue, len(self.requests)
         problem = refusal(
-            submit, self.fleet, self.settings, live=len(self.requests), draining=self._draining
+            submit, self.fleet, self.settings, queue, live=live, draining=self._draining
         )
         if problem is not None:
             self.counters[f"refused_{problem.code}"] += 1
@@ -382,11 +384,7 @@ class SchedulerMachine:
         effects: list[Effect] = [SetTimer("tick", now_s + TICK_S)]
         self.past.expire(now_s)
         for request in list(self.requests.values()):
-            if now_s >= request.deadline_s:
-                problem = Problem(
-                    code=ErrorCode.DEADLINE,
-                    message=f"The request's time budget is used up; it was {request.state}.",
-                )
+            if (problem := request.overdue(now_s)) is not None:
                 effects += self._fail(request, problem, now_s)
             elif request.orphan_s is not None and now_s >= request.orphan_s + ORPHAN_GRACE_S:
                 self.counters["orphaned"] += 1

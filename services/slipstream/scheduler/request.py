@@ -6,12 +6,12 @@ from enum import StrEnum
 
 from slipstream.core.job import blocks_for
 from slipstream.core.prefix import HASH_BYTES
-from slipstream.errors import Problem
+from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Drop, Failed, Locate, Located, Resume, Submit
 from slipstream.scheduler.decisions import Decision
 from slipstream.scheduler.demand import Demand
 from slipstream.scheduler.fleet import Fleet
-from slipstream.types import NodeId, RequestId, count_tokens
+from slipstream.types import BLOCK_TOKENS, NodeId, RequestId, count_tokens
 
 
 class State(StrEnum):
@@ -90,9 +90,15 @@ class Request:
         return bool(self.submit.accepted or self.migrations)
 
     @property
-    def order(self) -> float:
-        """In the queue, the least first; of equals whoever came first."""
+    def rank(self) -> float:
+        """In the queue, the least first; of equals each tenant in its turn."""
         return -math.inf if self.resumed else self.submit.priority
+
+    @property
+    def cost_tokens(self) -> int:
+        """What its turn costs its tenant: the prompt, less what is said to be cached."""
+        cached = BLOCK_TOKENS * max(self.hints.values(), default=0)
+        return max(BLOCK_TOKENS, self.num_tokens - cached)
 
     @property
     def begun(self) -> bool:
@@ -100,6 +106,12 @@ class Request:
         any more, however late it is."""
         submit = self.submit
         return bool(self.was_begun or self.migrations or submit.accepted or submit.repeated)
+
+    def overdue(self, now_s: float) -> Problem | None:
+        if now_s < self.deadline_s:
+            return None
+        text = f"The request's time budget is used up; it was {self.state}."
+        return Problem(code=ErrorCode.DEADLINE, message=text)
 
     def demand(self) -> Demand:
         return Demand(self.request_id, self.num_tokens, self.num_blocks, self.hints, self.lower)

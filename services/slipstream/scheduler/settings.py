@@ -11,6 +11,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = "cost"
     disaggregation: Disaggregation = "auto"
     max_requests: int = 1024
+    max_queued_tokens: int = 4 * 2**20
     max_request_timeout_s: float = 3600.0
     ttft_target_s: float = math.inf
     """Nothing is begun whose first token is expected later; see `admission.too_late`."""

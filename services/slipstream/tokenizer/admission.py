@@ -12,6 +12,8 @@ from slipstream.types import SamplingParams
 PROMPT_LOGPROBS_MAX = 262_144
 """Of one prompt, the likeliest alternatives counted: 16 MB or so, held and sent in one piece."""
 
+LATE = Problem(code=ErrorCode.DEADLINE, message="The request's time budget is used up.")
+
 
 class Limits(NamedTuple):
     """What every worker can take; 0 and empty while there is none."""

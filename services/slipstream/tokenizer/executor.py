@@ -1,6 +1,7 @@
 """Encodes prompts in threads: the library leaves the interpreter lock alone while it works."""
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import msgspec
 from slipstream.core.machine import Effect, Encoded, EncodePrompt, Event
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import ChatPrompt
+from slipstream.tokenizer.admission import LATE
 from slipstream.tokenizer.codec import PromptError, TokenizerCodec
 from slipstream.tokenizer.constraints import planned, unusable
 from slipstream.tokenizer.grammar_check import GrammarCheck, Verdict
@@ -49,8 +51,12 @@ class EncodeExecutor:
         await self._grammars.close()
 
     def _encode(self, effect: EncodePrompt, max_tokens: int | None) -> None:
+        param = ""
         try:
-            encoded, param = self._encoded(effect, max_tokens)
+            if time.monotonic() >= effect.deadline_s:
+                encoded = Encoded(effect.request_id, problem=LATE)
+            else:
+                encoded, param = self._encoded(effect, max_tokens)
         except PromptError as error:
             encoded = Encoded(effect.request_id, problem=error.problem)
         except Exception:  # noqa: BLE001 (a prompt that breaks the library ends one request only)

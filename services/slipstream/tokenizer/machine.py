@@ -41,7 +41,7 @@ from slipstream.messages import (
     TokensOut,
     TokenSpan,
 )
-from slipstream.tokenizer.admission import Limits, fitted, limits, unknown_token, unusable
+from slipstream.tokenizer.admission import LATE, Limits, fitted, limits, unknown_token, unusable
 from slipstream.tokenizer.codec_calls import CodecCalls
 from slipstream.tokenizer.detokenizer import TokenBytes
 from slipstream.tokenizer.stream import Encoding, Stream
@@ -215,7 +215,7 @@ class TokenizerMachine:
         self._counts["streams"] += 1
         if encoding is not None and encoding.prompt:
             return self._begin(stream, encoding, now_s)
-        asked = message.constraint, message.bad_words, message.parse
+        asked = message.constraint, message.bad_words, message.parse, stream.deadline_s
         return [EncodePrompt(stream.request_id, message.prompt, *asked)]
 
     def _say_again(self, stream: Stream, position: int) -> list[Effect]:
@@ -248,6 +248,8 @@ class TokenizerMachine:
         if stream is None or stream.encoded:
             return []
         problem = event.problem
+        if now_s >= stream.deadline_s:
+            return self._fail(stream, LATE, now_s)  # while it was waited for
         if not event.tokens:
             problem = problem or unusable("The prompt has no tokens.")
         elif problem and problem.code is ErrorCode.QUEUE_FULL and stream.tokens:
@@ -348,9 +350,7 @@ class TokenizerMachine:
         for stream in list(self._live.values()):
             orphaned_at_s = stream.orphaned_at_s
             if now_s >= stream.deadline_s:
-                text = "The request's time budget is used up."
-                late = Problem(code=ErrorCode.DEADLINE, message=text)
-                effects += self._fail(stream, late, now_s)
+                effects += self._fail(stream, LATE, now_s)
             elif orphaned_at_s is not None and (
                 now_s >= orphaned_at_s + self.settings.orphan_grace_s
             ):

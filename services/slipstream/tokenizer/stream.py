@@ -194,6 +194,8 @@ class Stream:
             salt=salt,
             block_hashes=b"".join(self._hashes),
             priority=self.submission.priority,
+            tenant=self.submission.tenant,
+            weight=self.submission.weight,
         )
 
     def check(self) -> None:

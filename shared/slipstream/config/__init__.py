@@ -10,7 +10,7 @@ from slipstream.config.loader import (
     load,
     load_with_origin,
 )
-from slipstream.config.rules import AUTO_TRANSPORTS, make_folder, require_folder
+from slipstream.config.rules import AUTO_TRANSPORTS, is_loopback, make_folder, require_folder
 from slipstream.config.service import (
     Dtype,
     KeysDir,
@@ -88,6 +88,7 @@ __all__ = [
     "env_of",
     "flag_of",
     "format_bytes",
+    "is_loopback",
     "load",
     "load_with_origin",
     "make_folder",

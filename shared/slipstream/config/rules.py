@@ -1,5 +1,6 @@
 """Rules that a service and whoever starts it share, so that both refuse with the same words."""
 
+import ipaddress
 import os
 from pathlib import Path
 
@@ -7,6 +8,14 @@ from slipstream.config.values import SetupError, format_bytes
 from slipstream.types import TRANSPORTS
 
 AUTO_TRANSPORTS = "auto"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there; of a name, `localhost` alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_transports(names: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
-from slipstream.config.rules import check_offload, check_transports
+from slipstream.config.rules import check_offload, check_transports, is_loopback
 from slipstream.config.values import ByteSize, ConfigError
 from slipstream.types import Role, role_of
 
@@ -286,9 +286,6 @@ def default_run_dir(environ: Mapping[str, str]) -> str:
     )
 
 
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
-
-
 def default_packed_weights_dir(environ: Mapping[str, str]) -> str:
     cache = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return str(Path(cache) / "slipstream" / "weights")
@@ -333,7 +330,7 @@ def _check_keys(config: ServiceConfig) -> None:
     host = config.listen.removeprefix("tcp://").rpartition(":")[0]
     if config.listen.startswith("ipc://") or config.keys_dir or config.insecure_bus:
         return
-    if host not in _LOOPBACK:
+    if not is_loopback(host):
         raise ConfigError(
             f"{prog}: --listen {config.listen}: whoever comes there could give orders; give "
             "--keys-dir (slipstream keys make FOLDER), or --insecure-bus on a network of your own"

@@ -5,6 +5,7 @@ socket and no randomness of its own. An effect that takes time ends as an event.
 a process, device or time boundary is an effect.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
@@ -347,13 +348,15 @@ class PublishKvEvents(_Record, frozen=True):
 
 
 class EncodePrompt(_Record, frozen=True):
-    """Render and encode in a thread, and check what the answer must be; ends as `Encoded`."""
+    """Render and encode in a thread, and check what the answer must be; ends as `Encoded`. What is
+    still in the thread's queue at `deadline_s` need not be begun."""
 
     request_id: RequestId
     prompt: Prompt
     constraint: Constraint | None = None
     bad_words: tuple[str, ...] = ()
     parse: bool = False
+    deadline_s: float = math.inf
 
 
 class Deliver(_Record, frozen=True):

@@ -134,6 +134,7 @@ SCHEDULER = {
     "requests_prefilling": "Requests whose prompt a prefill worker computes or hands over.",
     "requests_decoding": "Requests that run on one worker.",
     "requests_finishing": "Requests whose last token the tokenizer has not confirmed.",
+    "queued_tokens": "Tokens of the prompts in the queue.",
     "requests_accepted_total": "Requests accepted.",
     "requests_ended_total": "Accepted requests that are over, however they ended.",
     "requests_locates_total": "Questions to the index.",
@@ -280,6 +281,9 @@ HTTP = {
     "slipstream_http_responses_total": "Answers to POST requests by HTTP status. A stream that"
     " fails counts with the status of its error, a client that left as 499.",
     "slipstream_client_disconnects_total": "Clients that left, by when: before_answer, in_answer.",
+    "slipstream_key_requests_total": "POST requests let in, by API key.",
+    "slipstream_key_tokens_total": "Tokens of prompts and answers, by API key.",
+    "slipstream_key_refused_total": "Requests over the limits of their API key.",
     "slipstream_slow_readers_cut_total": "Connections closed because their client did not read.",
 }
 """Of a frontend's shell, by full name; so is VLLM."""

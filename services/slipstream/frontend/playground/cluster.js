@@ -10,11 +10,16 @@ const WINDOW = 3;
 export class Watch {
   #polls = [];
   #show;
+  #key;
   #timer = 0;
 
-  /** `show` is told { cluster, moves, rates, history } after each poll, or { error }. */
-  constructor(show) {
+  /**
+   * `show` is told { cluster, moves, rates, history } after each poll; { card }, the model's, where
+   * the cluster is for other eyes; or { error }. `key` says the key to be shown; empty: none.
+   */
+  constructor(show, key) {
     this.#show = show;
+    this.#key = key;
     document.addEventListener("visibilitychange", () => this.#turn());
     this.#turn();
   }
@@ -26,15 +31,24 @@ export class Watch {
 
   async #poll() {
     try {
-      const signal = AbortSignal.timeout(PATIENCE_MS);
-      const response = await fetch("cluster", { cache: "no-store", signal });
-      if (!response.ok) throw new Error(`HTTP ${response.status}`);
-      this.#take(await response.json());
+      const response = await this.#get("cluster");
+      if (response.status === 403) this.#show({ card: await this.#card() });
+      else this.#take(await checked(response).json());
     } catch (error) {
       this.#show({ error });
     }
     clearTimeout(this.#timer); // of a poll that began while the page came back
     if (!document.hidden) this.#timer = setTimeout(() => this.#poll(), PERIOD_MS);
+  }
+
+  #get(path) {
+    const headers = this.#key() ? { Authorization: `Bearer ${this.#key()}` } : {};
+    return fetch(path, { cache: "no-store", headers, signal: AbortSignal.timeout(PATIENCE_MS) });
+  }
+
+  async #card() {
+    const models = await checked(await this.#get("v1/models")).json();
+    return models.data[0] ?? { id: "", max_model_len: 0 };
   }
 
   #take(cluster) {
@@ -50,6 +64,12 @@ export class Watch {
       history: tokenRates(this.#polls),
     });
   }
+}
+
+function checked(response) {
+  if (response.ok) return response;
+  const error = new Error(response.status === 401 ? "The server asks for an API key." : `HTTP ${response.status}`);
+  throw Object.assign(error, { locked: response.status === 401 });
 }
 
 /** The same life of a worker at an earlier poll, if both have reported. */

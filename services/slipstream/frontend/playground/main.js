@@ -7,19 +7,36 @@ import { Panel } from "./panel.js";
 import { Settings } from "./settings.js";
 import { wireRaw } from "./snippets.js";
 
-const chat = new Chat(new Settings());
+const settings = new Settings();
+const chat = new Chat(settings);
 const panel = new Panel();
 
+const WORDS = {
+  gone: "no answer",
+  locked: "API key?",
+  draining: "stopping",
+  ready: "ready",
+  waiting: "not ready",
+};
+
 function show(seen) {
-  const { cluster, error } = seen;
-  const state = error ? "gone" : cluster.draining ? "draining" : cluster.ready ? "ready" : "waiting";
+  const state = stateOf(seen);
+  const { card, cluster, error } = seen;
   byId("ready").dataset.state = state;
-  byId("ready").title = error ? String(error.message) : cluster.reason;
-  say(byId("ready"), { gone: "no answer", draining: "stopping", ready: "ready", waiting: "not ready" }[state]);
+  byId("ready").title = error?.message ?? cluster?.reason ?? "";
+  say(byId("ready"), WORDS[state]);
+  if (state === "locked" && !settings.key) byId("request-fold").open = true; // the key goes there
   if (error) return;
-  say(byId("model"), cluster.model);
-  chat.serve(cluster.model, cluster.max_model_len);
-  panel.show(seen);
+  say(byId("model"), card?.id ?? cluster.model);
+  chat.serve(card?.id ?? cluster.model, (card ?? cluster).max_model_len);
+  if (card) say(byId("cluster-note"), "for operators");
+  else panel.show(seen);
+}
+
+function stateOf({ card, cluster, error }) {
+  if (error) return error.locked ? "locked" : "gone";
+  if (card) return "ready"; // who could not be served is told so
+  return cluster.draining ? "draining" : cluster.ready ? "ready" : "waiting";
 }
 
 function keys(event) {
@@ -37,4 +54,4 @@ offerSamples();
 wireRaw();
 document.addEventListener("keydown", keys);
 byId("new-chat").addEventListener("click", () => chat.forget());
-new Watch(show);
+new Watch(show, () => settings.key);

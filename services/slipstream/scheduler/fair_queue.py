@@ -1,0 +1,111 @@
+"""Who waits, in the order in which they go: what has begun first, then by priority, and of equal
+priority each tenant in its turn.
+
+Start-time fair queueing (Goyal, Vin, Cheng, 1996), in tokens of virtual time: a request starts
+where its tenant's last one ends, or now if that is past, and lasts for its cost over its tenant's
+weight. Who has queued five hundred goes after the one of somebody else; of one tenant alone the
+first come goes first. Deficit round robin divides as fairly, but cannot say how many are before
+somebody.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from slipstream.scheduler.request import Request
+from slipstream.types import RequestId
+
+ENDS_MIN = 16
+"""So many tenants are remembered before those are forgotten whose last turn is past."""
+
+_Place: TypeAlias = tuple[float, float, int, Request]
+"""Rank, start, number of arrival: which is never equal, so that requests are not compared."""
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What waits with one priority."""
+
+    now: float = 0.0
+    """The latest start of those that have gone."""
+    ends: dict[str, float] = field(default_factory=dict)
+    """Tenant -> where its last one ends."""
+    ends_max: int = ENDS_MIN
+    waiting: int = 0
+
+    def start(self, request: Request) -> float:
+        tenant, weight = request.submit.tenant, request.submit.weight
+        start = max(self.now, self.ends.get(tenant, 0.0))
+        self.ends[tenant] = start + request.cost_tokens / weight
+        if len(self.ends) > self.ends_max:
+            self.ends = {name: end for name, end in self.ends.items() if end > self.now}
+            self.ends_max = max(ENDS_MIN, 2 * len(self.ends))
+        return start
+
+
+class FairQueue:
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        """Of all that wait: prompts, and answers as far as they are there."""
+        self._order: list[_Place] = []
+        self._places: dict[RequestId, _Place] = {}
+        self._lanes: dict[float, _Lane] = {}
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._places
+
+    def __iter__(self) -> Iterator[Request]:
+        """In order. Not to be changed meanwhile."""
+        return (place[3] for place in self._order)
+
+    @property
+    def head(self) -> Request:
+        return self._order[0][3]
+
+    def join(self, request: Request) -> int:
+        """How many are before it now. What has begun goes to the head, the latest first."""
+        self._arrivals += 1
+        if request.resumed:
+            place = (request.rank, 0.0, -self._arrivals, request)
+        else:
+            lane = self._lanes.setdefault(request.rank, _Lane())
+            lane.waiting += 1
+            place = (request.rank, lane.start(request), self._arrivals, request)
+        ahead = bisect_left(self._order, place)
+        self._order.insert(ahead, place)
+        self._places[request.request_id] = place
+        self.num_tokens += request.num_tokens
+        return ahead
+
+    def take(self, request: Request) -> None:
+        """It is its turn, and it goes."""
+        rank, start, *_ = self._places[request.request_id]
+        if rank in self._lanes:
+            self._lanes[rank].now = max(self._lanes[rank].now, start)
+        self.remove(request)
+
+    def remove(self, request: Request) -> None:
+        """It waits no more, if it did."""
+        place = self._places.pop(request.request_id, None)
+        if place is None:
+            return
+        del self._order[bisect_left(self._order, place)]
+        self.num_tokens -= request.num_tokens
+        lane = self._lanes.get(place[0])
+        if lane is not None:
+            lane.waiting -= 1
+            if not lane.waiting:
+                del self._lanes[place[0]]
+
+    def check(self) -> None:
+        assert self._order == sorted(self._order, key=lambda place: place[:3])
+        assert {place[3].request_id for place in self._order} == self._places.keys()
+        assert self.num_tokens == sum(request.num_tokens for request in self)
+        assert sum(lane.waiting for lane in self._lanes.values()) == sum(
+            place[2] > 0 for place in self._order
+        )
