@@ -23,7 +23,8 @@ from slipstream.core.machine import (
     TimerFired,
 )
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.machine import TICK_S, FrontendMachine, FrontendSettings
+from slipstream.frontend.machine import TICK_S, FrontendMachine
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.messages import (
     SCHEDULER,
     AnyMessage,

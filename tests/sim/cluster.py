@@ -14,7 +14,8 @@ from slipstream.core.span_recorder import SpanRecorder
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.core.worker_spans import WorkerSpans
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.machine import FrontendMachine
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.frontend.spans import FrontendSpans
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.kvindex.spans import KvIndexSpans
@@ -31,7 +32,8 @@ from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.scheduler.spans import SchedulerSpans
 from slipstream.spans import Trace, TraceContext
 from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
-from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
 from slipstream.types import (
     Constraint,

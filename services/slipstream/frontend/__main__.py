@@ -8,8 +8,9 @@ from slipstream.config import StartError
 from slipstream.errors import ExitCode
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.config import FrontendConfig
-from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.service import FrontendService
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.frontend.spans import FrontendSpans
 from slipstream.frontend.validate import Limits
 from slipstream.messages import NodeInfo

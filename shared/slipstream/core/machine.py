@@ -142,6 +142,17 @@ class Encoded(_Record, frozen=True):
     """How the answer is told apart; empty: it is content alone."""
 
 
+class Taken(_Record, frozen=True):
+    """What a frontend knows of a stream that was another one's."""
+
+    owner: int = 1
+    """The least number that it may have among the stream's frontends."""
+    journaled: bool = False
+    """There is a journal of it; if not, it goes on only if a tokenizer still has it."""
+    accepted: bytes = b""
+    prompt_tokens_told: bool = False
+
+
 class Opened(_Record, frozen=True):
     """An HTTP request was accepted by the frontend's shell."""
 
@@ -149,6 +160,8 @@ class Opened(_Record, frozen=True):
     context: TraceContext | None = None
     model: str = ""
     """As the client called it."""
+    taken: Taken | None = None
+    """The client comes from another frontend."""
 
 
 class Closed(_Record, frozen=True):

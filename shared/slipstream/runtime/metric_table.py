@@ -75,6 +75,7 @@ FRONTEND = {
     "requests_total": "Choices taken; a request with n choices counts n times.",
     "finished_total": "Choices that ended with an answer.",
     "abandoned_total": "Choices whose client left before their end.",
+    "resumed_total": "Choices taken over from a frontend that their client has lost.",
     "moves_total": "Streams given to another tokenizer after theirs was lost.",
     "resyncs_total": "Streams taken up again with the same tokenizer after a broken session.",
     "deltas_skipped_total": "Pieces of text that the client had already, or that came too early.",
@@ -113,6 +114,7 @@ TOKENIZER = {
     "tokens_total": "Output tokens turned into text.",
     "resends_total": "Times that a worker was asked to say tokens again.",
     "spans_malformed_total": "Spans of tokens that were torn, and were dropped.",
+    "taken_over_total": "Streams that went on with another frontend.",
     "cancelled_total": "Streams ended because the client or its frontend was gone.",
 }
 TOKENIZER_LABELLED = (
