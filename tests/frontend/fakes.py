@@ -8,7 +8,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from slipstream.core.machine import DeliverCodec
+from slipstream.core.machine import DeliverCodec, Taken
 from slipstream.errors import Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
@@ -149,6 +149,7 @@ class FakeGateway:
         )
         self.script: Callable[[Tokenize], Script] = lambda s: answer(s, ["Hello", " world"])
         self.submissions: list[Tokenize] = []
+        self.taken: list[Taken | None] = []
         self.streams: list[FakeStream] = []
         self.coded = DeliverCodec("c", pack_tokens([1, 2]), ("a", "b"), "ab")
         self.codec_calls: list[tuple[Prompt | None, list[int]]] = []
@@ -169,10 +170,12 @@ class FakeGateway:
         put: Callable[[StreamItem], None],
         context: TraceContext,
         model: str,
+        taken: Taken | None = None,
     ) -> Callable[[], None]:
         msgspec.msgpack.encode(submission)  # it can travel
         self.contexts.append(context)
         self.submissions.append(submission)
+        self.taken.append(taken)
         self.streams.append(FakeStream(self.script(submission), put))
         return self.streams[-1].close
 

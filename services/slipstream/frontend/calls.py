@@ -1,8 +1,6 @@
 """From a checked body to submissions, and from a reply to bytes: the same for both APIs."""
 
-import random
 import time
-import uuid
 from collections.abc import Sequence
 
 import msgspec
@@ -12,6 +10,14 @@ from slipstream.errors import ErrorCode
 from slipstream.frontend import validate
 from slipstream.frontend.constraints import constraint_of
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
+from slipstream.frontend.event_ids import (
+    HEADER,
+    Place,
+    created_unix_s,
+    drawn_seed,
+    last_event,
+    new_id,
+)
 from slipstream.frontend.generation import Answers, Call
 from slipstream.frontend.openai import Generate
 from slipstream.frontend.problems import api_error
@@ -36,19 +42,28 @@ def new_call(
     parse: bool = False,
     forced: bool = False,
 ) -> Call:
-    """`parse`: the answers are told apart: reasoning, content, calls. `forced`: the client has
-    named the function that is called."""
+    """`prefix`: of the id; the client's own name follows only on a dash, for what is kept under the
+    others can be asked for. `parse`: the answers are told apart: reasoning, content, calls.
+    `forced`: the client has named the function that is called."""
     include_usage, continuous_usage = validate.stream_options(body)
-    call_id = f"{prefix}-{_unique(request)}"
+    after = last_event(request)
+    if after is None:
+        call_id = prefix + (_unique(request) if prefix.endswith("-") else new_id())
+    else:
+        call_id = after.call_id
+        _check_resumable(body, after, prefix, len(prompts) * n)
+    created = created_unix_s(call_id)
     timeout_s = validate.timeout_s(request, body, context.limits)
+    if after is not None:
+        timeout_s = min(timeout_s, max(0.0, created + timeout_s - time.time()))
     salt = validate.salt(body)
     priority = validate.integer("priority", body.priority or 0, -(2**31), 2**31 - 1)
     constraint, barred = constraint_of(body), bad_words(body)
     submissions: list[Tokenize] = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         # A seed that the client named is the same for all prompts: each is answered as it would be
-        # alone. One that we draw differs, or equal prompts would get equal answers.
-        seed = random.getrandbits(63) if body.seed is None else sampling.seed
+        # alone.
+        seed = drawn_seed(call_id, number) if body.seed is None else sampling.seed
         submissions += [
             Tokenize(
                 request_id=f"{call_id}-{len(submissions) + choice}",
@@ -67,7 +82,8 @@ def new_call(
     _check_size(submissions)
     return Call(
         id=call_id,
-        created=int(time.time()),
+        created=created,
+        after=after,
         model=body.model,
         system_fingerprint=context.system_fingerprint,
         submissions=submissions,
@@ -103,7 +119,18 @@ def _check_size(submissions: Sequence[Tokenize]) -> None:
 def _unique(request: web.Request) -> str:
     """A client may say the same X-Request-Id twice at a time; what runs here must not clash."""
     request_id = request[REQUEST_ID]
-    return f"{request_id}-{uuid.uuid4().hex[:8]}" if request[NAMED_BY_CLIENT] else request_id
+    return f"{request_id}-{new_id()}" if request[NAMED_BY_CLIENT] else request_id
+
+
+def _check_resumable(body: Generate, after: Place, prefix: str, choices: int) -> None:
+    if not body.stream:
+        validate.refuse(f"{HEADER} has a meaning only with stream: true.", HEADER)
+    if len(after.seen) != choices or not after.call_id.startswith(prefix):
+        validate.refuse(
+            f"{HEADER} belongs to another request; send the one that it was an answer to, word for "
+            "word.",
+            HEADER,
+        )
 
 
 def reply(body: msgspec.Struct, answers: Answers) -> web.Response:

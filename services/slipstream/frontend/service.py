@@ -18,12 +18,14 @@ from slipstream.core.machine import (
     Effect,
     Event,
     Opened,
+    Taken,
     TraceAsked,
 )
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
+from slipstream.frontend.journal import Journal
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.request_metrics import RequestMetrics
 from slipstream.messages import Prompt, Tokenize, TraceFound, WorkerInfo
@@ -47,7 +49,13 @@ class FrontendService:
     """Executor of the machine's effects, and `Gateway` of the HTTP handlers. Lives on one loop."""
 
     def __init__(
-        self, machine: FrontendMachine, settings: AppSettings, host: str, port: int, model: str = ""
+        self,
+        machine: FrontendMachine,
+        settings: AppSettings,
+        host: str,
+        port: int,
+        model: str = "",
+        journal: Journal | None = None,
     ) -> None:
         """`model`: its name in the API; empty: as the workers say. `port` 0: any free one, which
         is then in `port`."""
@@ -60,7 +68,8 @@ class FrontendService:
         self._traces: dict[str, asyncio.Future[TraceFound]] = {}
         self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
         self._defaults = settings.default_sampling
-        self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
+        self._journal = journal
+        self._runner = make_runner(build_app(self, settings, journal), SHUTDOWN_TIMEOUT_S)
 
     # --- Executor ---
 
@@ -98,6 +107,8 @@ class FrontendService:
     async def close(self) -> None:
         """After the machine's last word: sends what is written, then closes every connection."""
         await self._runner.cleanup()
+        if self._journal is not None:
+            await self._journal.close()
 
     # --- Gateway ---
 
@@ -128,12 +139,13 @@ class FrontendService:
         put: Callable[[StreamItem], None],
         context: TraceContext,
         model: str,
+        taken: Taken | None = None,
     ) -> Callable[[], None]:
         request_id = submission.request_id
         worker = self._worker
         watched = self._requests.watch(submission, put, worker.max_model_len if worker else 0)
         self._streams[request_id] = watched.take
-        self._post(Opened(submission, context, model))
+        self._post(Opened(submission, context, model, taken))
 
         def close() -> None:
             if self._streams.pop(request_id, None) is not None:
@@ -173,7 +185,8 @@ class FrontendService:
 
     def metrics(self) -> bytes:
         node = self._machine.membership.node
-        own = metrics(self._machine.statistics(), node.node_id, node.role, shell=False)
+        written = self._journal.statistics() if self._journal is not None else {}
+        own = metrics(self._machine.statistics() | written, node.node_id, node.role, shell=False)
         return own + text(self._families())
 
     def _families(self) -> Iterator[Metric]:

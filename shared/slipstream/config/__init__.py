@@ -13,6 +13,7 @@ from slipstream.config.loader import (
 from slipstream.config.rules import AUTO_TRANSPORTS, make_folder, require_folder
 from slipstream.config.service import (
     Dtype,
+    JournalTtl,
     KeysDir,
     KvCacheBytes,
     LogLevel,
@@ -55,6 +56,7 @@ __all__ = [
     "Dtype",
     "HelpRequested",
     "KeysDir",
+    "JournalTtl",
     "KvCacheBytes",
     "Loaded",
     "LogLevel",

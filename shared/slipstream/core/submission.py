@@ -1,6 +1,7 @@
 """Which request a stream belongs to, for who takes it over and must show that it is his."""
 
 import hashlib
+from collections.abc import Iterable
 
 import msgspec
 
@@ -18,5 +19,18 @@ _encode = msgspec.msgpack.Encoder().encode
 def digest(submission: Tokenize) -> bytes:
     """32 bytes over all that was asked and who asked it: the same for each attempt, whatever is
     left of the time budget."""
+    return _hash(_asked(submission))
+
+
+def call_digest(submissions: Iterable[Tokenize]) -> bytes:
+    """Of all choices of a call, likewise."""
+    return _hash(b"".join(digest(submission) for submission in submissions))
+
+
+def _asked(submission: Tokenize) -> bytes:
     asked = msgspec.structs.replace(submission, attempt=1, accepted=b"", timeout_s=0.0)
-    return hashlib.blake2b(_encode(asked), digest_size=32).digest()
+    return _encode(asked)
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()

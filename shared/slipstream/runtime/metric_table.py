@@ -80,6 +80,12 @@ FRONTEND = {
     "resyncs_total": "Streams taken up again with the same tokenizer after a broken session.",
     "deltas_skipped_total": "Pieces of text that the client had already, or that came too early.",
     "tokens_total": "Output tokens passed on to HTTP.",
+    "journal_bytes": "Of streamed answers, written to Redis and kept there for now.",
+    "journal_entries_total": "Pieces of streamed answers written ahead of their clients.",
+    "journal_failures_total": "Times that Redis did not answer in time; streams went on without.",
+    "journal_skipped_total": "Streamed answers that were not written at all.",
+    "journal_fenced_total": "Streams that ended here because another frontend has them.",
+    "journal_taken_total": "Journals read to go on with another frontend's stream.",
 }
 FRONTEND_LABELLED = (
     Labelled(
