@@ -66,9 +66,10 @@ class Store(Protocol):
 
     async def append(self, appends: Sequence[Append]) -> list[Written]: ...
 
-    async def take(self, key: str, head: bytes) -> Found | None:
-        """All that is there, in order; from now on earlier owners are refused. None: there is
-        nothing under this key, or another head."""
+    async def take(self, key: str, head: bytes, owner: int) -> Found | None:
+        """All that is there, in order, for an owner of this number, or of one that is above all
+        others; from now on those are refused. None: there is nothing under this key, or another
+        head."""
         ...
 
     async def drop(self, key: str, owner: int) -> None:
@@ -146,10 +147,10 @@ class Journal:
             return None
         return Log(self, key, head, owner, put)
 
-    async def take(self, key: str, head: bytes) -> Found | None:
+    async def take(self, key: str, head: bytes, owner: int) -> Found | None:
         try:
             async with asyncio.timeout(TAKE_S):
-                found = await self._store.take(key, head)
+                found = await self._store.take(key, head, owner)
         except (StoreError, TimeoutError):
             self._failed()
             return None

@@ -43,12 +43,13 @@ local owner = tonumber(string.match(last[1][1], '^%d+'))
 """
 
 _TAKE = f"""
--- KEYS: journal. ARGV: ttl in ms, head. The taker's number and all items; nothing if it is of
--- another call.
+-- KEYS: journal. ARGV: ttl in ms, head, owner. The taker's number and all items; nothing if it is
+-- of another call.
 {_LAST_OWNER}
 local entries = redis.call('XRANGE', KEYS[1], '-', '+')
 if entries[1][2][1] ~= 'h' or entries[1][2][2] ~= ARGV[2] then return false end
-redis.call('XADD', KEYS[1], (owner + 1) .. '-0', 't', '')
+owner = math.max(owner + 1, tonumber(ARGV[3]))
+redis.call('XADD', KEYS[1], owner .. '-0', 't', '')
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 local packs = {{}}
 for _, entry in ipairs(entries) do
@@ -56,7 +57,7 @@ for _, entry in ipairs(entries) do
     if entry[2][i] == 'i' then packs[#packs + 1] = entry[2][i + 1] end
   end
 end
-return {{owner + 1, packs}}
+return {{owner, packs}}
 """
 
 _DROP = f"""
@@ -83,8 +84,8 @@ class RedisJournal:
         ends = await asyncio.gather(*(self._append_part(part) for part in parts))
         return [end for part in ends for end in part]
 
-    async def take(self, key: str, head: bytes) -> Found | None:
-        found = await self._take([_name(key)], [self._ttl_ms, head])
+    async def take(self, key: str, head: bytes, owner: int) -> Found | None:
+        found = await self._take([_name(key)], [self._ttl_ms, head, owner])
         return None if found is None else Found(int(found[0]), found[1])
 
     async def drop(self, key: str, owner: int) -> None:

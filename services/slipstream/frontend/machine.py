@@ -182,12 +182,16 @@ class FrontendMachine:
 
     def _open(self, opened: Opened, now_s: float) -> list[Effect]:
         submission, taken = opened.submission, opened.taken
-        if submission.request_id in self._requests:
+        known = self._requests.get(submission.request_id)
+        if known is not None and taken is None:
             return []
         problem = self._refusal(now_s)
         if problem is not None:
             self._counts[f"refused_{problem.code.value}"] += 1
-            return [Deliver(submission.request_id, problem)]
+            left = [] if known is None else self._close(submission.request_id)
+            return [*left, Deliver(submission.request_id, problem)]
+        if known is not None:  # from ourselves: its client is back
+            self._release(known)
         self._counts["requests"] += 1
         deadline_s = now_s + submission.timeout_s + self.settings.deadline_grace_s
         request = _Request(submission, deadline_s)

@@ -21,6 +21,7 @@ from slipstream.core.machine import (
     Taken,
     TraceAsked,
 )
+from slipstream.core.submission import TAKEN
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
@@ -144,11 +145,15 @@ class FrontendService:
         request_id = submission.request_id
         worker = self._worker
         watched = self._requests.watch(submission, put, worker.max_model_len if worker else 0)
+        before = self._streams.get(request_id)
+        if before is not None:  # its client has come back before its connection was seen to break
+            before(TAKEN)
         self._streams[request_id] = watched.take
         self._post(Opened(submission, context, model, taken))
 
         def close() -> None:
-            if self._streams.pop(request_id, None) is not None:
+            if self._streams.get(request_id) == watched.take:
+                del self._streams[request_id]
                 watched.close()
                 self._post(Closed(request_id))
 
