@@ -20,7 +20,7 @@ ASK_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 300.0
 """Longest silence of a stream before it counts as broken off. Ours never is for more than 10 s."""
-RESUMES_MAX = 8
+RESUMES_MAX = 16
 RESUME_AFTER_S = 0.5
 """Between two tries to go on; together less than a stream outlives its frontend."""
 _CUT = "the answer was cut off before its end"

@@ -10,7 +10,7 @@ export class Refusal extends Error {
   }
 }
 
-const RESUMES_MAX = 8;
+const RESUMES_MAX = 16;
 const RESUME_AFTER_MS = 500;
 
 /**
