@@ -23,10 +23,13 @@ KILLED_AFTER = 12
 """Events of each stream."""
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}},
+    "properties": {
+        "name": {"type": "string"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+    },
     "required": ["name", "tags"],
     "additionalProperties": False,
-}  # fmt: skip
+}
 CHAT = {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}}
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat with logprobs": (
@@ -94,6 +97,15 @@ class Stream:
     errors: list[dict[str, Any]] = field(default_factory=list)
     done: bool = False
     status: int = 0
+    reading: asyncio.Task[None] | None = None
+    """Of its first connection."""
+
+    def begin(self, http: aiohttp.ClientSession, url: str) -> None:
+        self.reading = asyncio.create_task(self.follow(http, url))
+
+    async def broken_off(self) -> None:
+        assert self.reading is not None
+        await self.reading
 
     async def follow(self, http: aiohttp.ClientSession, url: str) -> None:
         """Until the connection ends, however it does."""
@@ -179,7 +191,7 @@ async def begun(stack: Stack, http: aiohttp.ClientSession) -> dict[str, Stream]:
     await ready(stack)
     streams = {name: new(name) for name in REQUESTS}
     for stream in streams.values():
-        stream.reading = asyncio.create_task(stream.follow(http, stack.url))  # type: ignore[attr-defined]
+        stream.begin(http, stack.url)
     await eventually(lambda: all(len(s.ids) >= KILLED_AFTER for s in streams.values()))
     assert not any(stream.done for stream in streams.values())
     return streams
@@ -199,7 +211,7 @@ async def test_a_killed_frontend_s_streams_go_on_at_another_one(
         os.kill(pids["redis"], signal.SIGSTOP)
     try:
         stack.kill_child("frontend-0")
-        await asyncio.gather(*(s.reading for s in streams.values()))  # type: ignore[attr-defined]
+        await asyncio.gather(*(stream.broken_off() for stream in streams.values()))
         assert not any(stream.done for stream in streams.values())
         await go_on(stack, http, streams)
     finally:
@@ -223,7 +235,7 @@ async def test_a_frontend_that_stood_still_has_lost_its_streams(
         os.kill(pid, signal.SIGCONT)
     for name, stream in news.items():
         stream.check(undisturbed[name])
-    await asyncio.gather(*(s.reading for s in streams.values()))  # type: ignore[attr-defined]
+    await asyncio.gather(*(stream.broken_off() for stream in streams.values()))
     for name, old in streams.items():
         assert not old.done and old.errors[0]["error"]["code"] == "stream_taken", name
         assert old.chunks[olds[name] :] == [] or old.ids[-1] in news[name].ids

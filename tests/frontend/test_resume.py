@@ -141,7 +141,7 @@ async def test_a_stream_goes_on_elsewhere_and_its_first_frontend_is_fenced(
     def remaining(submission: Tokenize) -> list[StreamItem]:
         taken = other.gateway.taken[-1]
         assert taken is not None and taken.journaled and taken.prompt_tokens_told
-        assert taken.owner == 1 and len(taken.accepted) == 2 * 4
+        assert taken.owner >= 1 and len(taken.accepted) == 2 * 4
         return rest_of(mixed(submission), taken.accepted)
 
     one.gateway.script, other.gateway.script = stalling, remaining

@@ -46,23 +46,17 @@ def new_call(
     others can be asked for. `parse`: the answers are told apart: reasoning, content, calls.
     `forced`: the client has named the function that is called."""
     include_usage, continuous_usage = validate.stream_options(body)
-    after = last_event(request)
-    if after is None:
-        call_id = prefix + (_unique(request) if prefix.endswith("-") else new_id())
-    else:
-        call_id = after.call_id
-        _check_resumable(body, after, prefix, len(prompts) * n)
-    created = created_unix_s(call_id)
+    after = _after(request, body, prefix, len(prompts) * n)
+    call_id = after.call_id if after else prefix + _unique(request, prefix)
     timeout_s = validate.timeout_s(request, body, context.limits)
     if after is not None:
-        timeout_s = min(timeout_s, max(0.0, created + timeout_s - time.time()))
+        timeout_s = min(timeout_s, max(0.0, created_unix_s(call_id) + timeout_s - time.time()))
     salt = validate.salt(body)
     priority = validate.integer("priority", body.priority or 0, -(2**31), 2**31 - 1)
     constraint, barred = constraint_of(body), bad_words(body)
     submissions: list[Tokenize] = []
     for number, prompt in enumerate(prompts):
-        # A seed that the client named is the same for all prompts: each is answered as it would be
-        # alone.
+        # One that the client named is the same for all prompts: each is answered as if alone.
         seed = drawn_seed(call_id, number) if body.seed is None else sampling.seed
         submissions += [
             Tokenize(
@@ -82,7 +76,7 @@ def new_call(
     _check_size(submissions)
     return Call(
         id=call_id,
-        created=created,
+        created=created_unix_s(call_id),
         after=after,
         model=body.model,
         system_fingerprint=context.system_fingerprint,
@@ -116,13 +110,18 @@ def _check_size(submissions: Sequence[Tokenize]) -> None:
             )
 
 
-def _unique(request: web.Request) -> str:
+def _unique(request: web.Request, prefix: str) -> str:
     """A client may say the same X-Request-Id twice at a time; what runs here must not clash."""
+    if not prefix.endswith("-"):
+        return new_id()
     request_id = request[REQUEST_ID]
     return f"{request_id}-{new_id()}" if request[NAMED_BY_CLIENT] else request_id
 
 
-def _check_resumable(body: Generate, after: Place, prefix: str, choices: int) -> None:
+def _after(request: web.Request, body: Generate, prefix: str, choices: int) -> Place | None:
+    after = last_event(request)
+    if after is None:
+        return None
     if not body.stream:
         validate.refuse(f"{HEADER} has a meaning only with stream: true.", HEADER)
     if len(after.seen) != choices or not after.call_id.startswith(prefix):
@@ -131,6 +130,7 @@ def _check_resumable(body: Generate, after: Place, prefix: str, choices: int) ->
             "word.",
             HEADER,
         )
+    return after
 
 
 def reply(body: msgspec.Struct, answers: Answers) -> web.Response:

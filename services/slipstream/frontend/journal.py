@@ -133,7 +133,7 @@ class Journal:
         self._kept: deque[tuple[float, int]] = deque()
         """Of logs that have ended: until when the store has them, and their bytes."""
         self._bytes = 0
-        self._counts: Counter[str] = Counter(entries=0, failures=0, fenced=0, taken=0, skipped=0)
+        self._counts: Counter[str] = Counter()
 
     def begin(
         self, key: str, head: bytes, owner: int, put: Callable[[int, StreamItem], None]
@@ -143,7 +143,7 @@ class Journal:
         while self._kept and self._kept[0][0] <= now_s:
             self._bytes -= self._kept.popleft()[1]
         if now_s < self._away_until_s or self._bytes >= BYTES_MAX:
-            self._counts["skipped"] += 1
+            self._counts["journal_skipped"] += 1
             return None
         return Log(self, key, head, owner, put)
 
@@ -154,11 +154,11 @@ class Journal:
         except (StoreError, TimeoutError):
             self._failed()
             return None
-        self._counts["taken"] += found is not None
+        self._counts["journal_taken"] += found is not None
         return found
 
     def statistics(self) -> dict[str, float]:
-        counts = {f"journal_{name}_total": float(count) for name, count in self._counts.items()}
+        counts = {f"{name}_total": float(count) for name, count in self._counts.items()}
         return {"journal_bytes": float(self._bytes), **counts}
 
     async def close(self) -> None:
@@ -195,7 +195,7 @@ class Journal:
             self._failed()
 
     def _failed(self) -> None:
-        self._counts["failures"] += 1
+        self._counts["journal_failures"] += 1
         self._away_until_s = self._clock() + RETRY_S
 
     async def _write_all(self) -> None:
@@ -226,8 +226,8 @@ class Journal:
             return
         ends = await self._appended(appends)
         for log, end in zip(logs, ends, strict=True):
-            self._counts["entries"] += end is Written.DONE
-            self._counts["fenced"] += end is Written.FENCED
+            self._counts["journal_entries"] += end is Written.DONE
+            self._counts["journal_fenced"] += end is Written.FENCED
             log.fenced = end is Written.FENCED
             log.lost = end is not Written.DONE or log.num_bytes > CALL_BYTES_MAX
 
