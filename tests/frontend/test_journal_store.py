@@ -11,8 +11,17 @@ import pytest
 
 from frontend.journals import MemoryStore
 from kvindex.conftest import RedisServer
-from slipstream.frontend.journal import Append, Found, Journal, Store, StoreError, Written
+from slipstream.frontend.journal import (
+    RETRY_S,
+    Append,
+    Found,
+    Journal,
+    Store,
+    StoreError,
+    Written,
+)
 from slipstream.frontend.journal_store import RedisJournal
+from slipstream.frontend.replay import packed
 
 HEAD, PACK = b"\x00head\xff", b"\x93\x00pack"
 
@@ -97,7 +106,9 @@ async def test_other_things_under_the_name_are_an_error_or_a_loss(server: RedisS
 
 async def test_a_redis_that_stands_still_holds_up_a_stream_once(server: RedisServer) -> None:
     server.client.flushall()
-    journal = Journal(RedisJournal(server.url, 60.0), 60.0)
+    now_s = [100.0]
+    store = RedisJournal(server.url, 60.0)
+    journal = Journal(store, 60.0, clock=lambda: now_s[0])
     told: list[tuple[int, object]] = []
     log = journal.begin("c", HEAD, 0, lambda choice, item: told.append((choice, item)))
     assert log is not None
@@ -118,4 +129,14 @@ async def test_a_redis_that_stands_still_holds_up_a_stream_once(server: RedisSer
         assert journal.begin("d", HEAD, 0, lambda choice, item: None) is None
     finally:
         server.send(signal.SIGCONT)
+    now_s[0] += RETRY_S
+    for number in range(20):  # each gets its own answer, not one that comes late
+        log = journal.begin(f"e{number}", HEAD, 0, lambda choice, item: told.append((9, item)))
+        assert log is not None
+        log.append(0, number)
+    async with asyncio.timeout(5):
+        while len(told) < 23:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    for number in range(20):
+        assert await store.take(f"e{number}", HEAD, 1) == Found(1, [packed([(0, number)])])
     await journal.close()
