@@ -140,3 +140,26 @@ async def test_a_redis_that_stands_still_holds_up_a_stream_once(server: RedisSer
     for number in range(20):
         assert await store.take(f"e{number}", HEAD, 1) == Found(1, [packed([(0, number)])])
     await journal.close()
+
+
+async def test_what_waits_for_others_keeps_its_place() -> None:
+    """A stream that has lost its journal is not written any more; what it said before goes first."""
+    store = MemoryStore()
+    store.delay_s = 0.02
+    journal = Journal(store, 60.0)
+    told: list[object] = []
+    lost = journal.begin("gone", b"", 1, lambda choice, item: told.append(item))
+    other = journal.begin("other", HEAD, 0, lambda choice, item: None)
+    assert lost is not None and other is not None
+    lost.append(0, 1)
+    await asyncio.sleep(0.01)
+    lost.append(0, 2)
+    other.append(0, 0)
+    while not told:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    lost.append(0, 3)
+    async with asyncio.timeout(5):
+        while len(told) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert told == [1, 2, 3]
+    await journal.close()
