@@ -143,7 +143,7 @@ async def test_a_redis_that_stands_still_holds_up_a_stream_once(server: RedisSer
 
 
 async def test_what_waits_for_others_keeps_its_place() -> None:
-    """A stream that has lost its journal is not written any more; what it said before goes first."""
+    """A stream without its journal is not written any more; what it said before goes first."""
     store = MemoryStore()
     store.delay_s = 0.02
     journal = Journal(store, 60.0)

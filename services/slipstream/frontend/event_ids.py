@@ -23,7 +23,8 @@ NAMED_CHOICES_MAX = 16
 """An id grows with them: a stream of more choices has none, and cannot go on elsewhere."""
 
 _CHARS_MAX = 512
-_EVENT_ID = re.compile(r"([A-Za-z0-9._-]+[0-9a-f]{32}):(\d{1,9}\.\d{1,9}(?:,\d{1,9}\.\d{1,9})*)")
+ID_PATTERN = r"^([A-Za-z0-9._-]+[0-9a-f]{32}):([0-9]{1,9}\.[0-9]{1,9}(?:,[0-9]{1,9}\.[0-9]{1,9})*)$"
+_EVENT_ID = re.compile(ID_PATTERN)
 
 
 def new_id() -> str:
