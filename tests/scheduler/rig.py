@@ -80,6 +80,7 @@ def submit(
     repeated: bool = False,
     hashes: bytes = b"",
     priority: int = 0,
+    owner: int = 0,
 ) -> Submit:
     """A submission; `prompt` and `accepted` in tokens."""
     return Submit(
@@ -92,6 +93,7 @@ def submit(
         timeout_s=timeout_s,
         block_hashes=hashes,
         priority=priority,
+        owner=owner,
     )
 
 
