@@ -334,7 +334,7 @@ class Cluster:
         if client.ended or client.request_id != name:
             return
         if now_s >= client.opened_s + client.timeout_s:
-            client.ended = "cut off"
+            self._close(client, "cut off")
             return
         frontends = [n for n, r in self.layout.items() if r is Role.FRONTEND]
         process = self.world.processes.get(self.rng.choice(frontends))
