@@ -355,9 +355,7 @@ class Cluster:
         both = min(len(told), len(client.deltas))
         assert client.deltas[:both] == told[:both], f"{name}: {client.deltas} for {told}"
         self.counts["beyond"] += len(told) > both
-        if client.ended:
-            self.counts["whole"] += 1
-            return
+        assert not client.ended, f"{name} was over"
         client.journaled = taken.journaled
         self._watch(client, submission)
         process.post(m.Opened(submission, client.context, taken=taken))

@@ -44,7 +44,7 @@ def test_every_request_ends_once_and_right_and_nothing_stays_held() -> None:
     missing = {*KINDS, "reordering"} - counts.keys()
     assert not missing, f"never happened: {missing}"
     assert ends["done"] > 5 * SEEDS
-    assert resumes["resumed"] > SEEDS / 5 and resumes["beyond"] and resumes["whole"]
+    assert resumes["resumed"] > SEEDS / 5 and resumes["beyond"]
 
 
 def test_a_seed_replays_identically_in_another_process() -> None:
