@@ -377,7 +377,7 @@ class Cluster:
         assert client.writer is not None and client.writer.frontend == node_id
         assert self.journals.write(client.writer, effect.item, fails), client.request_id
         if isinstance(effect.item, Problem) and client.writer.owner:
-            if effect.item.code in {ErrorCode.STREAM_TAKEN, *REFUSALS}:
+            if effect.item.code in REFUSALS:
                 self._close_at(client)
                 client.away, name = True, client.request_id
                 self.world.at(self.world.now_s + 1.1, lambda: self._resume(client, name))

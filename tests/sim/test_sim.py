@@ -141,12 +141,6 @@ BUGS: dict[str, Plant] = {
     "a new attempt forgets what its answer must be": _edited(
         TokenizerMachine, "_tokenize", "known.encoding)", "known.encoding._replace(grammar=''))"
     ),
-    "a frontend takes back what another has taken from it": _edited(
-        TokenizerMachine, "_tokenize", "if owner <= known.owner:", "if False:"
-    ),
-    "a frontend moves what another has taken from it": _edited(
-        SchedulerMachine, "_submit", "submit.owner < request.owner or", "False or"
-    ),
     "a stream begins anew where it was to go on": _edited(
         FrontendMachine, "_open", "request.accepted += taken.accepted", "pass"
     ),
