@@ -32,6 +32,8 @@ class ErrorCode(StrEnum):
     RESPONSE_NOT_FOUND = "response_not_found"
     PREVIOUS_NOT_FOUND = "previous_response_not_found"
     TRACE_NOT_FOUND = "trace_not_found"
+    STREAM_NOT_FOUND = "stream_not_found"
+    STREAM_TAKEN = "stream_taken"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TOO_LARGE = "request_too_large"
     UNSUPPORTED_MEDIA = "unsupported_media_type"
@@ -84,6 +86,8 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.RESPONSE_NOT_FOUND: ErrorSpec(404, _BAD, False, "No response is kept by this id."),
     ErrorCode.PREVIOUS_NOT_FOUND: ErrorSpec(404, _BAD, False, "Nothing to go on from is kept."),
     ErrorCode.TRACE_NOT_FOUND: ErrorSpec(404, _BAD, False, "No trace is kept under this name."),
+    ErrorCode.STREAM_NOT_FOUND: ErrorSpec(404, _BAD, False, "No stream of this id can go on."),
+    ErrorCode.STREAM_TAKEN: ErrorSpec(409, _BAD, False, "The stream goes on at another frontend."),
     ErrorCode.METHOD_NOT_ALLOWED: ErrorSpec(405, _BAD, False, "The path has other methods."),
     ErrorCode.TOO_LARGE: ErrorSpec(413, _BAD, False, "The body is larger than the limit."),
     ErrorCode.UNSUPPORTED_MEDIA: ErrorSpec(415, _BAD, False, "Send application/json, not encoded."),

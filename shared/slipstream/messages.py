@@ -262,8 +262,17 @@ class TraceFound(Message, kw_only=True, frozen=True):
     """Requests of which there are traces."""
 
 
+class Sought(Message, kw_only=True, frozen=True):
+    """Tokenizer -> frontend, in answer to `Seek`. Lost with the session: the asker gives up in
+    time."""
+
+    request_id: RequestId
+    attempt: Count = 0
+    """The highest that the stream was asked for or runs as; 0: it is not here."""
+
+
 FrontendInbox: TypeAlias = (
-    Peers | Tokenized | TextOut | Failed | CodecResult | ClusterLoad | TraceFound
+    Peers | Tokenized | TextOut | Failed | CodecResult | ClusterLoad | TraceFound | Sought
 )
 
 
@@ -298,6 +307,15 @@ class Cancel(Message, kw_only=True, frozen=True):
     """Frontend -> tokenizer: the client is gone."""
 
     request_id: RequestId
+
+
+class Seek(Message, kw_only=True, frozen=True):
+    """Frontend -> tokenizer: is this stream, whose frontend is lost, with you? Who has another
+    request under the name says no."""
+
+    request_id: RequestId
+    digest: bytes
+    """Of the submission, as `core.submission` makes it."""
 
 
 class Codec(Message, kw_only=True, frozen=True):
@@ -340,7 +358,7 @@ class Resume(Message, kw_only=True, frozen=True):
     attempt: int
 
 
-TokenizerInbox: TypeAlias = Peers | Tokenize | Cancel | Codec | TokensOut | Failed | Resume
+TokenizerInbox: TypeAlias = Peers | Tokenize | Cancel | Seek | Codec | TokensOut | Failed | Resume
 
 
 # --- To the scheduler -----------------------------------------------------------------------------
@@ -371,6 +389,9 @@ class Submit(Message, kw_only=True, frozen=True):
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     tenant: Tenant = ""
     weight: Weight = 1
+    owner: Count = 0
+    """How many frontends have taken the stream over so far; an earlier one's submission is
+    refused."""
 
 
 class StreamEnded(Message, kw_only=True, frozen=True):

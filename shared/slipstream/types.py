@@ -35,6 +35,10 @@ ATTEMPTS_PER_MOVE = 1024
 goes to the next multiple when it moves a stream to another tokenizer. So of two tokenizers that
 hold one stream, the number says which one the frontend listens to."""
 
+ATTEMPTS_PER_OWNER = 1 << 20
+"""A frontend that takes a stream over from another one goes to the next multiple of this: so the
+number also says which of two frontends the stream belongs to."""
+
 
 class Role(StrEnum):
     FRONTEND = "frontend"

@@ -90,7 +90,7 @@ def test_only_this_machine_gets_in_and_services_get_out_nowhere(project: dict[st
     redis = [
         name for name, one in project["services"].items() if "store" in one.get("networks", ())
     ]
-    assert sorted(redis) == ["kvindex", "redis"]
+    assert sorted(redis) == ["frontend", "kvindex", "redis"]
 
 
 def test_frontends_alone_have_the_api_keys_if_they_are_asked_for() -> None:

@@ -8,11 +8,12 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from slipstream.core.machine import DeliverCodec
+from slipstream.core.machine import DeliverCodec, Taken
 from slipstream.errors import Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
+from slipstream.frontend.journal import Journal
 from slipstream.messages import (
     ClusterLoad,
     NodeInfo,
@@ -149,6 +150,7 @@ class FakeGateway:
         )
         self.script: Callable[[Tokenize], Script] = lambda s: answer(s, ["Hello", " world"])
         self.submissions: list[Tokenize] = []
+        self.taken: list[Taken | None] = []
         self.streams: list[FakeStream] = []
         self.coded = DeliverCodec("c", pack_tokens([1, 2]), ("a", "b"), "ab")
         self.codec_calls: list[tuple[Prompt | None, list[int]]] = []
@@ -169,10 +171,12 @@ class FakeGateway:
         put: Callable[[StreamItem], None],
         context: TraceContext,
         model: str,
+        taken: Taken | None = None,
     ) -> Callable[[], None]:
         msgspec.msgpack.encode(submission)  # it can travel
         self.contexts.append(context)
         self.submissions.append(submission)
+        self.taken.append(taken)
         self.streams.append(FakeStream(self.script(submission), put))
         return self.streams[-1].close
 
@@ -224,13 +228,15 @@ def chat_body(**members: object) -> dict[str, object]:
 
 
 @asynccontextmanager
-async def serving(gateway: FakeGateway, settings: AppSettings) -> AsyncIterator[Server]:
-    runner = make_runner(build_app(gateway, settings), shutdown_timeout_s=0.5)
+async def serving(
+    gateway: FakeGateway, settings: AppSettings, journal: Journal | None = None
+) -> AsyncIterator[Server]:
+    runner = make_runner(build_app(gateway, settings, journal), shutdown_timeout_s=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]
     try:
-        async with aiohttp.ClientSession() as client:
+        async with aiohttp.ClientSession(headers={"Accept": "text/event-stream"}) as client:
             yield Server(gateway, f"http://127.0.0.1:{port}", client)
     finally:
         await runner.cleanup()

@@ -45,9 +45,10 @@ async def events_of(server: Server, **members: Any) -> list[dict[str, Any]]:
     assert response.status == 200, await response.text()
     found = []
     for frame in (await response.text()).split("\n\n")[:-1]:
-        name, data = frame.split("\n")
+        *ids, name, data = frame.split("\n")
         event = json.loads(data.removeprefix("data: "))
         assert name == f"event: {event['type']}"
+        assert event["type"] == "error" or ids[0].startswith("id: msg_")
         if event["type"] not in ("ping", "error"):
             strict(EVENTS.validate_python(event))
         found.append(event)

@@ -24,7 +24,8 @@ from slipstream.core.machine import (
 )
 from slipstream.core.membership import COOL_DOWN_S
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.machine import TICK_S, FrontendMachine, FrontendSettings
+from slipstream.frontend.machine import TICK_S, FrontendMachine
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.messages import (
     SCHEDULER,
     AnyMessage,

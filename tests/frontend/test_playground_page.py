@@ -194,7 +194,9 @@ async def test_characters_in_pieces(page: Browser) -> None:
             },
           });
           const found = [];
-          for await (const texts of arrivals(body)) found.push(...texts);
+          for await (const events of arrivals(body)) {
+            found.push(...events.map(({ data }) => data));
+          }
           return found;
         })""")
     assert found == ['{"a": "😀é"}', "2", "[DONE]"]

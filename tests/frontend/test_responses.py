@@ -60,9 +60,10 @@ async def events_of(server: Server, **members: Any) -> list[dict[str, Any]]:
     assert response.status == 200, await response.text()
     found = []
     for frame in (await response.text()).split("\n\n")[:-1]:
-        name, data = frame.split("\n")
+        *ids, name, data = frame.split("\n")
         event = json.loads(data.removeprefix("data: "))
         assert name == f"event: {event['type']}" and event["sequence_number"] == len(found)
+        assert ids[0].startswith("id: resp_")
         strict(EVENTS.validate_python(event))
         found.append(event)
     return found

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -32,8 +33,12 @@ def events(text: str) -> list[Any]:
     blocks = text.removesuffix("data: [DONE]\n\n").split("\n\n")
     assert blocks.pop() == ""
     blocks = [block for block in blocks if block != ": keep-alive"]
-    assert all(block.startswith("data: {") and "\n" not in block for block in blocks)
-    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+    found = [re.fullmatch(r"(?:id: (\S+)\n)?data: (\{.*\})", block) for block in blocks]
+    assert all(found)
+    chunks = [json.loads(one[2]) for one in found if one]
+    ids = [one[1] for one in found if one and "error" not in one[2]]
+    assert all(ids) and len(set(ids)) == len(ids)
+    return chunks
 
 
 async def test_a_chat_stream_byte_by_byte(server: Server) -> None:
@@ -43,17 +48,19 @@ async def test_a_chat_stream_byte_by_byte(server: Server) -> None:
     assert response.headers["Cache-Control"] == "no-cache"
     assert response.headers["X-Accel-Buffering"] == "no"
     text = await response.text()
-    first = json.loads(text.split("\n\n")[0].removeprefix("data: "))
+    first = json.loads(text.split("\n\n")[0].partition("data: ")[2])
+    assert int(first["id"].removeprefix("chatcmpl-")[:8], 16) == first["created"]
     head = (
         f'data: {{"id":"{first["id"]}","object":"chat.completion.chunk",'
         f'"created":{first["created"]},"model":"demo","system_fingerprint":"slipstream","choices":['
     )
+    name = f"id: {first['id']}"
     assert text == (
-        f'{head}{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,'
+        f'{name}:1.1\n{head}{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,'
         '"finish_reason":null}]}\n\n'
-        f'{head}{{"index":0,"delta":{{"content":"Hello"}},"logprobs":null,'
+        f'{name}:1.2\n{head}{{"index":0,"delta":{{"content":"Hello"}},"logprobs":null,'
         '"finish_reason":null}]}\n\n'
-        f'{head}{{"index":0,"delta":{{"content":" world"}},"logprobs":null,'
+        f'{name}:2.1\n{head}{{"index":0,"delta":{{"content":" world"}},"logprobs":null,'
         '"finish_reason":"stop","stop_reason":"END"}]}\n\n'
         "data: [DONE]\n\n"
     )
@@ -225,7 +232,7 @@ async def test_a_slow_reader_is_not_taken_for_a_silent_worker() -> None:
         wants_logprobs=False, context=TraceContext(trace_id="a" * 32),
     )  # fmt: skip
     with Answers(gateway, call) as answers:
-        answers.open()
+        await answers.open()
         await asyncio.sleep(0.3)
         while await answers.more():
             assert [delta.text for _, delta in answers.take()] == ["Hello", " world"]

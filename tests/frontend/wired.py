@@ -25,7 +25,8 @@ from slipstream.core.machine import (
     TimerFired,
 )
 from slipstream.errors import Problem
-from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.machine import FrontendMachine
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.messages import (
     SCHEDULER,
     AnyMessage,
@@ -42,7 +43,8 @@ from slipstream.messages import (
     Tokenize,
     TokensOut,
 )
-from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.types import FinishReason, NodeId, Role, unpack_tokens
 from tokenizer.machines import EOS, ByteCodec, ids, plain, span, worker
 

@@ -20,8 +20,8 @@ from slipstream.core.machine import (
     StoreForget,
     StoreReplace,
 )
-from slipstream.kvindex.connect import connect
 from slipstream.kvindex.store import SHARDS, _shard
+from slipstream.runtime.redis_url import connect
 
 MANY = tuple(number.to_bytes(16, "big") for number in range(3000))
 WORKERS = {f"worker-{number}": 5 for number in range(40)}

@@ -82,6 +82,7 @@ def submit(
     priority: int = 0,
     tenant: str = "",
     weight: int = 1,
+    owner: int = 0,
 ) -> Submit:
     """A submission; `prompt` and `accepted` in tokens."""
     return Submit(
@@ -96,6 +97,7 @@ def submit(
         priority=priority,
         tenant=tenant,
         weight=weight,
+        owner=owner,
     )
 
 

@@ -37,7 +37,7 @@ from slipstream.messages import (
     WorkerLoad,
 )
 from slipstream.scheduler.machine import ORPHAN_GRACE_S
-from slipstream.types import ATTEMPTS_PER_MOVE
+from slipstream.types import ATTEMPTS_PER_MOVE, ATTEMPTS_PER_OWNER
 
 STARTED = Started(request_id="r", attempt=1)
 FINISHED = Finished(request_id="r", attempt=1)
@@ -367,6 +367,21 @@ def test_of_two_tokenizers_with_one_stream_the_later_one_counts(running: Rig) ->
     assert running.state() == "prefilling"
     running.hear(DECODE, broken(moved))
     assert running.one(Resume) == resume(moved + 1, to="tokenizer-1")
+
+
+def test_a_stream_is_its_latest_owners(running: Rig) -> None:
+    """What runs goes on; a frontend from which it was taken cannot move it."""
+    running.submit(repeated=True, owner=1)
+    assert running.sent == []
+    running.submit(attempt=ATTEMPTS_PER_MOVE, accepted=2, source="tokenizer-1")
+    assert running.sent == []
+    running.hear(DECODE, broken(1))
+    assert running.one(Resume) == resume(2)
+    taken = ATTEMPTS_PER_OWNER * 2
+    running.submit(attempt=taken, accepted=2, owner=2, source="tokenizer-1")
+    assert running.all(Prefill)
+    running.submit(attempt=2, accepted=2, owner=1)
+    assert running.sent == []
 
 
 def test_what_has_ended_well_is_not_run_again_under_the_same_number(running: Rig) -> None:

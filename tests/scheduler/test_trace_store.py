@@ -35,6 +35,9 @@ def numbers(traces: list[Trace]) -> list[int]:
     return [span.number for trace in traces for p in trace.processes for span in p.spans]
 
 
+DRAWN = "0123abcd" * 4
+
+
 @pytest.mark.parametrize(
     ("request_id", "names", "others"),
     [
@@ -44,8 +47,8 @@ def numbers(traces: list[Trace]) -> list[int]:
             ("0123", "chatcmpl", "abcdef-0", "0123abcdef-1", ".*", "chatcmpl-0123abcde."),
         ),
         (
-            "cmpl-my.id-0123abcd-12",
-            ("cmpl-my.id-0123abcd-12", "cmpl-my.id-0123abcd", "my.id", "my.id-0123abcd"),
+            f"cmpl-my.id-{DRAWN}-12",
+            (f"cmpl-my.id-{DRAWN}-12", f"cmpl-my.id-{DRAWN}", "my.id", f"my.id-{DRAWN}"),
             ("my-id", "id", "my"),
         ),
     ],

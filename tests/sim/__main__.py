@@ -22,6 +22,7 @@ class Outcome:
     events: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
+    resumes: Counter[str] = field(default_factory=Counter)
 
 
 def run_seed(seed: int) -> Outcome:
@@ -34,6 +35,7 @@ def run_seed(seed: int) -> Outcome:
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.trace, outcome.events = cluster.world.trace, cluster.world.events
     outcome.counts = cluster.faults.counts
+    outcome.resumes = cluster.counts
     outcome.ends = Counter(client.ended or "none" for client in cluster.clients.values())
     return outcome
 
@@ -55,12 +57,14 @@ def main() -> int:
     started_s = time.monotonic()
     total: Counter[str] = Counter()
     ends: Counter[str] = Counter()
+    resumes: Counter[str] = Counter()
     failed: list[Outcome] = []
     events = 0
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for outcome in pool.map(run_seed, range(arguments.seeds), chunksize=4):
             total += outcome.counts
             ends += outcome.ends
+            resumes += outcome.resumes
             events += outcome.events
             if outcome.error:
                 failed.append(outcome)
@@ -68,6 +72,7 @@ def main() -> int:
     elapsed_s = time.monotonic() - started_s
     print(f"{arguments.seeds} seeds, {events} events, {elapsed_s:.1f} s; {len(failed)} failed")
     print("requests:", ", ".join(f"{name} {count}" for name, count in sorted(ends.items())))
+    print("resumed: ", ", ".join(f"{name} {count}" for name, count in sorted(resumes.items())))
     print("faults:  ", ", ".join(f"{name} {count}" for name, count in sorted(total.items())))
     missing = sorted({*KINDS, "reordering"} - total.keys())
     if missing and arguments.seeds >= ENOUGH_SEEDS:

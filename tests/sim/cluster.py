@@ -1,20 +1,24 @@
 """One run: a cluster, clients, faults, and at the end an account of every request and block."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 import msgspec
 
 from sim.device import EOS, VOCAB, prompt_scores, right_answer
 from sim.faults import Faults
+from sim.journal import Journals, Writer
 from sim.world import Process, World, random_prompt
 from slipstream.core import machine as m
 from slipstream.core.span_recorder import SpanRecorder
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.core.worker_spans import WorkerSpans
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.machine import FrontendMachine
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.frontend.spans import FrontendSpans
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.kvindex.spans import KvIndexSpans
@@ -31,7 +35,8 @@ from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.scheduler.spans import SchedulerSpans
 from slipstream.spans import Trace, TraceContext
 from slipstream.tokenizer.detokenizer import PROMPT_TAIL_TOKENS, Detokenizer
-from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
 from slipstream.types import (
     Constraint,
@@ -95,6 +100,16 @@ class Client:
     parse: bool = False
     suspect: bool = False
     """It is poison, or workers are lost for other reasons too."""
+    opened_s: float = 0.0
+    comes_back: bool = False
+    """When its frontend is lost, it goes on at another one."""
+    away: bool = False
+    watched_s: float = 0.0
+    journaled: bool = False
+    """So said its latest frontend."""
+    writer: Writer | None = None
+    deltas: list[tuple[int, bytes, str]] = field(default_factory=list)
+    """As they were told: position, tokens, text."""
 
     @classmethod
     def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
@@ -122,9 +137,30 @@ class Client:
         client.bad_words, client.parse = bad_words, number % 3 == 0
         if rng.random() < 0.12:
             client.closes_after = rng.randrange(0, 6)
+        client.comes_back = rng.random() < 0.7
         if rng.random() < 0.12:
             client.timeout_s = rng.choice((0.05, 0.5, 2.0, 15.0))
         return client
+
+    @property
+    def context(self) -> TraceContext:
+        number = int(self.request_id.strip("r'"))
+        return TraceContext(trace_id=f"{number + 1:032x}")
+
+    def submission(self, now_s: float) -> Tokenize:
+        number = int(self.request_id.strip("r'"))
+        return Tokenize(
+            request_id=self.request_id,
+            prompt=TokenPrompt(tokens=pack_tokens(self.prompt)),
+            sampling=self.sampling,
+            timeout_s=max(0.0, self.opened_s + self.timeout_s - now_s),
+            priority=self.priority,
+            constraint=self.constraint,
+            bad_words=self.bad_words,
+            parse=self.parse,
+            tenant=f"tenant-{number % 3}",
+            weight=1 + number % 2,
+        )
 
     def see(self, item: int | TextDelta | Problem) -> None:
         """What arrives at the caller must be the right answer, from its beginning, once."""
@@ -142,6 +178,7 @@ class Client:
         assert item.position == len(self.tokens), f"{self.request_id}: {item}"
         new = unpack_tokens(item.tokens)
         self.tokens += new
+        self.deltas.append((item.position, item.tokens, item.text))
         assert not (item.text if self.parse else item.parts), item
         self.shown += item.text + "".join(part.text for part in item.parts)
         assert self.tokens == self.expected[: len(self.tokens)], (
@@ -213,6 +250,9 @@ class Cluster:
         for client in self.clients.values():
             self.world.at(rng.uniform(1.0, 8.0), lambda client=client: self._open(client))
         self._plan_faults()
+        self.journals = Journals()
+        self.counts: Counter[str] = Counter()
+        """Of streams that went on at another frontend."""
         self._poison()
 
     def _poison(self) -> None:
@@ -264,7 +304,8 @@ class Cluster:
         epoch = int((self.world.now_s + 1.0) * 1e9)
         info = NodeInfo(node_id=node_id, role=role, epoch=epoch, address=node_id, worker=worker)
         machine = self._machine(info)
-        Process(self.world, info, machine, _recorder(info, machine), self._deliver)
+        deliver = partial(self._deliver, node_id)
+        Process(self.world, info, machine, _recorder(info, machine), deliver)
 
     def _machine(self, info: NodeInfo) -> m.Machine:
         match info.role:
@@ -305,29 +346,71 @@ class Cluster:
             self.world.at(self.world.now_s + 0.5, lambda: self._open(client))
             return
         client.frontend = process.info.node_id
-        name = client.request_id
-        due_s = self.world.now_s + client.timeout_s + DEADLINE_SLACK_S
-        self.world.at(due_s, lambda: self._is_over(client, name))
-        number = int(name.strip("r'"))
-        submission = Tokenize(
-            request_id=client.request_id,
-            prompt=TokenPrompt(tokens=pack_tokens(client.prompt)),
-            sampling=client.sampling,
-            timeout_s=client.timeout_s,
-            priority=client.priority,
-            constraint=client.constraint,
-            bad_words=client.bad_words,
-            parse=client.parse,
-            tenant=f"tenant-{number % 3}",
-            weight=1 + number % 2,
-        )
-        context = TraceContext(trace_id=f"{number + 1:032x}")
-        process.post(m.Opened(submission, context))
+        client.opened_s = self.world.now_s
+        submission = client.submission(self.world.now_s)
+        self._watch(client, submission)
+        client.writer = self.journals.open(submission, client.frontend)
+        process.post(m.Opened(submission, client.context))
 
-    def _deliver(self, effect: m.Deliver) -> None:
+    def _resume(self, client: Client, name: str) -> None:
+        """With what another frontend finds of its stream, and only what it lacks is told to it."""
+        now_s = self.world.now_s
+        if client.ended or client.request_id != name:
+            return
+        if now_s >= client.opened_s + client.timeout_s:
+            self._close(client, "cut off")
+            return
+        frontends = [n for n, r in self.layout.items() if r is Role.FRONTEND]
+        process = self.world.processes.get(self.rng.choice(frontends))
+        if process is None or process.frozen_until_s > now_s:
+            self.world.at(now_s + 0.5, lambda: self._resume(client, name))
+            return
+        client.away = False
+        before, client.frontend = client.frontend, process.info.node_id
+        self._leave(before, client)
+        submission = client.submission(now_s)
+        fails = self.faults.strikes("store_outage", 0.2, now_s)
+        least = int(now_s - client.opened_s) + 1
+        client.writer, replay, taken = self.journals.take(submission, client.frontend, least, fails)
+        self.counts["resumed"] += 1
+        told, client.deltas, client.tokens, client.shown = client.deltas, [], [], ""
+        for _, item in replay.items:
+            client.see(item)
+        both = min(len(told), len(client.deltas))
+        assert client.deltas[:both] == told[:both], f"{name}: {client.deltas} for {told}"
+        self.counts["beyond"] += len(told) > both
+        assert not client.ended, f"{name} was over"
+        client.journaled = taken.journaled
+        self._watch(client, submission)
+        process.post(m.Opened(submission, client.context, taken=taken))
+
+    def _leave(self, frontend: NodeId, client: Client) -> None:
+        """A frontend that still has its stream sees the connection break, some time."""
+        process = self.world.processes.get(frontend)
+        if process is not None and frontend != client.frontend:
+            closed = m.Closed(client.request_id)
+            self.world.at(
+                self.world.now_s + self.rng.choice((0.0, 5.0)), lambda: process.post(closed)
+            )
+
+    def _deliver(self, node_id: NodeId, effect: m.Deliver) -> None:
         client = self.clients[effect.request_id]
-        if client.ended in ("closed", "cut off"):
+        if client.ended in ("closed", "cut off") or node_id != client.frontend:
             return  # nobody reads any more
+        fails = self.faults.strikes("store_outage", 0.02, self.world.now_s)
+        assert client.writer is not None and client.writer.frontend == node_id
+        assert self.journals.write(client.writer, effect.item, fails), client.request_id
+        if isinstance(effect.item, Problem) and client.writer.owner:
+            if effect.item.code in REFUSALS:
+                self._close_at(client)
+                client.away, name = True, client.request_id
+                self.world.at(self.world.now_s + 1.1, lambda: self._resume(client, name))
+                return
+            if effect.item.code is ErrorCode.STREAM_NOT_FOUND:
+                assert not client.journaled, client.request_id
+                self.counts["not found"] += 1
+                self._close(client, "cut off")
+                return
         client.see(effect.item)
         if client.ended in REFUSALS:
             self._close(client, client.ended)
@@ -347,8 +430,15 @@ class Cluster:
                 assert span.end_ns >= span.begin_ns and key not in self._exports, key
                 self._exports.add(key)
 
-    def _is_over(self, client: Client, name: str) -> None:
-        assert client.ended or client.request_id != name, f"{name} outlives its time budget"
+    def _watch(self, client: Client, submission: Tokenize) -> None:
+        name, opened_s = client.request_id, self.world.now_s
+        client.watched_s = opened_s
+
+        def is_over() -> None:
+            elsewhere = client.request_id != name or client.away or client.watched_s != opened_s
+            assert client.ended or elsewhere, f"{name} outlives its time budget"
+
+        self.world.at(opened_s + submission.timeout_s + DEADLINE_SLACK_S, is_over)
 
     def _renamed(self, client: Client) -> str:
         """Each try over HTTP is a request of its own."""
@@ -359,6 +449,9 @@ class Cluster:
 
     def _close(self, client: Client, how: str) -> None:
         client.ended = how
+        self._close_at(client)
+
+    def _close_at(self, client: Client) -> None:
         process = self.world.processes.get(client.frontend)
         if process is not None:
             closed = m.Closed(client.request_id)
@@ -407,15 +500,27 @@ class Cluster:
         """Its connections break; the supervisor starts it again."""
         for client in self.clients.values():
             if client.frontend == node_id and not client.ended:
-                client.ended = "cut off"
+                if client.comes_back:
+                    self._come_back(client)
+                else:
+                    client.ended = "cut off"
         delay_s = self.rng.choice((0.05, 0.5, 2.0, 6.0))
         self.world.at(self.world.now_s + delay_s, lambda: self._start(node_id))
 
+    def _come_back(self, client: Client) -> None:
+        client.away = True
+        name, after_s = client.request_id, self.rng.choice((0.1, 1.0, 4.0, 9.0, 20.0))
+        self.world.at(self.world.now_s + after_s, lambda: self._resume(client, name))
+
     def _pause(self, node_id: NodeId) -> None:
+        """Of a frontend's clients some do not wait; when it goes on, it finds itself replaced."""
         process = self.world.processes.get(node_id)
         if process is not None:
             self.faults.counts["pause"] += 1
             process.frozen_until_s = self.world.now_s + self.rng.choice(PAUSES_S)
+            for client in self.clients.values():
+                if client.frontend == node_id and client.comes_back and not client.ended:
+                    self._come_back(client)
 
     def _partition(self, node_id: NodeId) -> None:
         others = [other for other in self.layout if other != node_id]

@@ -31,17 +31,20 @@ BUG_SEEDS = 2000
 def test_every_request_ends_once_and_right_and_nothing_stays_held() -> None:
     counts: Counter[str] = Counter()
     ends: Counter[str] = Counter()
+    resumes: Counter[str] = Counter()
     errors = []
     with ProcessPoolExecutor(2) as pool:
         for outcome in pool.map(run_seed, range(SEEDS), chunksize=20):
             counts += outcome.counts
             ends += outcome.ends
+            resumes += outcome.resumes
             if outcome.error:
                 errors.append(f"seed {outcome.seed}: {outcome.error}")
     assert not errors, "\n".join(errors[:5])
     missing = {*KINDS, "reordering"} - counts.keys()
     assert not missing, f"never happened: {missing}"
     assert ends["done"] > 5 * SEEDS
+    assert resumes["resumed"] > SEEDS / 5 and resumes["beyond"]
 
 
 def test_a_seed_replays_identically_in_another_process() -> None:
@@ -137,6 +140,9 @@ BUGS: dict[str, Plant] = {
     "a step may hang for ever": _without_timer(WorkerMachine, "step"),
     "a new attempt forgets what its answer must be": _edited(
         TokenizerMachine, "_tokenize", "known.encoding)", "known.encoding._replace(grammar=''))"
+    ),
+    "a stream begins anew where it was to go on": _edited(
+        FrontendMachine, "_open", "request.accepted += taken.accepted", "pass"
     ),
     "the tokenizer has no tick": _without_timer(TokenizerMachine, "tick"),
 }

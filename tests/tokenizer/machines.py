@@ -31,7 +31,8 @@ from slipstream.messages import (
     TokenSpan,
     WorkerInfo,
 )
-from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.types import FinishReason, NodeId, Role, SamplingParams, pack_tokens
 
 M = TypeVar("M")

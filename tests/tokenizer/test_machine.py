@@ -13,6 +13,7 @@ from slipstream.core.machine import (
     PeerUp,
 )
 from slipstream.core.prefix import block_hashes, namespace
+from slipstream.core.submission import TAKEN, digest
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     SCHEDULER,
@@ -24,16 +25,27 @@ from slipstream.messages import (
     Peers,
     Resend,
     Resume,
+    Seek,
+    Sought,
     StreamAck,
     StreamEnded,
     Submit,
     TextOut,
     TextPrompt,
+    Tokenize,
     Tokenized,
     TokensOut,
     TokenSpan,
 )
-from slipstream.types import FinishReason, TokenLogprobs, Usage, pack_tokens, unpack_tokens
+from slipstream.types import (
+    ATTEMPTS_PER_MOVE,
+    ATTEMPTS_PER_OWNER,
+    FinishReason,
+    TokenLogprobs,
+    Usage,
+    pack_tokens,
+    unpack_tokens,
+)
 from tokenizer.machines import EOS, Rig, failure, ids, span, submission, worker
 
 
@@ -316,7 +328,7 @@ def test_a_lower_attempt_of_the_frontend_is_a_resync(rig: Rig) -> None:
     rig.ask(submission(accepted=ids("ab")))
     assert rig.one(Tokenized).prompt_tokens == 2
     deltas = rig.one(TextOut).deltas
-    assert [(d.position, d.text, d.attempt) for d in deltas] == [(2, "c", 2), (3, "d", 2)]
+    assert [(d.position, d.text, d.attempt) for d in deltas] == [(2, "cd", 2)]
     assert not rig.all(Submit)
 
 
@@ -327,11 +339,7 @@ def test_a_resync_says_the_end_again_for_a_while(rig: Rig) -> None:
     rig.pass_time(8.0)
     rig.ask(submission(stop=["cd"], accepted=ids("ab")))
     deltas = rig.one(TextOut).deltas
-    assert [(d.position, d.text, d.stop_reason) for d in deltas] == [
-        (2, "", None),
-        (3, "", None),
-        (4, "", "cd"),
-    ]
+    assert [(d.position, d.text, d.stop_reason) for d in deltas] == [(2, "", "cd")]
     rig.pass_time(3.0)
     assert rig.machine.statistics()["streams_ended"] == 0
 
@@ -428,10 +436,58 @@ def test_streams_of_a_lost_frontend_have_a_grace(rig: Rig) -> None:
     assert rig.one(Submit).attempt == 2
 
 
-def test_somebody_elses_id_is_left_alone(rig: Rig) -> None:
+def test_a_stream_has_one_frontend(rig: Rig) -> None:
     rig.ask(submission())
     rig.hear("frontend-1", submission(attempt=5))
-    assert not rig.sent and not rig.effects
+    assert rig.sent == [("frontend-1", Failed(request_id="r", problem=TAKEN))]
+    assert not rig.effects
+
+
+def seek(asked: Tokenize) -> Seek:
+    return Seek(request_id=asked.request_id, digest=digest(asked))
+
+
+def test_another_frontend_takes_a_stream_over_as_it_was_said(rig: Rig) -> None:
+    rig.ask(submission())
+    rig.spans(span(ids("ab")))
+    rig.spans(span(ids("c"), 2))
+    rig.hear("frontend-1", seek(submission()))
+    assert rig.sent == [("frontend-1", Sought(request_id="r", attempt=1))]
+    rig.hear("frontend-1", submission(attempt=ATTEMPTS_PER_OWNER))
+    told, submitted, tokenized, text = rig.sent
+    assert told == ("frontend-0", Failed(request_id="r", problem=TAKEN))
+    assert isinstance(submitted[1], Submit) and submitted[0] == SCHEDULER
+    assert (submitted[1].attempt, submitted[1].repeated, submitted[1].owner) == (1, True, 1)
+    assert tokenized == ("frontend-1", Tokenized(request_id="r", prompt_tokens=2))
+    assert isinstance(text[1], TextOut)
+    said = [(d.position, d.text, d.attempt) for d in text[1].deltas]
+    assert said == [(0, "ab", ATTEMPTS_PER_OWNER), (2, "c", ATTEMPTS_PER_OWNER)]
+    rig.spans(span(ids("d"), 3, finish=FinishReason.LENGTH))
+    to, last = rig.sent[0]
+    assert to == "frontend-1" and isinstance(last, TextOut)
+    rig.hear("frontend-2", submission(attempt=2 * ATTEMPTS_PER_OWNER, accepted=ids("abc")))
+    assert [d.text for d in rig.one(TextOut).deltas] == ["d"]
+
+
+def test_the_frontend_that_lost_a_stream_has_no_part_in_it(rig: Rig) -> None:
+    rig.ask(submission())
+    rig.hear("frontend-1", submission(attempt=ATTEMPTS_PER_OWNER))
+    rig.hear("frontend-0", submission(attempt=ATTEMPTS_PER_MOVE))
+    assert rig.sent == [("frontend-0", Failed(request_id="r", problem=TAKEN))]
+    rig.hear("frontend-0", Cancel(request_id="r"))
+    assert not rig.sent
+    rig.spans(span(ids("a")))
+    assert rig.sent[0][0] == "frontend-1"
+
+
+def test_only_who_asked_for_it_finds_a_stream(rig: Rig) -> None:
+    rig.ask(submission())
+    for other in (submission(prompt="Ho"), submission(request_id="q")):
+        rig.hear("frontend-1", seek(other))
+        assert rig.sent == [("frontend-1", Sought(request_id=other.request_id))]
+    rig.hear("frontend-0", Cancel(request_id="r"))
+    rig.hear("frontend-1", seek(submission()))
+    assert ("frontend-1", Sought(request_id="r")) in rig.sent
 
 
 def test_deadline(rig: Rig) -> None:

@@ -16,8 +16,8 @@ from slipstream.cli.plan import redis_binary
 from slipstream.cli.ready import ask
 from slipstream.config import SetupError, StartError, format_bytes
 from slipstream.curve import load
-from slipstream.kvindex.connect import connect, is_cluster
 from slipstream.runtime.ports import require_free
+from slipstream.runtime.redis_url import connect, is_cluster
 from slipstream.types import Role
 
 _REDIS_TIMEOUT_S = 3.0

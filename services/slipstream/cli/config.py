@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from slipstream.config import (
     Dtype,
+    JournalTtl,
     KvCacheBytes,
     LogLevel,
     MaxModelLen,
@@ -100,6 +101,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ),
     ] = 5
     redis_url: RedisUrl = ""
+    journal_ttl_s: JournalTtl = 120.0
     run_dir: Annotated[
         str,
         Meta(description="Folder under which the private run directory is made; empty: temporary."),

@@ -173,7 +173,12 @@ def _service(layout: Layout, role: Role, index: int, position: int) -> ChildSpec
     if layout.config_file:
         flags += ["--config", layout.config_file]
     env = _child_env(layout.environ)
-    if role is Role.KVINDEX:  # not as a flag: a password in it would be seen by `ps`
+    redis = layout.config.redis_url or layout.private_redis
+    if redis and role in (
+        Role.KVINDEX,
+        Role.FRONTEND,
+    ):
+        # Not as a flag: a password in it would be seen by `ps`.
         env[env_of("redis_url")] = layout.redis_url
     if role in _WORKERS:
         env = _WORKER_ENV | env

@@ -47,7 +47,7 @@ def _check(config: ServiceConfig) -> None:
 
         read(config.api_keys_file)
     if isinstance(config, KvIndexConfig):
-        from slipstream.kvindex.connect import require_url
+        from slipstream.runtime.redis_url import require_url
 
         require_url(_PROG, config.redis_url)
     if isinstance(config, SchedulerConfig) and config.otlp_endpoint:

@@ -1,5 +1,6 @@
 """Asks a server over HTTP. Everything ends in time: what is said in one line is an ApiError."""
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator
@@ -19,6 +20,9 @@ ASK_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 300.0
 """Longest silence of a stream before it counts as broken off. Ours never is for more than 10 s."""
+RESUMES_MAX = 16
+RESUME_AFTER_S = 0.5
+"""Between two tries to go on; together less than a stream outlives its frontend."""
 _CUT = "the answer was cut off before its end"
 _REFUSAL_BYTES = 65_536
 
@@ -35,6 +39,11 @@ class ApiError(AnswerError):
         self.status = status
         self.code = code
         self.retry_after_s = retry_after_s
+
+    @property
+    def is_passing(self) -> bool:
+        """The same request may have better luck in a moment."""
+        return self.status in (0, 409, 429) or self.status >= 500
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -113,26 +122,49 @@ class Api:
     async def stream(
         self, path: str, body: dict[str, Any], meter: Meter
     ) -> AsyncGenerator[list[Choice], None]:
-        """The choices of a streamed answer as they come. AnswerError if it does not end well."""
+        """The choices of a streamed answer as they come, also when the connection breaks and the
+        server can go on where it did. AnswerError if it does not end well."""
+        wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        for _ in range(RESUMES_MAX):
+            try:
+                async for choices in self._stream(path, wanted, meter):
+                    yield choices
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                if not self.headers:
+                    raise self._gone(error) from None
+            except ApiError as error:
+                if not meter.last_id:
+                    raise
+                if not error.is_passing:
+                    break
+            if meter.done:
+                return
+            if not meter.last_id:
+                break
+            await asyncio.sleep(RESUME_AFTER_S)
+            meter.reconnected()
+        raise AnswerError(_CUT)
+
+    async def _stream(
+        self, path: str, wanted: dict[str, Any], meter: Meter
+    ) -> AsyncGenerator[list[Choice], None]:
+        """Until the connection ends, however it does; from where the meter is."""
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_S
         )
-        wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        begun = False
-        try:
-            async with self._session.post(self.url + path, json=wanted, timeout=timeout) as reply:
-                self.headers = dict(reply.headers)
-                if reply.status != OK:
-                    raise await _refused(reply)
-                begun = True
-                async for data in reply.content.iter_any():
-                    yield meter.feed(data, time.perf_counter())
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if begun:
-                raise AnswerError(_CUT) from None
-            raise self._gone(error) from None
-        if not meter.done:
-            raise AnswerError(_CUT)
+        headers = {"Accept": "text/event-stream"}
+        if meter.last_id:
+            headers["Last-Event-ID"] = meter.last_id
+        if not meter.last_id:
+            self.headers = {}
+        async with self._session.post(
+            self.url + path, json=wanted, timeout=timeout, headers=headers
+        ) as reply:
+            self.headers = dict(reply.headers)
+            if reply.status != OK:
+                raise await _refused(reply)
+            async for data in reply.content.iter_any():
+                yield meter.feed(data, time.perf_counter())
 
     def _gone(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):

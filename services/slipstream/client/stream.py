@@ -70,11 +70,14 @@ class Meter:
         self.usage: Usage | None = None
         self.finish_reason = ""
         self.id = self.model = ""
+        self.last_id = ""
+        """Of the last event that was taken: where to go on if the connection breaks; empty: the
+        server names none."""
         self.done = False
         """The server has said that this is the end."""
         self._begin_s = begin_s
         self._keep_gaps = keep_gaps
-        self._rest = b""
+        self._rest = self._id = b""
 
     @property
     def tokens(self) -> int:
@@ -90,6 +93,8 @@ class Meter:
         *lines, self._rest = (self._rest + data).split(b"\n")
         found: list[Choice] = []
         for line in lines:
+            if line.startswith(b"id:"):
+                self._id = line[3:].strip()
             event = line.removeprefix(b"data:").strip()
             if len(event) == len(line) or not event:
                 continue  # a comment, an empty line
@@ -97,7 +102,12 @@ class Meter:
                 self.done = True
                 continue
             found += self._event(event, now_s - self._begin_s)
+            self.last_id = self._id.decode("ascii", "replace")
         return found
+
+    def reconnected(self) -> None:
+        """What follows begins with a whole event."""
+        self._rest = self._id = b""
 
     def _event(self, event: bytes, at_s: float) -> list[Choice]:
         try:

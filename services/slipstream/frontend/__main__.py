@@ -9,12 +9,16 @@ from slipstream.config import StartError
 from slipstream.errors import ExitCode
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.config import FrontendConfig
-from slipstream.frontend.machine import FrontendMachine, FrontendSettings
+from slipstream.frontend.journal import Journal
+from slipstream.frontend.journal_store import RedisJournal
+from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.service import FrontendService
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.frontend.spans import FrontendSpans
 from slipstream.frontend.validate import Limits
 from slipstream.messages import NodeInfo
 from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.redis_url import require_url
 from slipstream.runtime.shell import run_service
 from slipstream.runtime.wall import wall_offset_ns
 from slipstream.types import SamplingParams
@@ -67,10 +71,19 @@ def run(config: FrontendConfig) -> int:
         api_keys_file=config.api_keys_file,
     )
     name = config.served_model_name or (Path(config.model).resolve().name if config.model else "")
-    service = FrontendService(machine, app, config.host, config.port, name)
+    service = FrontendService(machine, app, config.host, config.port, name, _journal(config))
     limit_s = config.drain_timeout_s + CUT_S
     spans = FrontendSpans(node, wall_offset_ns)
     return run_service(config, node, machine, service, drain_timeout_s=limit_s, spans=spans)
+
+
+def _journal(config: FrontendConfig) -> Journal | None:
+    """ConfigError: the URL is none."""
+    if not (config.redis_url and config.journal_ttl_s):
+        return None
+    require_url("slipstream frontend", config.redis_url)
+    store = RedisJournal(config.redis_url, config.journal_ttl_s)
+    return Journal(store, config.journal_ttl_s)
 
 
 def default_sampling(model: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -14,7 +15,7 @@ from slipstream.frontend.anthropic_shapes import CountTokensRequest, MessagesReq
 from slipstream.frontend.calls import json_response
 from slipstream.frontend.context import CONTEXT
 from slipstream.frontend.generation import Answers
-from slipstream.frontend.inner_chat import chat, count_chat_tokens, naming, new_id, skipped_header
+from slipstream.frontend.inner_chat import chat, count_chat_tokens, naming, skipped_header
 from slipstream.frontend.sse import stream_events
 
 _decoder = msgspec.json.Decoder(MessagesRequest)
@@ -30,10 +31,11 @@ async def messages(request: web.Request) -> web.StreamResponse:
     asked = read(body)
     fields = asked.fields | sampling_fields(body)
     with naming(NAMES, asked.origins):
-        call = chat(request, context, fields, status, f"msg_{new_id()}")
-    with Answers(context.gateway, call) as answers:
+        call = chat(request, context, fields, status, "msg_")
+    with Answers(context.gateway, call, context.journal) as answers:
         choice = answers.choices[0]
-        rendering = Rendering(call.id, call.model, choice, streams=call.stream)
+        named = partial(answers.ids.named, 0)
+        rendering = Rendering(call.id, call.model, choice, streams=call.stream, named=named)
         async with contextlib.aclosing(_events(asked, rendering, answers)) as events:
             if call.stream:
                 return await stream_events(
@@ -55,7 +57,7 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """What has arrived since the last time, in one piece."""
     with naming(NAMES, asked.origins):
-        answers.open()
+        await answers.open()
         while await answers.more():
             if events := b"".join(rendering.take(delta) for _, delta in answers.take()):
                 yield events

@@ -1,5 +1,7 @@
 """An answer in blocks and events of Anthropic's API."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from slipstream.frontend.anthropic_shapes import (
@@ -34,8 +36,17 @@ class Rendering:
     """Follows an answer; `reply` is the message at its end. What it returns are framed events,
     none of them if nobody `streams`."""
 
-    def __init__(self, message_id: str, model: str, choice: Choice, *, streams: bool) -> None:
-        self.streams = streams
+    def __init__(
+        self,
+        message_id: str,
+        model: str,
+        choice: Choice,
+        *,
+        streams: bool,
+        named: Callable[[bytes], bytes] = bytes,
+    ) -> None:
+        """`named` puts an event's id on it."""
+        self.streams, self._named = streams, named
         self._choice = choice
         self._blocks = Blocks(message_id)
         self._events = bytearray()
@@ -89,7 +100,7 @@ class Rendering:
 
     def _say(self, event: StreamEvent) -> None:
         if self.streams:
-            self._events += named_event(event)
+            self._events += self._named(named_event(event))
 
     def _out(self) -> bytes:
         out, self._events = bytes(self._events), bytearray()

@@ -29,8 +29,10 @@ from slipstream.frontend import (
 )
 from slipstream.frontend.callers import CALLER, NOBODY, Callers
 from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
+from slipstream.frontend.event_ids import new_id
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
+from slipstream.frontend.journal import Journal
 from slipstream.frontend.problems import ApiError, api_error, error_response
 from slipstream.frontend.responses_store import MemoryStore
 from slipstream.frontend.sse import StreamKeeper
@@ -57,7 +59,9 @@ class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Empty: nobody is asked for a key."""
 
 
-def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
+def build_app(
+    gateway: Gateway, settings: AppSettings, journal: Journal | None = None
+) -> web.Application:
     """SetupError: the file of API keys cannot be used."""
     app = web.Application(
         middlewares=[_in_our_shape], client_max_size=settings.limits.max_body_bytes
@@ -71,6 +75,7 @@ def build_app(gateway: Gateway, settings: AppSettings) -> web.Application:
         keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s, http),
         http=http,
         responses=MemoryStore(settings.response_store_bytes, settings.response_keep_s),
+        journal=journal,
         system_fingerprint=settings.system_fingerprint,
         started_unix_s=int(time.time()),
         version=_version(),
@@ -135,7 +140,7 @@ async def _in_our_shape(
 ) -> web.StreamResponse:
     given = request.headers.get("X-Request-Id", "")
     named = _ID.fullmatch(given) is not None
-    request[REQUEST_ID] = given if named else uuid.uuid4().hex
+    request[REQUEST_ID] = given if named else new_id()
     request[NAMED_BY_CLIENT] = named
     try:
         response = await _answered(request, handler)

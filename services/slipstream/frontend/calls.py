@@ -1,9 +1,7 @@
 """From a checked body to submissions, and from a reply to bytes: the same for both APIs."""
 
-import random
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from aiohttp import web
@@ -13,6 +11,15 @@ from slipstream.frontend import validate
 from slipstream.frontend.callers import CALLER
 from slipstream.frontend.constraints import constraint_of
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
+from slipstream.frontend.event_ids import (
+    HEADER,
+    Place,
+    created_unix_s,
+    drawn_seed,
+    form_of,
+    last_event,
+    new_id,
+)
 from slipstream.frontend.generation import Answers, Call
 from slipstream.frontend.openai import Generate
 from slipstream.frontend.problems import api_error
@@ -37,40 +44,38 @@ def new_call(
     parse: bool = False,
     forced: bool = False,
 ) -> Call:
-    """`parse`: the answers are told apart: reasoning, content, calls. `forced`: the client has
-    named the function that is called."""
+    """`prefix`: of the id; the client's own name follows only on a dash, for what is kept under the
+    others can be asked for. `parse`: the answers are told apart: reasoning, content, calls.
+    `forced`: the client has named the function that is called."""
     include_usage, continuous_usage = validate.stream_options(body)
-    call_id = f"{prefix}-{_unique(request)}"
+    after = _after(request, body, prefix, len(prompts) * n)
+    call_id = after.call_id if after else prefix + _unique(request, prefix)
     timeout_s = validate.timeout_s(request, body, context.limits)
+    if after is not None:
+        timeout_s = min(timeout_s, max(0.0, created_unix_s(call_id) + timeout_s - time.time()))
     caller, salt = request[CALLER], validate.salt(body)
     priority = validate.integer("priority", body.priority or 0, caller.priority_min, 2**31 - 1)
-    constraint, barred = constraint_of(body), bad_words(body)
-    submissions: list[Tokenize] = []
-    for prompt in prompts:
-        # A seed that the client named is the same for all prompts: each is answered as it would be
-        # alone. One that we draw differs, or equal prompts would get equal answers.
-        seed = random.getrandbits(63) if body.seed is None else sampling.seed
-        submissions += [
-            Tokenize(
-                request_id=f"{call_id}-{len(submissions) + choice}",
-                prompt=prompt,
-                sampling=msgspec.structs.replace(sampling, choice=choice, seed=seed),
-                timeout_s=timeout_s,
-                salt=caller.salt(salt),
-                clamp_max_tokens=clamp,
-                constraint=constraint,
-                bad_words=barred,
-                priority=priority,
-                parse=parse,
-                tenant=caller.tenant,
-                weight=caller.weight,
-            )
-            for choice in range(n)
-        ]
+    any_choice = Tokenize(
+        request_id=call_id,
+        prompt=prompts[0],
+        sampling=sampling,
+        timeout_s=timeout_s,
+        salt=caller.salt(salt),
+        clamp_max_tokens=clamp,
+        constraint=constraint_of(body),
+        bad_words=bad_words(body),
+        priority=priority,
+        parse=parse,
+        tenant=caller.tenant,
+        weight=caller.weight,
+    )
+    submissions = list(_choices(any_choice, prompts, n, draws=body.seed is None))
     _check_size(submissions)
     return Call(
         id=call_id,
-        created=int(time.time()),
+        created=created_unix_s(call_id),
+        ids=form_of(request),
+        after=after,
         model=body.model,
         system_fingerprint=context.system_fingerprint,
         submissions=submissions,
@@ -84,6 +89,17 @@ def new_call(
         wants_logprobs=sampling.logprobs is not None,
         context=trace_context(request),
     )
+
+
+def _choices(like: Tokenize, prompts: Sequence[Prompt], n: int, draws: bool) -> Iterator[Tokenize]:
+    """Prompt by prompt. Without `draws` the client has named a seed, which is the same for all
+    prompts: each is answered as if alone."""
+    call_id, change = like.request_id, msgspec.structs.replace
+    for number in range(len(prompts) * n):
+        seed = drawn_seed(call_id, number // n) if draws else like.sampling.seed
+        sampling = change(like.sampling, choice=number % n, seed=seed)
+        name, prompt = f"{call_id}-{number}", prompts[number // n]
+        yield change(like, request_id=name, prompt=prompt, sampling=sampling)
 
 
 CALL_BYTES_MAX = 32 << 20
@@ -105,10 +121,27 @@ def _check_size(submissions: Sequence[Tokenize]) -> None:
             )
 
 
-def _unique(request: web.Request) -> str:
+def _unique(request: web.Request, prefix: str) -> str:
     """A client may say the same X-Request-Id twice at a time; what runs here must not clash."""
+    if not prefix.endswith("-"):
+        return new_id()
     request_id = request[REQUEST_ID]
-    return f"{request_id}-{uuid.uuid4().hex[:8]}" if request[NAMED_BY_CLIENT] else request_id
+    return f"{request_id}-{new_id()}" if request[NAMED_BY_CLIENT] else request_id
+
+
+def _after(request: web.Request, body: Generate, prefix: str, choices: int) -> Place | None:
+    after = last_event(request)
+    if after is None:
+        return None
+    if not body.stream:
+        validate.refuse(f"{HEADER} has a meaning only with stream: true.", HEADER)
+    if len(after.seen) != choices or not after.call_id.startswith(prefix):
+        validate.refuse(
+            f"{HEADER} belongs to another request; send the one that it was an answer to, word for "
+            "word.",
+            HEADER,
+        )
+    return after
 
 
 def reply(body: msgspec.Struct, answers: Answers) -> web.Response:

@@ -49,7 +49,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     validate.check_ready(status)
     call = chat_call(request, context, body, status)
     top = body.top_logprobs or 0
-    with Answers(context.gateway, call) as answers:
+    with Answers(context.gateway, call, context.journal) as answers:
         if not call.stream:
             return calls.reply(await _collected(call, answers, top), answers)
         async with contextlib.aclosing(_events(call, answers, top)) as events:
@@ -57,7 +57,11 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 def chat_call(
-    request: web.Request, context: Context, body: ChatRequest, status: ClusterStatus
+    request: web.Request,
+    context: Context,
+    body: ChatRequest,
+    status: ClusterStatus,
+    prefix: str = "chatcmpl-",
 ) -> Call:
     """ApiError for what is not to be served."""
     validate.check_model(body.model, status)
@@ -74,7 +78,7 @@ def chat_call(
     )
     prompt = _prompt(body, context)
     return calls.new_call(
-        *(request, context, body, "chatcmpl", [prompt], n, params),
+        *(request, context, body, prefix, [prompt], n, params),
         clamp=wanted is None,
         parse=True,
         forced=prompt.tool_choice.startswith("="),
@@ -157,7 +161,7 @@ async def _events(call: Call, answers: Answers, top: int) -> AsyncGenerator[byte
     """What has arrived since the last time, in one piece."""
     blocks = [Blocks(call.id, index) for index in range(len(answers.choices))]
     begun = [False] * len(answers.choices)
-    answers.open()
+    await answers.open()
     while await answers.more():
         events = b""
         for index, delta in answers.take():
@@ -165,12 +169,14 @@ async def _events(call: Call, answers: Answers, top: int) -> AsyncGenerator[byte
             usage = choice.running_usage() if call.continuous_usage else msgspec.UNSET
             if not begun[index]:
                 begun[index] = True
-                events += _chunk(call, [ChatChunkChoice(index=index, delta=_FIRST)], usage)
-            events += _chunks(call, choice, blocks[index], index, delta, top, usage)
+                first = _chunk(call, [ChatChunkChoice(index=index, delta=_FIRST)], usage)
+                events += answers.ids.named(index, first)
+            for chunk in _chunks(call, choice, blocks[index], index, delta, top, usage):
+                events += answers.ids.named(index, chunk)
         if events:
             yield events
-    if call.include_usage:
-        yield _chunk(call, [], answers.usage())
+    if call.include_usage and (last := answers.ids.named(0, _chunk(call, [], answers.usage()))):
+        yield last
 
 
 def _chunks(
@@ -181,14 +187,13 @@ def _chunks(
     delta: TextDelta,
     top: int,
     usage: UsageOut | msgspec.UnsetType,
-) -> bytes:
+) -> Iterator[bytes]:
     """Nothing for a delta that has nothing to show. Its log probabilities are in its first chunk,
     the end in its last one."""
     finished = delta.finish_reason is not None
     shown = list(_deltas(blocks, delta))
     if not shown and (finished or delta.logprobs or usage is not msgspec.UNSET):
         shown = [ChatDelta() if finished else ChatDelta(content="")]
-    events = b""
     for number, one in enumerate(shown, 1):
         last = finished and number == len(shown)
         chunk = ChatChunkChoice(
@@ -198,8 +203,7 @@ def _chunks(
             finish_reason=choice.finish_reason if last else None,
             stop_reason=choice.stop_reason if last else msgspec.UNSET,
         )
-        events += _chunk(call, [chunk], usage)
-    return events
+        yield _chunk(call, [chunk], usage)
 
 
 def _deltas(blocks: Blocks, delta: TextDelta) -> Iterator[ChatDelta]:
@@ -226,7 +230,7 @@ def _deltas(blocks: Blocks, delta: TextDelta) -> Iterator[ChatDelta]:
 async def _collected(call: Call, answers: Answers, top: int) -> ChatReply:
     blocks = [Blocks(call.id, index) for index in range(len(answers.choices))]
     entries: list[list[TextLogprob]] = [[] for _ in answers.choices]
-    answers.open()
+    await answers.open()
     while await answers.more():
         for index, delta in answers.take():
             for _ in blocks[index].take(delta):

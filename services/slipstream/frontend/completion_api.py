@@ -51,7 +51,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         heads = [
             text for prompt in asked for text in [await _text(context.gateway, prompt)] * call.n
         ]
-    with Answers(context.gateway, call) as answers:
+    with Answers(context.gateway, call, context.journal) as answers:
         if not call.stream:
             return calls.reply(await _collected(call, answers, heads, shown), answers)
         async with contextlib.aclosing(_events(call, answers, heads, shown)) as events:
@@ -111,7 +111,7 @@ def _call(
         params = msgspec.structs.replace(params, prompt_logprobs=most)
     # Our default of 16 is no reason to refuse a prompt that leaves room for fewer.
     clamp = wanted is None
-    return calls.new_call(request, context, body, "cmpl", asked, n, params, clamp=clamp), asked
+    return calls.new_call(request, context, body, "cmpl-", asked, n, params, clamp=clamp), asked
 
 
 async def _text(gateway: Gateway, prompt: TextPrompt | TokenPrompt) -> str:
@@ -172,16 +172,18 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """What has arrived since the last time, in one piece."""
     offsets = [0] * len(heads)
-    answers.open()
+    await answers.open()
     while await answers.more():
         events = b""
         for index, delta in answers.take():
             choice = answers.choices[index]
-            events += _text_chunk(call, choice, index, delta, heads, offsets, shown)
+            chunk = _text_chunk(call, choice, index, delta, heads, offsets, shown)
+            events += answers.ids.named(index, chunk) if chunk else b""
         if events:
             yield events
-    if call.include_usage:
-        yield _chunk(call, [], shown.usage(answers.usage()))
+    usage = shown.usage(answers.usage())
+    if call.include_usage and (last := answers.ids.named(0, _chunk(call, [], usage))):
+        yield last
 
 
 def _text_chunk(
@@ -223,7 +225,7 @@ async def _collected(
 ) -> CompletionReply:
     texts = [[head] for head in heads]
     entries: list[list[TextLogprob]] = [[] for _ in heads]
-    answers.open()
+    await answers.open()
     while await answers.more():
         for index, arrived in answers.take():
             delta = shown.delta(arrived)

@@ -6,9 +6,11 @@ from msgspec import Meta
 
 from slipstream.config import (
     ByteSize,
+    JournalTtl,
     MaxRequests,
     PortNumber,
     RecoveryWait,
+    RedisUrl,
     ServedModelName,
     ServiceConfig,
 )
@@ -62,6 +64,8 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
     response_keep_s: Annotated[
         float, Meta(gt=0, le=2_592_000, description="How long a response is kept.")
     ] = 3600.0
+    redis_url: RedisUrl = ""
+    journal_ttl_s: JournalTtl = 120.0
     keep_alive_s: Annotated[
         float, Meta(gt=0, le=3600, description="Silence in a stream before an SSE comment is sent.")
     ] = 10.0

@@ -8,6 +8,7 @@ from aiohttp import web
 from slipstream.frontend.callers import Callers
 from slipstream.frontend.gateway import Gateway
 from slipstream.frontend.http_metrics import HttpMetrics
+from slipstream.frontend.journal import Journal
 from slipstream.frontend.responses_store import ResponseStore
 from slipstream.frontend.sse import StreamKeeper
 from slipstream.frontend.validate import Limits
@@ -22,6 +23,7 @@ class Context:
     keeper: StreamKeeper
     http: HttpMetrics
     responses: ResponseStore
+    journal: Journal | None
     system_fingerprint: str
     started_unix_s: int
     version: str

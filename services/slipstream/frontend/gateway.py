@@ -5,7 +5,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from slipstream.core.machine import DeliverCodec
+from slipstream.core.machine import DeliverCodec, Taken
 from slipstream.errors import Problem
 from slipstream.frontend.cluster import Cluster
 from slipstream.messages import NodeInfo, Prompt, TextDelta, Tokenize, TraceFound
@@ -44,6 +44,7 @@ class Gateway(Protocol):
         put: Callable[[StreamItem], None],
         context: TraceContext,
         model: str,
+        taken: Taken | None = None,
     ) -> Callable[[], None]:
         """Never refuses: a refusal is the first item. `put` is told every item, on the loop, after
         this has returned; a `Problem`, or a delta with a finish reason, is the last one.

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,9 +11,12 @@ from types import TracebackType
 
 import msgspec
 
+from slipstream.core.submission import call_digest
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.callers import Caller
+from slipstream.frontend.event_ids import NAMED_CHOICES_MAX, EventIds, Form, Place
 from slipstream.frontend.gateway import Gateway, StreamItem
+from slipstream.frontend.journal import Journal, Log
 from slipstream.frontend.openai import (
     PromptLogprob,
     PromptLogprobs,
@@ -21,6 +25,7 @@ from slipstream.frontend.openai import (
     UsageOut,
 )
 from slipstream.frontend.problems import ApiError
+from slipstream.frontend.replay import Replay
 from slipstream.messages import PartKind, TextDelta, TextLogprob, Tokenize
 from slipstream.spans import TraceContext
 from slipstream.types import FinishReason, Usage, count_tokens
@@ -54,6 +59,9 @@ class Call(msgspec.Struct, kw_only=True):
     wants_logprobs: bool
     forced: bool = False
     """The client has named the function to be called, so that a call is a plain end."""
+    ids: Form = Form.NONE
+    after: Place | None = None
+    """The client has the stream up to here, from another frontend."""
     context: TraceContext
 
 
@@ -105,9 +113,14 @@ class Answers:
     """The choices of a call: `open`, then `take` while there is `more`. Leaving the context closes
     every stream, however it is left."""
 
-    def __init__(self, gateway: Gateway, call: Call) -> None:
+    def __init__(self, gateway: Gateway, call: Call, journal: Journal | None = None) -> None:
+        """`journal`: where a stream is written down before it is told."""
         self._gateway = gateway
         self._call = call
+        named = call.ids is not Form.NONE and len(call.submissions) <= NAMED_CHOICES_MAX
+        resumable = call.stream and named
+        self._journal = journal if resumable else None
+        self._log: Log | None = None
         self._closing: list[Callable[[], None]] = []
         self._arrived: deque[tuple[int, StreamItem]] = deque()
         """Not taken yet. Together as long as the answers at most."""
@@ -117,6 +130,7 @@ class Answers:
         self._watch: asyncio.TimerHandle | None = None
         self.choices = [Choice(call.forced) for _ in call.submissions]
         self._running = len(self.choices)
+        self.ids = EventIds(call.id, self.choices, call.ids, call.after.seen if call.after else ())
 
     def __enter__(self) -> "Answers":
         return self
@@ -132,12 +146,34 @@ class Answers:
         with contextlib.ExitStack() as closing:
             for close in self._closing:
                 closing.callback(close)
+            if self._log is not None:
+                self._log.end(whole=self._running == 0)
 
-    def open(self) -> None:
+    async def open(self) -> None:
+        """Begins the answers, or goes on with those that the client had at another frontend."""
         call = self._call
+        head = call_digest(call.submissions) if self._journal else b""
+        found, owner = None, 0
+        if call.after is not None:
+            # Seconds, so that of two that know nothing of each other the later one has more.
+            owner = max(0, int(time.time()) - call.created) + 1
+        if call.after is not None and self._journal is not None:
+            found = await self._journal.take(call.id, head, owner)
+        replay = Replay(len(self.choices))
+        replay.read(found.packs if found else ())
+        self._arrived.extend(replay.items)
+        owner = found.owner if found else owner
+        if self._journal is not None:
+            self._log = self._journal.begin(call.id, b"" if found else head, owner, self._put)
         for index, submission in enumerate(call.submissions):
-            put = partial(self._put, index)
-            self._closing.append(self._gateway.open(submission, put, call.context, call.model))
+            if replay.ended[index]:
+                continue
+            put = partial(self._log.append if self._log else self._put, index)
+            taken = None
+            if call.after is not None:
+                taken = replay.taken(index, owner, journaled=found is not None)
+            open_ = self._gateway.open
+            self._closing.append(open_(submission, put, call.context, call.model, taken))
         if call.stall_timeout_s < math.inf:
             self._look_again(call.stall_timeout_s)
 
@@ -156,6 +192,8 @@ class Answers:
 
     async def more(self) -> bool:
         """Waits until there is something to take; False once every choice has ended."""
+        if len(self._arrived) > TAKEN_MAX:
+            await asyncio.sleep(0)  # a journal is read at once: others have their turn between
         if self._running and not self._arrived:
             self._news = asyncio.get_running_loop().create_future()
             await self._news

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,26 +30,21 @@ def chat(
     context: Context,
     fields: Mapping[str, Any],
     status: ClusterStatus,
-    call_id: str,
+    prefix: str,
 ) -> Call:
-    """The call of a chat with these fields under an id of its own. ApiError as of a chat."""
+    """The call of a chat with these fields, under an id with this prefix. ApiError as of a chat."""
     for name in ("tools", "tool_choice", "response_format", "chat_template_kwargs"):
         validate.check_depth(name, fields.get(name))
     named = {name: value for name, value in fields.items() if value is not None}
     body = validate.decode(_decoder, msgspec.json.encode(named))
-    call = chat_call(request, context, body, status)
-    submissions = [
-        msgspec.structs.replace(submission, request_id=f"{call_id}-{index}")
-        for index, submission in enumerate(call.submissions)
-    ]
-    return msgspec.structs.replace(call, id=call_id, submissions=submissions)
+    return chat_call(request, context, body, status, prefix)
 
 
 async def count_chat_tokens(
     request: web.Request, context: Context, fields: Mapping[str, Any], status: ClusterStatus
 ) -> int:
     """Tokens of the prompt that such a chat would have."""
-    call = chat(request, context, fields, status, "count")
+    call = chat(request, context, fields, status, "count_")
     coded = await context.gateway.codec(call.submissions[0].prompt, b"")
     if coded.problem is not None:
         raise ApiError(coded.problem)
@@ -60,11 +54,6 @@ async def count_chat_tokens(
 def skipped_header(skipped: Sequence[str]) -> dict[str, str]:
     """Names tools that are no functions; cut, because a header has its limits."""
     return {SKIPPED_HEADER: ", ".join(skipped)[:1000]} if skipped else {}
-
-
-def new_id() -> str:
-    """32 hex digits. Never the client's own: what is kept under it can be asked for."""
-    return uuid.uuid4().hex
 
 
 class Conversation:

@@ -15,7 +15,6 @@ from slipstream.core.machine import (
     Closed,
     CodecAsked,
     Deliver,
-    DeliverCodec,
     Drain,
     Effect,
     Event,
@@ -30,15 +29,18 @@ from slipstream.core.machine import (
 )
 from slipstream.core.membership import Membership
 from slipstream.errors import ErrorCode, Problem
+from slipstream.frontend.codec_calls import CodecCalls
 from slipstream.frontend.patience import Patience, not_ready
+from slipstream.frontend.seeking import SEEK_S, Seeking
+from slipstream.frontend.settings import FrontendSettings
 from slipstream.messages import (
     Cancel,
     ClusterLoad,
-    Codec,
     CodecResult,
     Failed,
     NodeInfo,
     Peers,
+    Sought,
     TextDelta,
     TextOut,
     Tokenize,
@@ -50,20 +52,14 @@ TICK_TIMER, TICK_S = "tick", 0.5
 MOVE_BATCH_BYTES = 16 << 20
 """How much is moved at a time: a session that holds too much unread is ended."""
 
+GONE = Problem(
+    code=ErrorCode.STREAM_NOT_FOUND,
+    message="No journal and no tokenizer has this stream any more; send the request again, without "
+    "Last-Event-ID.",
+    param="Last-Event-ID",
+)
+
 _encode = msgspec.msgpack.Encoder().encode
-
-
-class FrontendSettings(msgspec.Struct, frozen=True, kw_only=True):
-    max_requests: int = 1024
-    deadline_grace_s: float = 5.0
-    """After a request's own time budget, which its tokenizer watches over."""
-    max_codec_calls: int = 256
-    codec_timeout_s: float = 30.0
-    retry_after_s: float = 1.0
-    recovery_wait_s: float = 30.0
-    """How long requests are still taken, and wait, when a service that they need is away."""
-    drain_timeout_s: float = 30.0
-    """How long running requests may go on after `Drain`; then they are ended with an error."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,18 +75,16 @@ class _Request:
     attempt_seen: int = 0
     accepted: bytearray = field(default_factory=bytearray)
     prompt_tokens_told: bool = False
+    seeking: Seeking | None = None
+    """It was another frontend's, and its tokenizer is not known yet."""
+    holder: NodeId = ""
+    """Who is said to have it."""
     ended: bool = False
     """The client has its last item, and has not closed yet."""
 
     @property
     def num_accepted(self) -> int:
         return count_tokens(self.accepted)
-
-
-@dataclass(slots=True, frozen=True)
-class _Call:
-    tokenizer: NodeId
-    deadline_s: float
 
 
 class FrontendMachine:
@@ -103,7 +97,9 @@ class FrontendMachine:
         self.draining = False
         self._drained_s = math.inf
         self._requests: dict[RequestId, _Request] = {}
-        self._calls: dict[str, _Call] = {}
+        self._calls = CodecCalls(
+            settings.max_codec_calls, settings.codec_timeout_s, settings.retry_after_s
+        )
         self._assigned: Counter[NodeId] = Counter()
         self._turn = zlib.crc32(node.node_id.encode())
         self._epochs: dict[NodeId, Epoch] = {}
@@ -116,12 +112,14 @@ class FrontendMachine:
         self.patience.before(event, now_s)
         effects = self.membership.handle(event, now_s)
         match event:
-            case Opened(submission):
-                effects += self._open(submission, now_s)
+            case Opened():
+                effects += self._open(event, now_s)
             case Closed(request_id):
                 effects += self._close(request_id)
-            case CodecAsked(call_id):
-                effects += self._ask(event, call_id, now_s)
+            case CodecAsked():
+                alive = self.membership.alive(Role.TOKENIZER, now_s)
+                target = self._idlest(alive) if alive else None
+                effects.append(self._calls.ask(event, target, now_s))
             case Received(source, message):
                 effects += self._received(source, message, now_s)
             case PeerUp(peer, epoch):
@@ -160,6 +158,7 @@ class FrontendMachine:
             assert len(request.accepted) % 4 == 0
             assert not (request.ended and request.tokenizer)
             assert request.attempt_seen >= request.attempt
+            assert not (request.seeking and (request.ended or request.tokenizer))
             if request.tokenizer:
                 assigned[request.tokenizer] += 1
         assert assigned == +self._assigned
@@ -167,18 +166,29 @@ class FrontendMachine:
 
     # --- The client's side ---
 
-    def _open(self, submission: Tokenize, now_s: float) -> list[Effect]:
-        if submission.request_id in self._requests:
+    def _open(self, opened: Opened, now_s: float) -> list[Effect]:
+        submission, taken = opened.submission, opened.taken
+        known = self._requests.get(submission.request_id)
+        if known is not None and taken is None:
             return []
         problem = self._refusal(now_s)
         if problem is not None:
             self._counts[f"refused_{problem.code.value}"] += 1
-            return [Deliver(submission.request_id, problem)]
+            left = [] if known is None else self._close(submission.request_id)
+            return [*left, Deliver(submission.request_id, problem)]
+        if known is not None:  # from ourselves: its client is back
+            self._release(known)
         self._counts["requests"] += 1
         deadline_s = now_s + submission.timeout_s + self.settings.deadline_grace_s
         request = _Request(submission, deadline_s)
         self._requests[submission.request_id] = request
-        return self._place(request, now_s)
+        if taken is None:
+            return self._place(request, now_s)
+        self._counts["resumed"] += 1
+        request.accepted += taken.accepted
+        request.prompt_tokens_told = taken.prompt_tokens_told
+        request.seeking = Seeking(taken.journaled, taken.owner, now_s + SEEK_S)
+        return request.seeking.ask(opened, self.membership.alive(Role.TOKENIZER, now_s))
 
     def _refusal(self, now_s: float) -> Problem | None:
         if self.draining:
@@ -208,7 +218,7 @@ class FrontendMachine:
     def _end(self, request: _Request, item: TextDelta | Problem) -> list[Effect]:
         """The last item. The entry stays until the client has closed."""
         self._release(request)
-        request.ended = True
+        request.ended, request.seeking = True, None
         request.accepted = bytearray()
         if isinstance(item, Problem):
             self._counts[f"failed_{item.code.value}"] += 1
@@ -228,7 +238,8 @@ class FrontendMachine:
             target = lost[0]  # only the session broke: it still has the stream
             self._counts["resyncs"] += 1
         else:
-            target = self._idlest(alive)
+            target = request.holder if request.holder in alive else self._idlest(alive)
+            request.holder = ""
             if request.attempt:
                 self._counts["moves"] += 1
                 moves = request.attempt_seen // ATTEMPTS_PER_MOVE + 1
@@ -267,7 +278,7 @@ class FrontendMachine:
         for request in self._requests.values():
             if num_bytes >= MOVE_BATCH_BYTES:
                 break  # the next tick goes on
-            if not request.tokenizer and not request.ended:
+            if not (request.tokenizer or request.ended or request.seeking):
                 effects += self._place(request, now_s)
                 num_bytes += len(_encode(request.submission)) + len(request.accepted)
         return effects
@@ -278,11 +289,33 @@ class FrontendMachine:
             if request.tokenizer == peer:
                 self._release(request)
                 request.lost = None if epoch is None else (peer, epoch)
-        message = "The tokenizer was lost; send the request again."
-        problem = Problem(code=ErrorCode.NOT_READY, message=message)
-        calls = [call_id for call_id, call in self._calls.items() if call.tokenizer == peer]
-        effects = [self._deliver_codec(call_id, problem) for call_id in calls]
-        return effects + self._place_waiting(now_s)
+            if request.seeking:
+                request.seeking.asked.discard(peer)
+        return [*self._calls.lost(peer), *self._sought(now_s), *self._place_waiting(now_s)]
+
+    def _heard(self, source: NodeId, sought: Sought, now_s: float) -> list[Effect]:
+        request = self._requests.get(sought.request_id)
+        if request is None or request.seeking is None:
+            return []
+        request.seeking.heard(source, sought)
+        return self._sought(now_s)
+
+    def _sought(self, now_s: float) -> list[Effect]:
+        """Those that were looked for long enough go on, under a number that fences off the frontend
+        that had them."""
+        effects: list[Effect] = []
+        for request in self._requests.values():
+            seeking = request.seeking
+            if seeking is None or not seeking.over(now_s):
+                continue
+            request.seeking = None
+            if seeking.found:
+                request.holder = seeking.holder
+                request.attempt = request.attempt_seen = seeking.attempt - 1  # a move comes next
+                effects += self._place(request, now_s)
+            else:
+                effects += self._end(request, GONE)
+        return effects
 
     # --- What they say ---
 
@@ -299,8 +332,10 @@ class FrontendMachine:
             case Failed(request_id=request_id, problem=problem):
                 request = self._of(source, request_id)
                 return [] if request is None else self._end(request, problem)
-            case CodecResult(call_id=call_id):
-                return self._coded(source, call_id, message)
+            case CodecResult():
+                return self._calls.answered(source, message)
+            case Sought(request_id=request_id):
+                return self._heard(source, message, now_s)
             case Peers():
                 return self._place_waiting(now_s)
             case ClusterLoad():
@@ -327,37 +362,6 @@ class FrontendMachine:
             return self._end(request, delta)
         return [Deliver(delta.request_id, delta)]
 
-    # --- Codec calls ---
-
-    def _ask(self, asked: CodecAsked, call_id: str, now_s: float) -> list[Effect]:
-        alive = self.membership.alive(Role.TOKENIZER, now_s)
-        if not alive:
-            return [self._refused_codec(call_id, ErrorCode.NOT_READY, "No tokenizer answers.")]
-        if len(self._calls) >= self.settings.max_codec_calls:
-            text = f"{self.settings.max_codec_calls} calls are live; send the request again."
-            return [self._refused_codec(call_id, ErrorCode.QUEUE_FULL, text)]
-        target = self._idlest(alive)
-        self._calls[call_id] = _Call(target, now_s + self.settings.codec_timeout_s)
-        codec = Codec(call_id=call_id, prompt=asked.prompt, tokens=asked.tokens)
-        return [Send(target, codec)]
-
-    def _coded(self, source: NodeId, call_id: str, result: CodecResult) -> list[Effect]:
-        call = self._calls.get(call_id)
-        if call is None or call.tokenizer != source:
-            return []
-        del self._calls[call_id]
-        texts = tuple(result.token_texts)
-        return [DeliverCodec(call_id, result.tokens, texts, result.text, result.problem)]
-
-    def _refused_codec(self, call_id: str, code: ErrorCode, message: str) -> Effect:
-        retry_after_s = self.settings.retry_after_s
-        problem = Problem(code=code, message=message, retry_after_s=retry_after_s)
-        return DeliverCodec(call_id, problem=problem)
-
-    def _deliver_codec(self, call_id: str, problem: Problem) -> Effect:
-        del self._calls[call_id]
-        return DeliverCodec(call_id, problem=problem)
-
     # --- Time ---
 
     def _overdue(self, request: _Request, now_s: float) -> Problem | None:
@@ -374,14 +378,9 @@ class FrontendMachine:
         return None
 
     def _tick(self, now_s: float) -> list[Effect]:
-        effects = self._place_waiting(now_s)
+        effects = self._sought(now_s) + self._place_waiting(now_s)
         for request in self._requests.values():
             problem = None if request.ended else self._overdue(request, now_s)
             if problem is not None:
                 effects += [*self._withdraw(request), *self._end(request, problem)]
-        for call_id, call in list(self._calls.items()):
-            if now_s >= call.deadline_s:
-                text = f"No answer within {self.settings.codec_timeout_s:g} s."
-                late = Problem(code=ErrorCode.DEADLINE, message=text)
-                effects.append(self._deliver_codec(call_id, late))
-        return effects
+        return effects + self._calls.tick(now_s)

@@ -12,6 +12,7 @@ from slipstream.frontend import anthropic_errors
 from slipstream.frontend.anthropic_shapes import AnthropicErrorReply
 from slipstream.frontend.api_table import OPERATIONS, Body, Operation, limits
 from slipstream.frontend.context import CONTEXT
+from slipstream.frontend.event_ids import HEADER, ID_PATTERN
 from slipstream.frontend.info_shapes import Readiness
 from slipstream.frontend.validate import Limits
 
@@ -36,6 +37,7 @@ ASKS = [
         "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
     },
 ]
+GOES_ON = {"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": ID_PATTERN}}
 
 
 async def openapi(request: web.Request) -> web.Response:
@@ -96,7 +98,8 @@ def _narrow(component: dict[str, Any], body: Body, facets: Mapping[str, dict[str
 def _operation(operation: Operation, schemas: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     said: dict[str, Any] = {"summary": f"{operation.does[:1].upper()}{operation.does[1:]}."}
     parameters = [*_parameters(operation), *(ASKS if operation.body else ASKS[:1])]
-    said["parameters"] = parameters
+    streams = operation.events is not None
+    said["parameters"] = [*parameters, GOES_ON] if streams else parameters
     if operation.body is not None:
         schema = schemas[id(operation.body.shape)]
         said["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import NoReturn
 
 import msgspec
@@ -15,7 +16,7 @@ from slipstream.frontend.calls import json_response
 from slipstream.frontend.context import CONTEXT
 from slipstream.frontend.generation import Answers
 from slipstream.frontend.http_metrics import STATUS
-from slipstream.frontend.inner_chat import chat, count_chat_tokens, naming, new_id, skipped_header
+from slipstream.frontend.inner_chat import chat, count_chat_tokens, naming, skipped_header
 from slipstream.frontend.problems import ApiError
 from slipstream.frontend.responses_input import NAMES, remember, with_ids
 from slipstream.frontend.responses_render import Rendering, broken
@@ -47,11 +48,12 @@ async def responses(request: web.Request) -> web.StreamResponse:
     asked = await read(body, own, context.limits.max_body_bytes)
     with naming(NAMES, asked.origins):
         fields = chat_fields(body, asked)
-        call = chat(request, context, fields, status, f"resp_{new_id()}")
+        call = chat(request, context, fields, status, "resp_")
     top = call.submissions[0].sampling.logprobs
-    rendering = Rendering(begun(body, asked, call), top, streams=call.stream)
     store = own if body.store is not False else None
-    with Answers(context.gateway, call) as answers:
+    with Answers(context.gateway, call, context.journal) as answers:
+        named = partial(answers.ids.named, 0)
+        rendering = Rendering(begun(body, asked, call), top, streams=call.stream, named=named)
         events = _events(request, asked, rendering, answers, store)
         async with contextlib.aclosing(events):
             if call.stream:
@@ -80,7 +82,7 @@ async def _events(
     before its end is told. ApiError while nothing has been told; later that is an event."""
     try:
         with naming(NAMES, asked.origins):
-            answers.open()
+            await answers.open()
             while await answers.more():
                 if events := b"".join(rendering.take(delta) for _, delta in answers.take()):
                     yield events

@@ -1,6 +1,7 @@
 """An answer in items and events of the Responses API."""
 
 import time
+from collections.abc import Callable
 
 from slipstream.errors import ERRORS, Problem
 from slipstream.frontend.generation import Choice, alternatives, finite
@@ -48,12 +49,20 @@ class Rendering:
     """Follows an answer; `body` is the response as it is by now. What it returns are framed
     events, none of them if nobody `streams`."""
 
-    def __init__(self, body: ResponseBody, top: int | None, *, streams: bool) -> None:
-        """`top`: alternatives to show for each token; None: no logprobs."""
+    def __init__(
+        self,
+        body: ResponseBody,
+        top: int | None,
+        *,
+        streams: bool,
+        named: Callable[[bytes], bytes] = bytes,
+    ) -> None:
+        """`top`: alternatives to show for each token; None: no logprobs. `named` puts an event's id
+        on it."""
         self.body = body
         self.begun = False
         self.streams = streams
-        self._top = top
+        self._top, self._named = top, named
         self._blocks = Blocks(body.id)
         self._events = bytearray()
         self._told = 0
@@ -108,7 +117,7 @@ class Rendering:
         if self.streams:
             event.sequence_number = self._told
             self._told += 1
-            self._events += named_event(event)
+            self._events += self._named(named_event(event))
 
     def _out(self) -> bytes:
         out, self._events = bytes(self._events), bytearray()

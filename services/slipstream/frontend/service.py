@@ -19,12 +19,15 @@ from slipstream.core.machine import (
     Effect,
     Event,
     Opened,
+    Taken,
     TraceAsked,
 )
+from slipstream.core.submission import TAKEN
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
+from slipstream.frontend.journal import Journal
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.request_metrics import RequestMetrics
 from slipstream.messages import Prompt, Tokenize, TraceFound, WorkerInfo
@@ -48,7 +51,13 @@ class FrontendService:
     """Executor of the machine's effects, and `Gateway` of the HTTP handlers. Lives on one loop."""
 
     def __init__(
-        self, machine: FrontendMachine, settings: AppSettings, host: str, port: int, model: str = ""
+        self,
+        machine: FrontendMachine,
+        settings: AppSettings,
+        host: str,
+        port: int,
+        model: str = "",
+        journal: Journal | None = None,
     ) -> None:
         """`model`: its name in the API; empty: as the workers say. `port` 0: any free one, which
         is then in `port`."""
@@ -62,7 +71,8 @@ class FrontendService:
         self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
         self._defaults = settings.default_sampling
         self._asks_for_keys = bool(settings.api_keys_file)
-        self._runner = make_runner(build_app(self, settings), SHUTDOWN_TIMEOUT_S)
+        self._journal = journal
+        self._runner = make_runner(build_app(self, settings, journal), SHUTDOWN_TIMEOUT_S)
 
     # --- Executor ---
 
@@ -102,6 +112,8 @@ class FrontendService:
     async def close(self) -> None:
         """After the machine's last word: sends what is written, then closes every connection."""
         await self._runner.cleanup()
+        if self._journal is not None:
+            await self._journal.close()
 
     # --- Gateway ---
 
@@ -134,15 +146,20 @@ class FrontendService:
         put: Callable[[StreamItem], None],
         context: TraceContext,
         model: str,
+        taken: Taken | None = None,
     ) -> Callable[[], None]:
         request_id = submission.request_id
         worker = self._worker
         watched = self._requests.watch(submission, put, worker.max_model_len if worker else 0)
+        before = self._streams.get(request_id)
+        if before is not None:  # its client has come back before its connection was seen to break
+            before(TAKEN)
         self._streams[request_id] = watched.take
-        self._post(Opened(submission, context, model))
+        self._post(Opened(submission, context, model, taken))
 
         def close() -> None:
-            if self._streams.pop(request_id, None) is not None:
+            if self._streams.get(request_id) == watched.take:
+                del self._streams[request_id]
                 watched.close()
                 self._post(Closed(request_id))
 
@@ -179,7 +196,8 @@ class FrontendService:
 
     def metrics(self) -> bytes:
         node = self._machine.membership.node
-        own = metrics(self._machine.statistics(), node.node_id, node.role, shell=False)
+        written = self._journal.statistics() if self._journal is not None else {}
+        own = metrics(self._machine.statistics() | written, node.node_id, node.role, shell=False)
         return own + text(self._families())
 
     def _families(self) -> Iterator[Metric]:

@@ -1,12 +1,12 @@
 """`slipstream kvindex`: block events in, hints out, kept in Redis."""
 
 from slipstream.kvindex.config import KvIndexConfig
-from slipstream.kvindex.connect import require_url
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.kvindex.spans import KvIndexSpans
 from slipstream.kvindex.store import RedisStore
 from slipstream.messages import NodeInfo
 from slipstream.runtime.identity import host_identity, new_epoch
+from slipstream.runtime.redis_url import require_url
 from slipstream.runtime.shell import run_service
 from slipstream.runtime.wall import wall_offset_ns
 

@@ -32,7 +32,7 @@ from slipstream.core.machine import (
     StoreReplace,
 )
 from slipstream.kvindex import scripts
-from slipstream.kvindex.connect import connect, is_cluster
+from slipstream.runtime.redis_url import connect, is_cluster
 from slipstream.types import NodeId
 
 CONNECTIONS = 16

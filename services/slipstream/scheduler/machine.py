@@ -224,14 +224,14 @@ class SchedulerMachine:
         request = self.requests.get(submit.request_id)
         if request is None:
             return self._accept(source, submit, now_s)
-        if submit.attempt < request.attempt:
-            if source != request.tokenizer:
-                return []  # the frontend has moved the stream away from there
-            request.orphan_s = None
+        behind = submit.attempt < request.attempt
+        if submit.owner < request.owner or (behind and source != request.tokenizer):
+            return []  # the stream was moved away from there, or another frontend has it
+        request.owner, request.orphan_s = submit.owner, None
+        if behind:
             if request.state is State.RESUMING:
                 return [Send(source, request.resumption())]
             return self._retry(request, "tokenizer_behind", now_s)
-        request.orphan_s = None
         newer = submit.attempt > request.attempt
         if not newer and request.state is State.FINISHING and not submit.repeated:
             # Its tokenizer has forgotten it, and the worker may have too: it heard of the end.

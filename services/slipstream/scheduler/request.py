@@ -55,6 +55,11 @@ class Request:
     """As an earlier submission of it said."""
     orphan_s: float | None = None
     """Since when its tokenizer is silent."""
+    owner: int = field(init=False)
+    """How many frontends have taken it over."""
+
+    def __post_init__(self) -> None:
+        self.owner = self.submit.owner
 
     @property
     def request_id(self) -> RequestId:

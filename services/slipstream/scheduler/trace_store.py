@@ -80,7 +80,7 @@ class TraceStore:
 
     def find(self, name: str) -> list[Trace]:
         """By a request's id, an answer's, or the `x-request-id` that is part of both."""
-        asked = re.compile(rf"([a-z]+-)?{re.escape(name)}(-[0-9a-f]{{8}})?(-\d+)?")
+        asked = re.compile(rf"([a-z]+-)?{re.escape(name)}(-[0-9a-f]{{32}})?(-\d+)?")
         found: list[Trace] = []
         spans = 0
         for request_id in reversed(self._kept):  # a client may say an id twice: the latest ones

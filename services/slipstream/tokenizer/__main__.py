@@ -14,7 +14,8 @@ from slipstream.tokenizer.codec import CodecError, TokenizerCodec
 from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.grammar_check import GrammarCheck
-from slipstream.tokenizer.machine import TokenizerMachine, TokenizerSettings
+from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
 
 

@@ -24,6 +24,7 @@ from slipstream.core.machine import (
     TimerFired,
 )
 from slipstream.core.membership import Membership
+from slipstream.core.submission import TAKEN
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     SCHEDULER,
@@ -33,7 +34,7 @@ from slipstream.messages import (
     NodeInfo,
     Resend,
     Resume,
-    StreamAck,
+    Seek,
     StreamEnded,
     TextDelta,
     TextOut,
@@ -44,8 +45,9 @@ from slipstream.messages import (
 from slipstream.tokenizer.admission import LATE, Limits, fitted, limits, unknown_token, unusable
 from slipstream.tokenizer.codec_calls import CodecCalls
 from slipstream.tokenizer.detokenizer import TokenBytes
-from slipstream.tokenizer.stream import Encoding, Stream
-from slipstream.types import NodeId, RequestId, unpack_tokens
+from slipstream.tokenizer.settings import TokenizerSettings
+from slipstream.tokenizer.stream import Encoding, Stream, acknowledged, sought
+from slipstream.types import ATTEMPTS_PER_OWNER, NodeId, RequestId, unpack_tokens
 
 TICK_TIMER = "tick"
 TICK_S = 0.5
@@ -55,20 +57,6 @@ SUBMIT_BATCH_BYTES = 16 << 20
 """How much is said to a scheduler that comes back before it has had time to read."""
 
 Deltas: TypeAlias = dict[NodeId, list[TextDelta]]
-
-
-class TokenizerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    max_model_len: int = 0
-    """Longest prompt plus answer; 0: the least of the workers'."""
-    eos_token_ids: frozenset[int] = frozenset()
-    max_streams: int = 4096
-    """Less than a session may hold unread, for all of them speak when a scheduler comes back."""
-    max_codec_calls: int = 256
-    max_codec_tokens: int = 1 << 18
-    ended_keep_s: float = 10.0
-    orphan_grace_s: float = 10.0
-    """How long streams outlive the session with their frontend."""
-    resend_after_s: float = 1.0
 
 
 class TokenizerMachine:
@@ -165,14 +153,23 @@ class TokenizerMachine:
             case Failed(request_id=request_id, problem=problem):
                 stream = self._live.get(request_id)
                 return [] if stream is None else self._fail(stream, problem, now_s)
+            case Seek(request_id=request_id):
+                return [Send(source, sought(self._known(request_id), message))]
             case Codec():
                 return self._calls.ask(source, message)
         return []
 
+    def _known(self, request_id: RequestId) -> Stream | None:
+        return self._live.get(request_id) or self._ended.get(request_id)
+
     def _tokenize(self, source: NodeId, message: Tokenize, now_s: float) -> list[Effect]:
-        known = self._live.get(message.request_id) or self._ended.get(message.request_id)
-        if known is not None and known.frontend != source:
-            return []
+        known = self._known(message.request_id)
+        owner = message.attempt // ATTEMPTS_PER_OWNER
+        if known is not None and (owner, source) != (known.owner, known.frontend):
+            if owner <= known.owner:
+                return self._refuse(source, message, TAKEN)
+            taken = self._taken(known, source, message.attempt, now_s)
+            return taken + self._tokenize(source, message, now_s)
         try:
             accepted = unpack_tokens(message.accepted)
         except ValueError:
@@ -182,7 +179,7 @@ class TokenizerMachine:
         # The scheduler may have raised our attempt without the frontend having heard of it, so that
         # a lower one says no more than that a session was lost.
         continues = known.tokens[: len(accepted)] == accepted and not known.cancelled
-        if message.attempt <= known.attempt and continues:
+        if message.attempt <= max(known.attempt, known.floor) and continues:
             return self._say_again(known, len(accepted))
         # A new attempt, or other tokens than ours: what workers still send of the old one is void.
         attempt = max(message.attempt, known.attempt + 1)
@@ -190,6 +187,16 @@ class TokenizerMachine:
         self._counts["restarts"] += 1
         renewed = msgspec.structs.replace(message, attempt=attempt)
         return self._open(source, renewed, accepted, now_s, known.encoding)
+
+    def _taken(self, stream: Stream, frontend: NodeId, attempt: int, now_s: float) -> list[Effect]:
+        """Another frontend has it from now on. It goes on as the attempt that it is; the scheduler
+        hears of it, so that the one before can move it nowhere."""
+        self._counts["taken_over"] += 1
+        before, stream.frontend, stream.floor = stream.frontend, frontend, attempt
+        told = Send(before, Failed(request_id=stream.request_id, problem=TAKEN))
+        live = stream.request_id in self._live and stream.encoded
+        submitted = self._submit(stream, now_s) if live else []
+        return submitted if before == frontend else [told, *submitted]
 
     def _open(
         self,
@@ -309,7 +316,7 @@ class TokenizerMachine:
     def _span(self, source: NodeId, span: TokenSpan, deltas: Deltas, now_s: float) -> list[Effect]:
         stream = self._live.get(span.request_id)
         if stream is None or span.attempt < stream.attempt:
-            return _acknowledged(source, span)
+            return acknowledged(source, span)
         if span.attempt > stream.attempt or not stream.encoded:
             return []
         try:
@@ -330,7 +337,7 @@ class TokenizerMachine:
         stream.gap_worker = None
         if stream.finish_reason is None:
             return []
-        return _acknowledged(source, span) + self._end(stream, now_s)
+        return acknowledged(source, span) + self._end(stream, now_s)
 
     def _ask_again(self, stream: Stream, worker: NodeId, now_s: float) -> Send:
         self._counts["resends"] += 1
@@ -390,10 +397,3 @@ class TokenizerMachine:
     def _done(self, now_s: float) -> bool:
         waits = self._live or self._calls or now_s < self._last_end_s + EXIT_LINGER_S
         return self._draining and not self._exited and not waits
-
-
-def _acknowledged(worker: NodeId, span: TokenSpan) -> list[Effect]:
-    """The worker may forget what it sent, as nobody will ask for it again."""
-    if span.finish_reason is None:
-        return []
-    return [Send(worker, StreamAck(request_id=span.request_id, attempt=span.attempt))]

@@ -2,15 +2,21 @@
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 
+from slipstream.core.machine import Effect, Send
 from slipstream.core.prefix import extend_hashes, namespace
+from slipstream.core.submission import digest
 from slipstream.errors import Problem
 from slipstream.messages import (
     Part,
+    Seek,
+    Sought,
+    StreamAck,
     Submit,
     TextDelta,
     TextLogprob,
@@ -27,6 +33,7 @@ from slipstream.tokenizer.detokenizer import (
 from slipstream.tokenizer.formats.parser import Parser, merged
 from slipstream.tokenizer.formats.tool_formats import markers, parser
 from slipstream.types import (
+    ATTEMPTS_PER_OWNER,
     BlockHash,
     FinishReason,
     NodeId,
@@ -47,6 +54,20 @@ class Encoding(NamedTuple):
 
 
 _NOT_YET = Encoding([])
+
+
+def sought(stream: "Stream | None", message: Seek) -> Sought:
+    """What to say to a frontend that looks for it."""
+    if stream is None or stream.cancelled or digest(stream.submission) != message.digest:
+        return Sought(request_id=message.request_id)
+    return Sought(request_id=message.request_id, attempt=max(stream.attempt, stream.floor))
+
+
+def acknowledged(worker: NodeId, span: TokenSpan) -> list[Effect]:
+    """The worker may forget what it sent, as nobody will ask for it again."""
+    if span.finish_reason is None:
+        return []
+    return [Send(worker, StreamAck(request_id=span.request_id, attempt=span.attempt))]
 
 
 class Stream:
@@ -70,6 +91,8 @@ class Stream:
         self.request_id = submission.request_id
         self.frontend = frontend
         self.attempt = submission.attempt
+        self.floor = submission.attempt
+        """What the frontend asked for: it listens to no lower one."""
         self.deadline_s = deadline_s
         self.sampling: SamplingParams = submission.sampling
         self.encoding = _NOT_YET
@@ -100,6 +123,10 @@ class Stream:
         self._space = b""
         self._submitted = 0
         """The last attempt that was submitted."""
+        self._ends: list[int] = []
+        """Where deltas end, in tokens, so that they can be said again as they were."""
+        self._end_said = False
+        """With the last of them; else the end comes by itself."""
 
     @property
     def prompt(self) -> list[int]:
@@ -108,6 +135,11 @@ class Stream:
     @property
     def encoded(self) -> bool:
         return bool(self.prompt)
+
+    @property
+    def owner(self) -> int:
+        """How many frontends have taken it over."""
+        return self.floor // ATTEMPTS_PER_OWNER
 
     @property
     def submitted_bytes(self) -> int:
@@ -135,6 +167,7 @@ class Stream:
         )
         accepted, self.tokens = self.tokens, []
         self._push(accepted, (), None)
+        self._ends = [*range(1, len(self.tokens) + 1)]
         if self.finish_reason is None and self.tokens:
             last = self.tokens[-1]
             if self._stops(last):
@@ -160,15 +193,24 @@ class Stream:
             self._finish(span.finish_reason, span.stop_token)
         if len(self.tokens) == start and self.finish_reason is None:
             return None
+        self._ends.append(len(self.tokens))
+        self._end_said = self.finish_reason is not None
         return self._delta(start, len(self.tokens), last=self.finish_reason is not None)
 
     def again(self, position: int) -> list[TextDelta]:
-        """Everything from `position` on, token by token: a frontend that knows some of it can skip
-        exactly that."""
-        singles = [self._delta(i, i + 1, last=False) for i in range(position, len(self.tokens))]
-        if self.finish_reason is not None:
-            singles.append(self._delta(len(self.tokens), len(self.tokens), last=True))
-        return singles
+        """Everything from `position` on, in the deltas that were said before, so that a frontend
+        that knows some of it can skip exactly that, and one that takes it over makes of it what the
+        one before did. What another tokenizer had accepted comes token by token."""
+        ends = self._ends[bisect_right(self._ends, position) :]
+        over = self.finish_reason is not None
+        if over and not (ends and self._end_said):
+            ends.append(len(self.tokens))
+        starts = [position, *ends]
+        last = len(ends) - 1 if over else -1
+        return [
+            self._delta(start, end, last=i == last)
+            for i, (start, end) in enumerate(zip(starts, ends, strict=False))
+        ]
 
     def tokenized(self) -> Tokenized:
         return Tokenized(request_id=self.request_id, prompt_tokens=len(self.prompt))
@@ -196,6 +238,7 @@ class Stream:
             priority=self.submission.priority,
             tenant=self.submission.tenant,
             weight=self.submission.weight,
+            owner=self.owner,
         )
 
     def check(self) -> None:
@@ -252,7 +295,7 @@ class Stream:
             parts = merged([*said, *(self._tail_parts if last else ())])
         return TextDelta(
             request_id=self.request_id,
-            attempt=self.attempt,
+            attempt=max(self.attempt, self.floor),
             position=start,
             tokens=pack_tokens(self.tokens[start:end]),
             text=text,

@@ -13,6 +13,7 @@ from slipstream.config.loader import (
 from slipstream.config.rules import AUTO_TRANSPORTS, is_loopback, make_folder, require_folder
 from slipstream.config.service import (
     Dtype,
+    JournalTtl,
     KeysDir,
     KvCacheBytes,
     LogLevel,
@@ -57,6 +58,7 @@ __all__ = [
     "Dtype",
     "HelpRequested",
     "KeysDir",
+    "JournalTtl",
     "KvCacheBytes",
     "Loaded",
     "LogLevel",

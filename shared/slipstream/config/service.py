@@ -101,13 +101,22 @@ Record: TypeAlias = Annotated[
 RedisUrl: TypeAlias = Annotated[
     str,
     Meta(
-        description="Redis of the index: redis://host:port/0, rediss://, unix:///path, "
-        "redis+sentinel://host:port,host:port/name/0 or redis+cluster://host:port,host:port.",
+        description="Redis of the index and of streamed answers: redis://host:port/0, rediss://, "
+        "unix:///path, redis+sentinel://host:port,host:port/name/0 or redis+cluster://host:port,host:port.",
         extra={"secret": True},
     ),
 ]
 
 
+JournalTtl: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=3600,
+        description="How long streamed answers stay in Redis, in seconds after their last piece, "
+        "so that a client goes on at another frontend (Last-Event-ID); 0: they are not written.",
+    ),
+]
 KeysDir: TypeAlias = Annotated[
     str,
     Meta(

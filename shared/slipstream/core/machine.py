@@ -143,6 +143,17 @@ class Encoded(_Record, frozen=True):
     """How the answer is told apart; empty: it is content alone."""
 
 
+class Taken(_Record, frozen=True):
+    """What a frontend knows of a stream that was another one's."""
+
+    owner: int = 1
+    """The least number that it may have among the stream's frontends."""
+    journaled: bool = False
+    """There is a journal of it; if not, it goes on only if a tokenizer still has it."""
+    accepted: bytes = b""
+    prompt_tokens_told: bool = False
+
+
 class Opened(_Record, frozen=True):
     """An HTTP request was accepted by the frontend's shell."""
 
@@ -150,6 +161,8 @@ class Opened(_Record, frozen=True):
     context: TraceContext | None = None
     model: str = ""
     """As the client called it."""
+    taken: Taken | None = None
+    """The client comes from another frontend."""
 
 
 class Closed(_Record, frozen=True):
@@ -437,8 +450,7 @@ class StoreForget(_Record, frozen=True):
 
 
 class Note(_Record, frozen=True):
-    """One line for the log, at info. Machines do not log; nothing of a prompt or an answer may be
-    in it."""
+    """One line for the log, at info; nothing of a prompt or an answer may be in it."""
 
     text: str
 

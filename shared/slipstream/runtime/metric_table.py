@@ -75,10 +75,17 @@ FRONTEND = {
     "requests_total": "Choices taken; a request with n choices counts n times.",
     "finished_total": "Choices that ended with an answer.",
     "abandoned_total": "Choices whose client left before their end.",
+    "resumed_total": "Choices taken over from a frontend that their client has lost.",
     "moves_total": "Streams given to another tokenizer after theirs was lost.",
     "resyncs_total": "Streams taken up again with the same tokenizer after a broken session.",
     "deltas_skipped_total": "Pieces of text that the client had already, or that came too early.",
     "tokens_total": "Output tokens passed on to HTTP.",
+    "journal_bytes": "Of streamed answers, written to Redis and kept there for now.",
+    "journal_entries_total": "Pieces of streamed answers written ahead of their clients.",
+    "journal_failures_total": "Times that Redis did not answer in time; streams went on without.",
+    "journal_skipped_total": "Streamed answers that were not written at all.",
+    "journal_fenced_total": "Streams that ended here because another frontend has them.",
+    "journal_taken_total": "Journals read to go on with another frontend's stream.",
 }
 FRONTEND_LABELLED = (
     Labelled(
@@ -113,6 +120,7 @@ TOKENIZER = {
     "tokens_total": "Output tokens turned into text.",
     "resends_total": "Times that a worker was asked to say tokens again.",
     "spans_malformed_total": "Spans of tokens that were torn, and were dropped.",
+    "taken_over_total": "Streams that went on with another frontend.",
     "cancelled_total": "Streams ended because the client or its frontend was gone.",
 }
 TOKENIZER_LABELLED = (
@@ -130,6 +138,7 @@ SCHEDULER = {
     "requests_recovering": "Requests submitted again that may still run on some worker.",
     "requests_locating": "Requests that wait for the index.",
     "requests_queued": "Requests in the queue, for which no worker has room.",
+    "requests_probation": "Requests that may kill workers, and wait to run as the only such one.",
     "requests_resuming": "Requests whose next attempt the tokenizer has to submit.",
     "requests_prefilling": "Requests whose prompt a prefill worker computes or hands over.",
     "requests_decoding": "Requests that run on one worker.",

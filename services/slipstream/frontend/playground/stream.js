@@ -10,8 +10,11 @@ export class Refusal extends Error {
   }
 }
 
+const RESUMES_MAX = 16;
+const RESUME_AFTER_MS = 500;
+
 /**
- * The data of server-sent events, in lists: what one read brought has arrived at one time.
+ * Server-sent events with data, in lists: what one read brought has arrived at one time.
  * The decoder holds back the bytes of an unfinished character until the rest of it is there.
  */
 export async function* arrivals(body) {
@@ -24,7 +27,7 @@ export async function* arrivals(body) {
       rest += decoder.decode(value, { stream: !done });
       const blocks = rest.split(/\r?\n\r?\n/);
       rest = blocks.pop();
-      const found = blocks.map(dataOf).filter(Boolean);
+      const found = blocks.map(eventOf).filter(({ data }) => data);
       if (found.length) yield found;
       if (done) return;
     }
@@ -33,44 +36,64 @@ export async function* arrivals(body) {
   }
 }
 
-function dataOf(block) {
-  const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-  return lines.map((line) => line.slice(5).trimStart()).join("\n");
+function eventOf(block) {
+  const lines = block.split(/\r?\n/);
+  const of = (field) =>
+    lines.filter((line) => line.startsWith(field)).map((line) => line.slice(field.length).trim());
+  return { data: of("data:").join("\n"), id: of("id:").at(-1) ?? "" };
 }
 
 /**
  * Sends a request. `opened` is told the response, `arrived` each list of chunks with its raw texts.
- * Throws a Refusal, or what fetch throws when `signal` aborts it or nobody answers.
+ * A stream that breaks off is gone on with where it did, at whatever frontend answers. Throws a
+ * Refusal, or what fetch throws when `signal` aborts it or nobody answers.
  */
 export async function ask(request, { key, signal, opened, arrived }) {
-  const headers = { "Content-Type": "application/json" };
+  const place = { last: "", ended: false, requestId: "", status: 0 };
+  for (let tries = 0; tries < RESUMES_MAX && !place.ended; tries++) {
+    if (tries) await new Promise((done) => setTimeout(done, RESUME_AFTER_MS));
+    try {
+      await follow(request, { key, signal, opened, arrived }, place);
+    } catch (error) {
+      const fatal = error instanceof Refusal && ![409, 429, 502, 503].includes(error.status);
+      if (signal?.aborted || !place.last || fatal) throw error;
+    }
+    if (!place.last) break;
+  }
+  if (!place.ended) {
+    const error = { code: "stream_cut", message: "The stream broke off before its end." };
+    throw new Refusal(error, place.status, place.requestId);
+  }
+}
+
+/** One connection, from `place` on, which moves with what arrives. */
+async function follow(request, { key, signal, opened, arrived }, place) {
+  const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
   if (key) headers.Authorization = `Bearer ${key}`;
+  if (place.last) headers["Last-Event-ID"] = place.last;
   const body = JSON.stringify(request);
   const response = await fetch("v1/chat/completions", { method: "POST", headers, body, signal });
-  const requestId = response.headers.get("x-request-id") ?? "";
-  opened(response);
+  const requestId = (place.requestId = response.headers.get("x-request-id") ?? "");
+  place.status = response.status;
+  if (!place.last) opened(response);
   if (!response.ok) {
     throw new Refusal(await errorOf(response), response.status, requestId);
   }
-  let ended = false;
-  for await (const texts of arrivals(response.body)) {
+  for await (const events of arrivals(response.body)) {
     const chunks = [];
     let error = null;
-    for (const text of texts) {
-      if (text === "[DONE]") {
-        ended = true;
+    for (const { data, id } of events) {
+      if (data === "[DONE]") {
+        place.ended = true;
         continue;
       }
-      const chunk = JSON.parse(text);
+      const chunk = JSON.parse(data);
       if (chunk.error) error = chunk.error;
       else chunks.push(chunk);
+      place.last = id || place.last;
     }
-    arrived(chunks, texts);
+    arrived(chunks, events.map(({ data }) => data));
     if (error) throw new Refusal(error, response.status, requestId);
-  }
-  if (!ended) {
-    const error = { code: "stream_cut", message: "The stream broke off before its end." };
-    throw new Refusal(error, response.status, requestId);
   }
 }
 
