@@ -95,8 +95,8 @@ class Stack:
         flags = [word for k, v in wanted.items() for word in (f"--{k.replace('_', '-')}", str(v))]
         path = [str(INJECTED)] * injected + [place for place in sys.path if place]
         added = {"PYTHONPATH": os.pathsep.join(path), **(variables or {})}
-        self._command = ["env", *(f"{name}={value}" for name, value in added.items())]
-        self._command += [sys.executable, "-m", "slipstream.cli.main", "serve", *flags]
+        self.command = ["env", *(f"{name}={value}" for name, value in added.items())]
+        self.command += [sys.executable, "-m", "slipstream.cli.main", "serve", *flags]
         self._environ = environ
         self._log = (self.base / "log").open("w")
         self._seen: set[psutil.Process] = set()
@@ -108,7 +108,7 @@ class Stack:
         """Once by itself; again after a kill."""
         self._ready_lines = self.log.count("\nREADY ")
         self.process = subprocess.Popen(
-            self._command,
+            self.command,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -73,8 +73,8 @@ def spoil_reads() -> None:
     import numpy as np
 
     from slipstream.engine import transfers
-    from slipstream.kv import bus_reader, nixl_reads, shm
     from slipstream.kernels.verified_copy import verified_copy
+    from slipstream.kv import bus_reader, nixl_reads, shm
     from slipstream.kv.transport import Read, TransferError
 
     class Doomed(np.ndarray):
