@@ -66,7 +66,7 @@ class Client:
         give_up_s = entry.sent_s + REFUSED_MAX_S
         while True:
             entry.sent_s = time.monotonic()
-            entry.code = entry.broken = ""
+            entry.code, entry.broken, entry.done = "", "", False
             url = self.urls[next(self._turn) % len(self.urls)]
             try:
                 async with self._session.post(url + ask.path, json=body, headers=headers) as reply:

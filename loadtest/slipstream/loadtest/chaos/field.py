@@ -25,7 +25,7 @@ PATIENCE_S = 60.0
 """Longest wait for anything that a scenario waits for."""
 SETTLE_S = 30.0
 """Longest wait after the last answer, until nothing runs and nothing is held."""
-_POLL_S = 0.02
+_POLL_S = 0.005
 _ROLES = ("scheduler", "kvindex", "tokenizer", "frontend", "prefill", "decode")
 _PREFIXES = {"scheduler": "scheduler_", "prefill": "worker_", "decode": "worker_"}
 

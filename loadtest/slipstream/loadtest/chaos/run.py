@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from slipstream.errors import ExitCode
 from slipstream.loadtest.chaos import table
 from slipstream.loadtest.chaos.asks import Ask, draw
 from slipstream.loadtest.chaos.catalogue import ROWS
@@ -22,6 +23,7 @@ MODEL = "smollm2-135m-instruct"
 ROW_S = 180.0
 """Longest time of a scenario."""
 SHOWN = 5
+BUG = f"exit code {ExitCode.BUG.value}"
 
 
 async def run(plan: Iterable[tuple[str, Sequence[Row]]], seed: int, output: Path) -> int:
@@ -86,12 +88,13 @@ async def _play(field: Field, row: Row) -> tuple[Result, bool]:
     assert row.scenario is not None
     begin_s, whole, facts = time.monotonic(), True, Facts()
     trouble: list[str] = []
+    bugs = field.stack.log.count(BUG)
     try:
         async with field.load(), asyncio.timeout(ROW_S):
             await row.scenario(field)
-    except (Unmet, TimeoutError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 a row that cannot be played is bad; the next one is played
         trouble.append(f"{row.id}: {type(error).__name__} {error}")
-        trouble += traceback.format_exception(error)[-3:-1]
+        trouble += [] if isinstance(error, Unmet) else traceback.format_exception(error)
     finally:
         field.stack.disarm()
     try:
@@ -105,6 +108,8 @@ async def _play(field: Field, row: Row) -> tuple[Result, bool]:
         trouble.append(str(error))
     entries, blow_s, notes = field.take()
     found = check(entries, field.expected, row.may, facts, blow_s)
+    if field.stack.log.count(BUG) > bugs:
+        trouble.append(f"a machine ended with {BUG}")
     found.problems = trouble + notes + found.problems
     seconds = time.monotonic() - begin_s
     whole = whole and not (facts.stranded or facts.unsettled)
@@ -117,7 +122,7 @@ async def _ended(field: Field, name: str, results: dict[str, Result]) -> None:
     for file in sorted(field.stack.records.glob("frontend-*.rec")):
         problems += deliveries(read(file))
     try:
-        await asyncio.to_thread(field.stack.close)
+        await asyncio.to_thread(field.stack.close, tracebacks=True)
     except AssertionError as error:
         problems.append(f"at the end of {name}: {error}"[:2000])
     if problems:

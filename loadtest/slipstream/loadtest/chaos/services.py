@@ -115,10 +115,10 @@ async def nonsense_on_the_bus(field: Field) -> None:
     """At every socket of the run directory."""
     await field.streaming()
     field.mark()
-    before = await asyncio.to_thread(_malformed, field)
+    before, folder = await asyncio.to_thread(_malformed, field), field.stack.run_dir
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        for path in sorted(field.stack.run_dir.glob("*-[0-9].sock")):
+        for path in sorted(set(folder.glob("*.sock")) - {folder / "redis.sock"}):
             with context.socket(zmq.DEALER) as peer:
                 peer.set(zmq.LINGER, 500)
                 peer.connect(f"ipc://{path}")

@@ -69,8 +69,9 @@ async def decode_dies_at_each_token(field: Field) -> None:
     for share in (0.0, 0.5, 1.0):
         entry, task = field.send("long answer")
         pieces = max(1, int(share * (field.asks["long answer"].body["max_tokens"] - 1)))
-        await field.reached(entry, pieces)
+        await field.reached(entry, 1)
         epoch = await field.epoch(entry.decode)
+        await field.reached(entry, pieces)
         field.strike(entry.decode)
         await task
         await field.back(entry.decode, epoch)
