@@ -12,6 +12,7 @@ from slipstream.loadtest.chaos.catalogue import ROWS, SHORT
 from slipstream.loadtest.chaos.field import settings_of
 from slipstream.loadtest.chaos.promises import PROMISES
 from slipstream.loadtest.chaos.row import Row
+from slipstream.loadtest.chaos.table import promises
 
 TESTS = Path(__file__).parents[1]
 FAULTS = {f"F{number:02}" for number in range(1, 61)}
@@ -53,6 +54,16 @@ def test_each_promise_names_what_would_break() -> None:
         assert promise.tests
         check_tests(promise.tests)
         assert set(promise.rows) <= {"all"} | {i for i, row in BY_ID.items() if row.scenario}
+
+
+def test_the_page_is_of_these_rows_and_promises() -> None:
+    page = (TESTS.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert promises(PROMISES) in page
+    said = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| F")]
+    fixed = [(*cells[:4], cells[-1]) for cells in said]
+    assert fixed == [(row.id, row.phase, row.fault, row.seen, row.where) for row in ROWS]
+    ran = [cells for cells, row in zip(said, ROWS, strict=True) if row.scenario and not row.needs]
+    assert all(cells[-2] == "ok" for cells in ran), "paste the table of a run"
 
 
 def test_rows_are_chosen_by_name() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from slipstream.loadtest.chaos.history import Found
+from slipstream.loadtest.chaos.promises import Promise
 from slipstream.loadtest.chaos.row import Row
 
 HEAD = (
@@ -60,6 +61,15 @@ def markdown(rows: Iterable[Row], results: Mapping[str, Result]) -> str:
         elif row.scenario is not None and not row.missing:
             told = ("", "", "", "", "", "not run")
         lines.append(_cells((row.id, row.phase, row.fault, row.seen, *told, row.where)))
+    return "\n".join(lines) + "\n"
+
+
+def promises(said: Iterable[Promise]) -> str:
+    """As a table."""
+    lines = [_cells(("", "promise", "rows", "tests")), _cells(["---"] * 4)]
+    for one in said:
+        tests = ", ".join(f"`{test}`" for test in one.tests)
+        lines.append(_cells((one.id, one.text, ", ".join(one.rows), tests)))
     return "\n".join(lines) + "\n"
 
 
