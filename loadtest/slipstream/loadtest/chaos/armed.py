@@ -8,7 +8,7 @@ from pathlib import Path
 from slipstream.loadtest.chaos.stack import Stack
 
 ANY = "any"
-"""In place of a node id: whoever comes first."""
+"""In place of a node id: whoever comes first; a role: the first one of it."""
 
 
 class Armed(Stack):

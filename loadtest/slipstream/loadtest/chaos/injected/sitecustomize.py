@@ -1,9 +1,9 @@
 """Faults for the services of a stack: Python imports this before anything else, if this folder is
 on its path.
 
-A file arms a fault, `<faults>/<node id or any>/<fault>.<n>`; whoever commits it renames the file
-first, so that each happens once, and says in it who did it to whom. `<faults>/<node id or
-any>.<fault>.on` makes it happen at every occasion. Nothing of the product knows of this.
+A file arms a fault, `<faults>/<one of NAMES>/<fault>.<n>`; whoever commits it renames the file
+first, so that each happens once, and says in it who did it to whom. `<faults>/<one of
+NAMES>.<fault>.on` makes it happen at every occasion. Nothing of the product knows of this.
 """
 
 import os
@@ -28,13 +28,15 @@ def argument(flag: str) -> str:
 
 
 NODE_ID = argument("--node-id")
+NAMES = (NODE_ID, NODE_ID.partition("-")[0], "any")
+"""Whom a fault is for: this process, one of its role, one of all."""
 FAULTS = Path(argument("--run-dir")).parent / "faults"
 """The run directory lies in the stack's folder, and so do the faults."""
 
 
 def commit(fault: str, told: str = "") -> bool:
     """Whether this fault is armed; then it is this caller's."""
-    for folder in (FAULTS / NODE_ID, FAULTS / "any"):
+    for folder in (FAULTS / name for name in NAMES):
         for armed in sorted(folder.glob(f"{fault}.[0-9]*")):
             done = armed.with_name(f"done.{armed.name}")
             try:
@@ -48,7 +50,7 @@ def commit(fault: str, told: str = "") -> bool:
 
 def switched(fault: str) -> str:
     """What it is switched to; empty: it does not happen."""
-    for name in (NODE_ID, "any"):
+    for name in NAMES:
         try:
             return (FAULTS / f"{name}.{fault}.on").read_text()
         except FileNotFoundError:
