@@ -143,7 +143,7 @@ CLIENTS = (
         *("F49", "accept", "heads and bodies that do not end", NOTHING, clients.slowloris),
         tests=("frontend/test_bad_input.py::test_a_body_that_never_comes_disturbs_nobody",),
     ),
-    Row("F50", "D", "a client half-closes", NOTHING, clients.half_closed),
+    Row("F50", "D", "a client half-closes", "its request ends", clients.half_closed),
     Row(
         *("F51", "Q, P, D", "the time budget ends", "504 `deadline_exceeded`"),
         *(clients.out_of_time, "twins", ("deadline_exceeded",)),

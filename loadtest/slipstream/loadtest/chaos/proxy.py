@@ -86,6 +86,8 @@ class Proxy:
             await asyncio.gather(
                 self._pump(reader, there[1], up=True), self._pump(there[0], writer, up=False)
             )
+        except asyncio.CancelledError:
+            pass  # by our end alone; asyncio would print it as an error of the callback
         finally:
             for each in pair:
                 each.close()

@@ -45,6 +45,7 @@ def caught_encoding(number: signal.Signals) -> Scenario:
     """The tokenizer that has just begun with a prompt."""
 
     async def scenario(field: Field) -> None:
+        await field.streaming()
         field.stack.arm("tokenizer", "encode_hold")
         field.send("long prompt")
         (node_id,) = await field.committed("tokenizer", "encode_hold")
@@ -139,10 +140,11 @@ async def one_way_cut(field: Field) -> None:
     path.rename(away)
     try:
         async with Proxy(path, away) as proxy:
-            field.strike("scheduler-0")
+            field.stack.send("scheduler-0", signal.SIGKILL)
             await field.until(lambda: proxy.bytes_passed, "the scheduler comes by the proxy")
             await field.until_asked(field.stack.ready, "ready again")
             await field.streaming()
+            field.mark()
             proxy.silent_up = True
             await asyncio.sleep(CUT_S)
             proxy.silent_up = False
