@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 200
 BENCH ?=
 LOAD ?=
+CHAOS ?=
 comma := ,
 
 # A machine with an NVIDIA driver gets pip's choice of torch; any other one the version of the CPU
@@ -22,7 +23,7 @@ SOURCES := shared kernels services loadtest
 ROOTS := $(wildcard $(SOURCES) tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo dev clients check test test-all sim load bench-vs docs clean
+.PHONY: help serve demo dev clients check test test-all sim load chaos bench-vs docs clean
 
 help:
 	@echo "make serve      install, prepare the demo model, start everything"
@@ -31,6 +32,7 @@ help:
 	@echo "make test-all   all tests"
 	@echo "make sim        the simulator, SEEDS=200"
 	@echo "make load       a load test of a minute with a report; another: LOAD='--scenario spike'"
+	@echo "make chaos      every fault in a real stack, and a table; a part: CHAOS='--rows F09,F15'"
 	@echo "make bench-vs   against vLLM and llama.cpp, for hours; a part: BENCH='--rounds 1 --loads short'"
 	@echo "make docs       write the generated pages"
 	@echo "make clean      remove what the build and the tests have made"
@@ -99,6 +101,11 @@ sim: dev
 # Starts a server of its own, and writes the report to a folder below build/load.
 load: dev demo
 	@exec $(BIN)/python -m slipstream.loadtest.load $(LOAD)
+
+# Stacks of its own, one after another; the table goes to build/chaos. Twenty minutes of load with a
+# worker killed every minute: CHAOS='--soak-s 1200'.
+chaos: dev demo
+	@exec $(BIN)/python -m slipstream.loadtest.chaos $(CHAOS)
 
 # Installs the other servers under ~/.cache/slipstream/peers and writes docs/benchmarks/versus.md.
 bench-vs: dev demo

@@ -72,13 +72,17 @@ def makes(command: str) -> None:
         if SETTING.match(word):
             name, _, value = word.partition("=")
             assert re.search(rf"^{name} \?=", MAKEFILE, re.MULTILINE), f"no {name} in the Makefile"
-            for target in set(words[1:]) & {"load", "bench-vs"}:
+            for target in set(words[1:]) & MODULES.keys():
                 _known_to(MODULES[target], value)
         else:
             assert re.search(rf"^{word}:", MAKEFILE, re.MULTILINE), f"no target {word}"
 
 
-MODULES = {"load": "slipstream.loadtest.load", "bench-vs": "slipstream.loadtest.versus"}
+MODULES = {
+    "load": "slipstream.loadtest.load",
+    "chaos": "slipstream.loadtest.chaos",
+    "bench-vs": "slipstream.loadtest.versus",
+}
 
 
 def is_a_module(command: str) -> None:

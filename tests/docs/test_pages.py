@@ -116,7 +116,8 @@ def prose(page: Path) -> str:
 
 def of_us(page: Path) -> bool:
     """Whether its flags are those of the command `slipstream`."""
-    return page.parent.name != "clients" and page.name not in ("loadtesting.md", "CONTRIBUTING.md")
+    others = ("loadtesting.md", "reliability.md", "CONTRIBUTING.md")
+    return page.parent.name != "clients" and page.name not in others
 
 
 @pytest.mark.parametrize(

@@ -1,86 +1,43 @@
-"""A stack whose workers have faults on call, and what a test does with them.
+"""A stack whose workers have faults on call, and what a test does with them."""
 
-`injected/sitecustomize.py` is the other half: it runs in the workers.
-"""
-
-import os
-import shutil
-import signal
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from e2e.client import Answer
 from e2e.stack import Stack, until
+from slipstream.loadtest.chaos.armed import ANY, Armed
 
-INJECTED = Path(__file__).parent / "injected"
 MIGRATED = "migrated"
 PULL_TIMEOUT_S, LEASE_S, RENEW_S = 8.0, 2.5, 0.5
 
 
-class FaultyStack(Stack):
+class FaultyStack(Stack, Armed):
     """Whole until a test arms something. Leases are short, so that outlasting one does not take
     long; READs may take longer than that."""
 
     def __init__(self, **settings: Any) -> None:
-        self.faults = Path(tempfile.mkdtemp(prefix="e2e-faults-", dir="/tmp"))
         environ = {
-            "PYTHONPATH": os.pathsep.join([str(INJECTED), *filter(None, sys.path)]),
-            "E2E_FAULTS": str(self.faults),
             "SLIPSTREAM_PULL_TIMEOUT_S": str(PULL_TIMEOUT_S),
             "SLIPSTREAM_LEASE_S": str(LEASE_S),
             "SLIPSTREAM_RENEW_S": str(RENEW_S),
         }
-        super().__init__(environ=environ, locate_timeout_s=5.0, **settings)
-
-    def kill(self) -> None:
-        super().kill()
-        shutil.rmtree(self.faults, ignore_errors=True)
-
-    def arm(self, node_id: str, fault: str, count: int = 1) -> None:
-        """The next `count` occasions in this worker are spoilt; a gate that was open is shut."""
-        (self.faults / "gate").unlink(missing_ok=True)
-        folder = self.faults / node_id
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob(f"done.{fault}.*"):
-            old.unlink()
-        for number in range(count):
-            (folder / f"{fault}.{number}").touch()
-
-    def committed(self, node_id: str, fault: str) -> int:
-        """How often it has happened since it was armed."""
-        return len(list((self.faults / node_id).glob(f"done.{fault}.*")))
+        super().__init__(environ=environ, locate_timeout_s=5.0, injected=True, **settings)
 
     def restrict(self, transport: str) -> None:
         """READs come by this one from now on."""
-        partial = self.faults / "partial"
-        partial.write_text(transport)
-        partial.rename(self.faults / "transport")
+        self.switch(ANY, "transport", transport)
 
     def until_held(self, node_id: str) -> None:
         until(lambda: self.committed(node_id, "hold") or self._over(), "a READ under way")
         assert self.process.poll() is None, self.log
 
-    def open_gate(self) -> None:
-        """What is held goes on."""
-        (self.faults / "gate").touch()
-
     def mute(self, node_id: str, wanted: bool) -> None:
         """Renewals of this worker are not sent."""
-        folder = self.faults / node_id
-        folder.mkdir(exist_ok=True)
-        if wanted:
-            (folder / "mute").touch()
-        else:
-            (folder / "mute").unlink()
-            assert (folder / "done.mute").exists(), "there was nothing to renew"
-            (folder / "done.mute").unlink()
-
-    def signal(self, node_id: str, number: signal.Signals) -> None:
-        os.kill(self.pids()[node_id], number)
+        self.switch(node_id, "mute", "on" if wanted else "")
+        if not wanted:
+            assert self.committed(node_id, "mute"), "there was nothing to renew"
+            (self.faults / node_id / "done.mute.0").unlink()
 
     def failures(self, what: str, of: str = "") -> Counter[str]:
         """`what`_<cause>_total, by cause; `handover` or `fetch`; of all workers or of one, for what
