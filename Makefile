@@ -89,8 +89,13 @@ $(CLIENTS)/.stamp-node: tests/clients/package.json
 
 clients: $(CLIENTS)/.stamp-sdk $(CLIENTS)/.stamp-tools $(CLIENTS)/.stamp-node
 
+# Two at a time where a test needs no more than a core; what starts whole stacks has the machine to itself.
+PAIRED := $(addprefix tests/,architecture core frontend kvindex scheduler simulate tokenizer)
 test: dev demo clients
-	$(BIN)/python -m pytest -q -m 'not slow'
+	@status=0; set -x; \
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow' $(PAIRED) || status=1; \
+	$(BIN)/python -m pytest -q -m 'not slow' $(addprefix --ignore=,$(PAIRED)) tests || status=1; \
+	exit $$status
 
 test-all: dev demo clients
 	$(BIN)/python -m pytest -q

@@ -24,7 +24,8 @@ from slipstream.frontend.machine import FrontendMachine
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.tokenizer.machine import TokenizerMachine
 
-SEEDS = 2000
+SEEDS = 1000
+"""`make sim SEEDS=20000` tries more."""
 BUG_SEEDS = 2000
 
 
