@@ -84,7 +84,10 @@ WORKERS = (
         *("F58", "P", "a request that kills who computes it", "500 `request_quarantined`"),
         *(workers.poison, "twins", ("request_quarantined",)),
         needs="request_quarantined",
-        tests=("scheduler/test_machine.py::test_a_request_that_every_worker_fails_ends",),
+        sim=("poison",),
+        tests=(
+            "scheduler/test_suspects.py::test_who_is_lost_twice_without_a_token_is_not_tried_a_third_time",
+        ),
     ),
 )
 BLOCKS = (
@@ -151,8 +154,8 @@ CLIENTS = (
     ),
     Row("F52", "any", "requests of one X-Request-Id at once", NOTHING, clients.two_of_one_name),
     Row(
-        *("F53", "any", "keys are exchanged", NOTHING),
-        why="a change of keys is a restart of everything: docs/operations.md",
+        *("F53", "any", "API keys are exchanged", NOTHING),
+        tests=("frontend/test_callers.py::test_keys_come_and_go_while_it_runs",),
     ),
 )
 SERVICES = (
