@@ -4,7 +4,7 @@ import pytest
 
 from core.builders import decode
 from core.workers import PROMPT, Worker
-from slipstream.core.step_watch import TIMES_SLOWEST, UNMEASURED_S
+from slipstream.core.step_watch import MANY_TOKENS, TIMES_SLOWEST, UNMEASURED_S
 from slipstream.messages import Drop
 
 TIMEOUT_S = 10.0
@@ -13,10 +13,10 @@ CHUNK = 256
 
 @pytest.fixture
 def worker() -> Worker:
-    """Has measured a step of a prompt and one that decodes, at 0.1 s for each."""
+    """Has measured a step of many tokens and one that decodes, at 0.1 s for each."""
     worker = Worker(max_model_len=4096, num_blocks=1024, prefill_budget_tokens=CHUNK)
     worker.step_s = 0.1
-    worker.hear(decode(prompt=PROMPT, max_tokens=2, ignore_eos=True))
+    worker.hear(decode(prompt=[7] * MANY_TOKENS, max_tokens=2, ignore_eos=True))
     worker.run()
     return worker
 
@@ -36,8 +36,8 @@ def test_a_step_that_hangs_ends_the_worker_after_ten_seconds(worker: Worker) -> 
 
 
 def test_a_step_with_more_tokens_may_take_longer(worker: Worker) -> None:
-    worker.hear(decode("long", prompt=[7] * CHUNK, max_tokens=9))
-    longest_s = TIMES_SLOWEST * worker.step_s * CHUNK / len(PROMPT)
+    worker.hear(decode("long", prompt=[9] * CHUNK, max_tokens=9))
+    longest_s = TIMES_SLOWEST * worker.step_s * CHUNK / MANY_TOKENS
     assert hangs(worker) == pytest.approx(TIMEOUT_S + longest_s)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from slipstream.core.batching import Flight
 from slipstream.core.machine import BatchPlan, CancelTimer, Effect, SetTimer
-from slipstream.core.step_model import sample_of
 
+MANY_TOKENS = 64
+"""From here on a step takes as long as its tokens say; what a shorter one takes is its own."""
 TIMES_SLOWEST = 4.0
 """Contexts grow, neighbours come, clocks fall."""
 UNMEASURED_S = 120.0
@@ -21,26 +22,26 @@ class StepWatch:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._prefill_token_s = self._decode_row_s = 0.0
-        """The slowest so far; 0 until there was one."""
+        self._short_s = self._token_s = 0.0
+        """The slowest so far: step of few tokens, and token of a longer one; 0 until there was
+        one."""
         self._limit_s = timeout_s
 
     def took(self, plan: BatchPlan, elapsed_s: float) -> None:
-        sample = sample_of(plan.rows)
-        if sample.prefill_tokens:  # a row that decodes beside them costs no more than a token
-            tokens = sample.prefill_tokens + sample.decode_rows
-            self._prefill_token_s = max(self._prefill_token_s, elapsed_s / tokens)
-        elif sample.decode_rows:
-            self._decode_row_s = max(self._decode_row_s, elapsed_s / sample.decode_rows)
+        if (tokens := _tokens(plan)) < MANY_TOKENS:
+            self._short_s = max(self._short_s, elapsed_s)
+        else:
+            self._token_s = max(self._token_s, elapsed_s / tokens)
 
     def limit_s(self, plan: BatchPlan) -> float:
-        sample = sample_of(plan.rows)
-        rate_s = self._prefill_token_s if sample.prefill_tokens else self._decode_row_s
-        if not rate_s:
+        """`timeout_s` and four times the slowest of its kind."""
+        if (tokens := _tokens(plan)) < MANY_TOKENS:
+            slowest_s = self._short_s
+        else:
+            slowest_s = self._token_s * tokens
+        if not slowest_s:
             return max(self.timeout_s, UNMEASURED_S)
-        return self.timeout_s + TIMES_SLOWEST * rate_s * (
-            sample.prefill_tokens + sample.decode_rows
-        )
+        return self.timeout_s + TIMES_SLOWEST * slowest_s
 
     def timer(self, in_flight: Sequence[Flight], now_s: float) -> Effect:
         """For the first of those that are with the device."""
@@ -53,3 +54,7 @@ class StepWatch:
     def fault(self) -> str:
         """What it means that the timer rings."""
         return f"no step has ended for {self._limit_s:.0f} s"
+
+
+def _tokens(plan: BatchPlan) -> int:
+    return sum(row.num_tokens for row in plan.rows)

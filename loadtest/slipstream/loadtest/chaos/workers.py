@@ -19,10 +19,10 @@ def held(role: str, fault: str, blow: signal.Signals = signal.SIGKILL, victim: i
     gets the signal; from a SIGSTOP it goes on after PAUSE_S."""
 
     async def scenario(field: Field) -> None:
+        await field.streaming()  # now: who is caught may have all of them with it
         field.stack.arm(role, fault)
         field.send("long prompt")
         node_id = (await field.committed(role, fault))[victim]
-        await field.streaming()
         try:
             if blow is signal.SIGSTOP:
                 await field.stand_still(node_id, PAUSE_S)
