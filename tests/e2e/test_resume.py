@@ -75,7 +75,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    running = Stack(frontend=2, tokenizer=2, disaggregation="auto", threads=1)
+    # Without a watchdog, or a frontend that stands still would be killed before it can be fenced.
+    running = Stack(frontend=2, tokenizer=2, disaggregation="auto", threads=1, watchdog_s=0)
     yield running
     running.close()
 
