@@ -304,7 +304,7 @@ async def test_ids_stand_where_a_client_can_read_them(
     one, other, _ = pair
     for accept in ("*/*", "text/html, */*;q=0.1"):  # as curl, aiohttp, httpx and fetch say
         told = await lines_for(one, accept)
-        data, ids = told[::2][:-1], told[1::2]
+        ids, data = told[::2][:-1], told[1::2]
         assert len(data) == len(ids) and told[-1] == "data: [DONE]\n\n"
         assert all(json.loads(block.strip().removeprefix("data: ")) for block in data)
         assert all(re.fullmatch(r":\nid: \S+\n\n", block) for block in ids)

@@ -49,9 +49,10 @@ class Form(Enum):
     NONE = "none"
     """OpenAI's Python client takes the comment behind an id for an event without data."""
     INSIDE = "inside"
-    BEHIND = "behind"
+    AHEAD = "ahead"
     """In a block of their own that begins as a comment does: who cuts a stream at empty lines and
-    takes `data: ` off the pieces, as `vllm bench serve` does, passes over it."""
+    takes `data: ` off the pieces, as `vllm bench serve` does, passes over it. Not behind, for it
+    takes the end off what it reads too."""
 
 
 def form_of(request: web.Request) -> Form:
@@ -59,7 +60,7 @@ def form_of(request: web.Request) -> Form:
     accept = request.headers.get("Accept", "*/*")
     if HEADER in request.headers or "text/event-stream" in accept:
         return Form.INSIDE
-    return Form.BEHIND if "*/*" in accept else Form.NONE
+    return Form.AHEAD if "*/*" in accept else Form.NONE
 
 
 class Place(NamedTuple):
@@ -118,4 +119,4 @@ class EventIds:
             return b""
         place = ",".join([f"{tokens}.{events}" for tokens, events in self._at])
         line = b"%b%b\n" % (self._head, place.encode())
-        return line + event if self._form is Form.INSIDE else b"%b:\n%b\n" % (event, line)
+        return line + event if self._form is Form.INSIDE else b":\n%b\n%b" % (line, event)
