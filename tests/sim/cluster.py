@@ -396,12 +396,14 @@ class Cluster:
     def _deliver(self, node_id: NodeId, effect: m.Deliver) -> None:
         client = self.clients[effect.request_id]
         if client.ended in ("closed", "cut off") or node_id != client.frontend:
+            if client.ended == "cut off" and node_id == client.frontend:
+                self._close(client, client.ended)  # it was asked while it stood still
             return  # nobody reads any more
         fails = self.faults.strikes("store_outage", 0.02, self.world.now_s)
         assert client.writer is not None and client.writer.frontend == node_id
         assert self.journals.write(client.writer, effect.item, fails), client.request_id
-        if isinstance(effect.item, Problem) and client.writer.owner:
-            if effect.item.code in REFUSALS:
+        if isinstance(effect.item, Problem):
+            if effect.item.code in REFUSALS and client.writer.owner:
                 self._close_at(client)
                 client.away, name = True, client.request_id
                 self.world.at(self.world.now_s + 1.1, lambda: self._resume(client, name))
