@@ -364,23 +364,24 @@ class FrontendMachine:
 
     # --- Time ---
 
-    def _overdue(self, request: _Request, now_s: float) -> Problem | None:
+    def _overdue(self, request: _Request, missing: str, now_s: float) -> Problem | None:
         if now_s >= request.deadline_s:
             text = f"The request's time budget of {request.submission.timeout_s:g} s is used up."
             return Problem(code=ErrorCode.DEADLINE, message=text)
         if now_s >= self._drained_s:
             text = f"The server stops after {self.settings.drain_timeout_s:g} s; send it again."
             return Problem(code=ErrorCode.DRAINING, message=text)
-        if not request.accepted and (reason := self.patience.over(now_s)):
+        if missing and not request.accepted:
             retry_after_s = self.settings.retry_after_s
-            text = not_ready(reason)
+            text = not_ready(missing)
             return Problem(code=ErrorCode.NOT_READY, message=text, retry_after_s=retry_after_s)
         return None
 
     def _tick(self, now_s: float) -> list[Effect]:
         effects = self._sought(now_s) + self._place_waiting(now_s)
+        missing = self.patience.over(now_s)
         for request in self._requests.values():
-            problem = None if request.ended else self._overdue(request, now_s)
+            problem = None if request.ended else self._overdue(request, missing, now_s)
             if problem is not None:
                 effects += [*self._withdraw(request), *self._end(request, problem)]
         return effects + self._calls.tick(now_s)
