@@ -160,11 +160,11 @@ CLIENTS = (
 )
 SERVICES = (
     Row(
-        *("F03", "T", "tokenizer killed", LATER, services.caught_encoding(signal.SIGKILL)),
+        *("F03", "T", "tokenizer killed", LATER, held("tokenizer", "encode_hold")),
         tests=("frontend/test_machine_http.py::test_stream_over_a_lost_tokenizer",),
     ),
     Row(
-        *("F04", "T", "tokenizer stopped for 5 s", LATER, services.caught_encoding(STOP)),
+        *("F04", "T", "tokenizer stopped for 6 s", LATER, held("tokenizer", "encode_hold", STOP)),
         sim=("pause",),
     ),
     Row(

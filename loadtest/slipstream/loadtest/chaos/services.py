@@ -14,7 +14,6 @@ import zmq
 from slipstream.loadtest.chaos.field import Field, Scenario
 from slipstream.loadtest.chaos.proxy import Proxy
 
-PAUSED_S = 5.0
 ZOMBIE_S = 11.0
 """Longer than any lease."""
 CUT_S = 6.0
@@ -41,31 +40,12 @@ def dies(node_id: str) -> Scenario:
     return scenario
 
 
-def caught_encoding(number: signal.Signals) -> Scenario:
-    """The tokenizer that has just begun with a prompt."""
-
-    async def scenario(field: Field) -> None:
-        await field.streaming()
-        field.stack.arm("tokenizer", "encode_hold")
-        field.send("long prompt")
-        (node_id,) = await field.committed("tokenizer", "encode_hold")
-        try:
-            if number is signal.SIGSTOP:
-                await field.stand_still(node_id, PAUSED_S)
-            else:
-                field.strike(node_id, number)
-        finally:
-            field.stack.open_gate()
-
-    return scenario
-
-
 async def scheduler_dies_with_all_phases(field: Field) -> None:
+    await field.streaming()
     field.stack.arm("prefill", "prompt_hold")
     for _ in range(3):
         field.send("long prompt")
     await field.committed("prefill", "prompt_hold")
-    await field.streaming()
     field.strike("scheduler-0")
     field.stack.open_gate()
 
