@@ -98,12 +98,28 @@ def test_decoding_does_not_make_prompts_forgotten() -> None:
     assert prices.prompt_s(Prompt.of(1000, 500)) == pytest.approx(before, rel=0.1)
 
 
-def test_a_newcomer_is_taken_for_one_of_those_that_are_known() -> None:
+def test_a_newcomer_is_taken_for_the_best_of_those_that_are_known() -> None:
+    rng = random.Random(4)
+    good, bad = StepPrices(), StepPrices()
+    for _ in range(20):
+        good.learn(measured(rng, 16), 0.0)
+        bad.learn(measured(rng, 16, slower=10.0), 0.0)
+    assert StepPrices([good]).terms == StepPrices([good, bad, StepPrices()]).terms == good.terms
+    assert StepPrices([StepPrices()]).terms == StepPrices().terms
+
+
+def test_a_newcomer_whose_first_steps_were_slow_is_tried_again() -> None:
+    """It had to compile; with so few samples nothing of its own is known to be better."""
     rng = random.Random(4)
     known = StepPrices()
     for _ in range(20):
         known.learn(measured(rng, 16), 0.0)
-    assert StepPrices(known).terms == known.terms
+    prices = StepPrices([known])
+    prices.learn(measured(rng, 2, slower=20.0), 0.0)
+    assert prices.step_s(8, 4096) > 5 * known.step_s(8, 4096)
+    for times in range(1, 8):
+        prices.fade(times * FADE_S)
+    assert prices.step_s(8, 4096) < 1.3 * known.step_s(8, 4096)
 
 
 @pytest.mark.parametrize("elapsed_s", [0.0, -1.0])

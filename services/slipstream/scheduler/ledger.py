@@ -162,11 +162,10 @@ class Ledger:
             prices.fade(now_s)
 
     def _price_of(self, device: Device) -> StepPrices:
-        """What it was last time; else that of another device. Workers of one device have one
+        """What it was last time; else that of other devices. Workers of one device have one
         price: what differs between theirs is noise, and would part streams that belong together."""
         known = self._prices.pop(device, None)
-        like = next(reversed(self._prices.values()), None)
-        self._prices[device] = prices = known or StepPrices(like)
+        self._prices[device] = prices = known or StepPrices(list(self._prices.values()))
         if len(self._prices) > PRICES_MAX:
             del self._prices[next(iter(self._prices))]
         return prices

@@ -160,9 +160,18 @@ class Fit:
 class StepPrices:
     """Of one worker's steps."""
 
-    def __init__(self, like: "StepPrices | None" = None) -> None:
-        """`like`: a worker of the same model, until this one has measured something."""
-        prior = _terms(TYPICAL) if like is None else like.terms
+    def __init__(self, others: Sequence["StepPrices"] = ()) -> None:
+        """`others`: of the same model. Until this one has measured something it is believed as good
+        as the best of them: who is believed dear is not tried, and stays so."""
+        prior = list(_terms(TYPICAL))
+        self._hoped: list[tuple[float, ...] | None] = []
+        """What a kind is believed to cost that was never measured well."""
+        for kind in range(len(_KINDS)):
+            hope = self._cheapest(others, kind)
+            self._hoped.append(hope)
+            if hope is not None:
+                for term in _KINDS[kind].terms:
+                    prior[term] = hope[term]
         self._fit = Fit(prior, kinds=len(_KINDS))
         self._learnt_s = [0.0] * len(_KINDS)
         self._prompts_seen = 0
@@ -184,7 +193,8 @@ class StepPrices:
 
     def fade(self, now_s: float) -> None:
         """To be called now and then."""
-        for kind, best in enumerate(self._best):
+        for kind, (measured, hoped) in enumerate(zip(self._best, self._hoped, strict=True)):
+            best = measured or hoped
             if best is not None and now_s - self._learnt_s[kind] >= FADE_S:
                 self._learnt_s[kind] = now_s
                 factors = [1.0] * len(best)
@@ -192,6 +202,12 @@ class StepPrices:
                     factors[term] = (1.0 + best[term] / self.terms[term]) / 2
                 self._fit.fade(kind, factors)
                 self._set()
+
+    @staticmethod
+    def _cheapest(others: Sequence["StepPrices"], kind: int) -> tuple[float, ...] | None:
+        """The terms of whoever has measured the kind and does it best."""
+        known = [other.terms for other in others if other._best[kind] is not None]
+        return min(known, key=lambda terms: _sum(terms, _KINDS[kind].usual), default=None)
 
     @property
     def knows_prompts(self) -> bool:

@@ -223,7 +223,8 @@ class Field:
     async def committed(self, role: str, fault: str, count: int = 1) -> list[str]:
         """What an armed fault says of its first time: who did it, to whom."""
         found = await self.until(
-            lambda: len(told := self.stack.committed(role, fault)) >= count and told,
+            # Whoever did it may still be writing.
+            lambda: len(told := self.stack.committed(role, fault)) >= count and all(told) and told,
             f"{fault} at {role}",
         )
         return str(found[0]).split()

@@ -1,0 +1,48 @@
+"""Each promise has a test that fails if it is broken: in a copy it is, and the test fails."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from promises.breaks import BREAKS, Break
+from slipstream.loadtest.chaos.promises import PROMISES
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("shared", "kernels", "services", "loadtest", "tests", "docs", "pyproject.toml")
+TESTS_OF = {promise.id: promise.tests for promise in PROMISES}
+TIMEOUT_S = 500
+
+
+def test_each_promise_can_be_broken_as_said() -> None:
+    assert list(dict.fromkeys(each.promise for each in BREAKS)) == list(TESTS_OF)
+    for each in BREAKS:
+        assert each.test in TESTS_OF[each.promise]
+        assert (ROOT / each.file).read_text(encoding="utf-8").count(each.old) == 1, each
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S + 60)
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda each: f"{each.promise}: {each.mistake}")
+def test_a_broken_promise_is_noticed(broken: Break, tmp_path: Path) -> None:
+    for part in PARTS:
+        source = ROOT / part
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / part)
+    file = tmp_path / broken.file
+    file.write_text(file.read_text(encoding="utf-8").replace(broken.old, broken.new), "utf-8")
+    path = os.pathsep.join(str(tmp_path / part) for part in PARTS[:5])
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "200", f"tests/{broken.test}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    # Failed, not torn: 1 is for tests that ran. A broken line may be met in a fixture as well.
+    assert ran.returncode == 1, ran.stdout[-4000:] + ran.stderr[-2000:]
+    assert f"tests/{broken.test}" in ran.stdout
