@@ -83,7 +83,6 @@ WORKERS = (
     Row(
         *("F58", "P", "a request that kills who computes it", "500 `request_quarantined`"),
         *(workers.poison, "twins", ("request_quarantined",)),
-        needs="request_quarantined",
         sim=("poison",),
         tests=(
             "scheduler/test_suspects.py::test_who_is_lost_twice_without_a_token_is_not_tried_a_third_time",

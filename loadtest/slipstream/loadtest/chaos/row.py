@@ -2,7 +2,6 @@
 
 import msgspec
 
-from slipstream.errors import ErrorCode
 from slipstream.loadtest.chaos.field import Scenario
 
 
@@ -26,8 +25,6 @@ class Row(msgspec.Struct, frozen=True):
     """Kinds of fault that tests/sim draws."""
     same: str = ""
     """The row whose scenario brings this fault about too."""
-    needs: str = ""
-    """A code of an error that a server without this feature does not have."""
     why: str = ""
     """It does not apply."""
 
@@ -37,8 +34,3 @@ class Row(msgspec.Struct, frozen=True):
         places += [f"with {self.same}"] * bool(self.same)
         places += [f"simulator: {', '.join(self.sim)}"] * bool(self.sim)
         return "; ".join([*places, *(f"`{test}`" for test in self.tests)]) or self.why
-
-    @property
-    def missing(self) -> str:
-        """Why it cannot run with this server; empty: it can."""
-        return f"needs {self.needs}" if self.needs and self.needs not in set(ErrorCode) else ""

@@ -53,12 +53,12 @@ def markdown(rows: Iterable[Row], results: Mapping[str, Result]) -> str:
     lines = [_cells(HEAD), _cells("---" for _ in HEAD)]
     for row in rows:
         result = results.get(row.id) or results.get(row.same)
-        told: Iterable[object] = ("", "", "", "", "", row.missing or "elsewhere")
+        told: Iterable[object] = ("", "", "", "", "", "elsewhere")
         if result is not None:
             found = result.found
             numbers = (found.requests, found.failed, found.wrong, result.pause, result.stranded)
             told = (*numbers, result.verdict)
-        elif row.scenario is not None and not row.missing:
+        elif row.scenario is not None:
             told = ("", "", "", "", "", "not run")
         lines.append(_cells((row.id, row.phase, row.fault, row.seen, *told, row.where)))
     return "\n".join(lines) + "\n"
