@@ -120,7 +120,8 @@ def test_gauges_are_the_last_word_of_each_worker() -> None:
     names = ("steps", "running", "waiting", "waiting_tokens")
     blocks = ("blocks_free", "blocks_used", "blocks_cached", "blocks_leased")
     numbers = {name: index for index, name in enumerate((*names, *blocks))}
-    fleet.loads["decode-0"] = WorkerLoad(**numbers, counters={"preemptions_total": 3.0})
+    load = WorkerLoad(**numbers, counters={"preemptions_total": 3.0})
+    fleet.loaded("decode-0", load, 0.0)
     own = {"scheduler": {"nodes": 2.0}}
     (told,) = fleet.tell_load(own)
     gauges = own | {"decode-0": {**numbers, "preemptions_total": 3.0}}

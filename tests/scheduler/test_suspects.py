@@ -4,9 +4,23 @@ import pytest
 
 from scheduler.rig import DECODE, TOKENIZER, Rig, node
 from slipstream.errors import ErrorCode
-from slipstream.messages import AttemptFailed, Failed, FirstToken, Resume, StreamEnded
+from slipstream.messages import (
+    AttemptFailed,
+    Failed,
+    FirstToken,
+    Resume,
+    StreamEnded,
+    WorkerLoad,
+)
+from slipstream.scheduler.suspects import SILENT_S
 
 WORKERS = tuple(f"decode-{number}" for number in range(6))
+
+
+REPORT = WorkerLoad(
+    **dict.fromkeys(("steps", "running", "waiting", "waiting_tokens"), 0),
+    **dict.fromkeys(("blocks_free", "blocks_used", "blocks_cached", "blocks_leased"), 0),
+)
 
 
 @pytest.fixture
@@ -42,6 +56,22 @@ def test_who_is_lost_twice_without_a_token_is_not_tried_a_third_time(rig: Rig) -
     assert rig.state("bad") == ""
     rig.submit("bad", 2)
     assert rig.problem().code is ErrorCode.QUARANTINED, "nor if it is said again"
+
+
+def test_a_worker_that_was_silent_before_it_was_told_accuses_nobody(rig: Rig) -> None:
+    """All workers die at once. The request is sent from one to the next, until they are known
+    to be dead."""
+    for worker in WORKERS:
+        rig.hear(worker, REPORT)
+    rig.submit("any")
+    rig.pass_time(SILENT_S)
+    assert dies(rig, where(rig, "any")) == {"any": None}, "its first loss, which counts"
+    for _ in range(3):
+        assert dies(rig, where(rig, "any")) == {"any": None}
+    (last,) = {*rig.machine.fleet.nodes} & {*WORKERS} - {where(rig, "any")}
+    rig.hear(last, REPORT)
+    assert dies(rig, where(rig, "any")) == {"any": None}
+    assert dies(rig, last) == {"any": ErrorCode.QUARANTINED}, "this one has lived when it was told"
 
 
 def test_who_makes_tokens_in_between_goes_on(rig: Rig) -> None:

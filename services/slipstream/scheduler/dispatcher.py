@@ -73,7 +73,7 @@ class Dispatcher:
 
     def loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
         """A worker has said how it is."""
-        self.fleet.loads[source] = load
+        self.fleet.loaded(source, load, now_s)
         self.transfers.learn(source, load.transfer_samples, now_s)
         view = self.ledger.views.get(source)
         if view is not None and load.step_samples:
@@ -216,7 +216,7 @@ class Dispatcher:
     ) -> list[Effect]:
         self.queue.take(request)
         source, target = placement.prefill, placement.decode
-        request.prefill, request.decode = source, target
+        request.prefill, request.decode, request.placed_s = source, target, now_s
         for worker in sorted(request.workers):
             self._give(request, worker, now_s)
         cached = max(demand.cached_blocks(placement.computes), placement.holder_blocks)

@@ -1,5 +1,7 @@
 """Who is there: every process that said Hello in a session that still stands."""
 
+import math
+
 from slipstream.core.load import gauges_of
 from slipstream.core.machine import Effect, Send
 from slipstream.messages import ClusterLoad, Hello, NodeInfo, Peers, WorkerLoad
@@ -15,6 +17,7 @@ class Fleet:
         self.index_stride = index_stride
         self.nodes: dict[NodeId, NodeInfo] = {}
         self.loads: dict[NodeId, WorkerLoad] = {}
+        self._loaded_s: dict[NodeId, float] = {}
         self._gone: dict[NodeId, Epoch] = {}
         self._model: str = ""
         """Fingerprint of the first worker's model: workers with another one take no part."""
@@ -30,6 +33,7 @@ class Fleet:
     def down(self, peer: NodeId) -> NodeInfo | None:
         node = self.nodes.pop(peer, None)
         self.loads.pop(peer, None)
+        self._loaded_s.pop(peer, None)
         if node is not None:
             self._gone[peer] = node.epoch
             if len(self._gone) > GONE_MAX:
@@ -38,6 +42,13 @@ class Fleet:
             if self._model not in left:
                 self._model = left[0] if left else ""
         return node
+
+    def loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
+        self.loads[source], self._loaded_s[source] = load, now_s
+
+    def heard_s(self, worker: NodeId) -> float:
+        """When it reported last; infinity if it has not yet."""
+        return self._loaded_s.get(worker, math.inf)
 
     def of_role(self, role: Role) -> list[NodeId]:
         """Nodes that take something new, in the order of their names."""

@@ -188,12 +188,12 @@ class SchedulerMachine:
         return effects
 
     def _peer_down(self, peer: NodeId, now_s: float) -> list[Effect]:
-        node = self.fleet.down(peer)
+        heard_s, node = self.fleet.heard_s(peer), self.fleet.down(peer)
         if node is None:
             return []
         self._reports.lost(peer)
         effects = self.fleet.announce()
-        for guilty in self._suspects.died(node, self.requests.values()):
+        for guilty in self._suspects.died(node, heard_s, self.requests.values()):
             effects += self._fail(guilty, quarantined(guilty), now_s)
         for request in list(self.requests.values()):
             if request.tokenizer == peer:

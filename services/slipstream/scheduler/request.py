@@ -49,8 +49,12 @@ class Request:
     migrations: int = 0
     crashes: int = 0
     """Workers that died with it in a row, without a new token in between."""
+    placed_s: float = 0.0
+    """When its workers were told of the current attempt."""
     fell_with: NodeId = ""
     """The worker by whose loss, as another worker says, it could not go on."""
+    fell_s: float = 0.0
+    """When that worker had been told of it."""
     was_begun: bool = False
     """As an earlier submission of it said."""
     orphan_s: float | None = None
@@ -78,6 +82,10 @@ class Request:
     def workers(self) -> set[NodeId]:
         """Who may hold something of the current attempt."""
         return {node for node in (self.prefill, self.decode) if node is not None}
+
+    def given_s(self, worker: NodeId) -> float:
+        """When that worker, which has it or by whose loss it fell, was told of it."""
+        return self.placed_s if worker in self.workers else self.fell_s
 
     def replace(self, submit: Submit, tokenizer: NodeId) -> None:
         """The next submission of it is there."""

@@ -13,6 +13,8 @@ from slipstream.scheduler.request import Request, State
 from slipstream.types import RequestId
 
 CRASHES_MAX = 2
+SILENT_S = 2.0
+"""Workers report twice a second: one that has not for so long was dead by then, or as good as."""
 
 
 class Suspects:
@@ -21,17 +23,19 @@ class Suspects:
         """Of the suspects the one that runs."""
         self._waiting: dict[RequestId, Request] = {}
 
-    def died(self, node: NodeInfo, requests: Iterable[Request]) -> list[Request]:
-        """A worker is not there any more. Who of all these is to blame."""
+    def died(self, node: NodeInfo, heard_s: float, requests: Iterable[Request]) -> list[Request]:
+        """A worker is not there any more, and was heard last at `heard_s`. Who of all these is to
+        blame: not who was sent to one that had fallen silent before."""
         if node.draining:
             return []  # it left
         name = node.node_id
-        return self._lost([r for r in requests if name in (*r.workers, r.fell_with)])
+        there = [r for r in requests if name in (*r.workers, r.fell_with)]
+        return self._lost([r for r in there if r.given_s(name) < heard_s + SILENT_S])
 
     def failed(self, request: Request, message: AttemptFailed) -> bool:
         """An attempt was given up; whether the request is to blame."""
         lost = {"prefill_lost": request.prefill, "decode_lost": request.decode}
-        request.fell_with = lost.get(message.cause) or ""
+        request.fell_with, request.fell_s = lost.get(message.cause) or "", request.placed_s
         stepped = message.cause.startswith("step:")
         return stepped and bool(self._lost([request], message.beside))
 

@@ -154,7 +154,8 @@ async def a_worker_joins_and_leaves(field: Field) -> None:
 
 
 async def poison(field: Field) -> None:
-    """Every worker that computes this prompt dies: it is tried on two, and never again."""
+    """Every worker that computes this prompt dies: it is tried on two and, if others were lost with
+    both, once more alone."""
     field.stack.switch(ANY, "poison", str(POISON))
     field.stack.arm(ANY, "poisoned", CROWD)
     prompt = [*field.asks["greedy"].body["prompt"][1:], POISON]
@@ -163,5 +164,5 @@ async def poison(field: Field) -> None:
     await task
     field.stack.switch(ANY, "poison", "")
     deaths = len(field.stack.committed(ANY, "poisoned"))
-    field.hold(deaths == 2, f"{deaths} workers died of it")
+    field.hold(2 <= deaths <= 3, f"{deaths} workers died of it")
     field.hold(entry.code == "request_quarantined", f"it ended with {entry.code or 'an answer'}")
