@@ -1,11 +1,13 @@
 """Each promise has a test that fails if it is broken: in a copy it is, and the test fails."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from promises.breaks import BREAKS, Break
@@ -35,14 +37,34 @@ def test_a_broken_promise_is_noticed(broken: Break, tmp_path: Path) -> None:
     file = tmp_path / broken.file
     file.write_text(file.read_text(encoding="utf-8").replace(broken.old, broken.new), "utf-8")
     path = os.pathsep.join(str(tmp_path / part) for part in PARTS[:5])
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "200", f"tests/{broken.test}"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    try:
+        ran = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "--timeout",
+                "200",
+                f"tests/{broken.test}",
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    finally:
+        _end_all_with(path)
     # Failed, not torn: 1 is for tests that ran. A broken line may be met in a fixture as well.
     assert ran.returncode == 1, ran.stdout[-4000:] + ran.stderr[-2000:]
     assert f"tests/{broken.test}" in ran.stdout
+
+
+def _end_all_with(path: str) -> None:
+    """What was broken may be what ends them."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PYTHONPATH", "").startswith(path):
+                process.kill()
