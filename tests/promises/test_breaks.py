@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("shared", "kernels", "services", "loadtest", "tests", "docs", "pyproject.toml")
 TESTS_OF = {promise.id: promise.tests for promise in PROMISES}
 TIMEOUT_S = 500
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "200")
 
 
 def test_each_promise_can_be_broken_as_said() -> None:
@@ -56,15 +57,15 @@ def test_a_broken_promise_is_noticed(broken: Break, tmp_path: Path) -> None:
             timeout=TIMEOUT_S,
         )
     finally:
-        _end_all_with(path)
+        _end_all_of(tmp_path)
     # Failed, not torn: 1 is for tests that ran. A broken line may be met in a fixture as well.
     assert ran.returncode == 1, ran.stdout[-4000:] + ran.stderr[-2000:]
     assert f"tests/{broken.test}" in ran.stdout
 
 
-def _end_all_with(path: str) -> None:
+def _end_all_of(folder: Path) -> None:
     """What was broken may be what ends them."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("PYTHONPATH", "").startswith(path):
+            if str(folder) in " ".join([*process.cmdline(), *process.environ().values()]):
                 process.kill()
