@@ -69,7 +69,6 @@ check: dev
 	$(BIN)/ruff format --check $(ROOTS)
 	$(BIN)/ruff check $(ROOTS)
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/architecture
 
 # Programs that people use, with packages of their own versions; behind them lies what we have, for guidellm

@@ -11,6 +11,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 ENVIRONMENT_READERS = {
     "services/slipstream/cli/main.py",
+    "services/slipstream/offline/llm.py",  # the same for a program: it calls no command
     "kernels/slipstream/kernels/build.py",  # the lowest layer: nobody above it chooses the compiler
 }
 MACHINE_PATHS = re.compile("/" + "opt/dev|/" + "work/|/" + "root/")

@@ -19,5 +19,5 @@ def short_path() -> Iterator[Path]:
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
     """A server that is not ours."""
-    with running() as server:
+    with running(FakeServer()) as server:
         yield server

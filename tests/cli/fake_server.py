@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -195,10 +195,13 @@ def metrics(looks: int) -> str:
 TTFT_BUCKETS = {"0.1": 10, "0.2": 20, "0.4": 20, "+Inf": 20}
 
 
+F = TypeVar("F", bound=FakeServer)
+
+
 @contextmanager
-def running() -> Iterator[FakeServer]:
+def running(fake: F) -> Iterator[F]:
     """In a loop of its own, so that tests can call the command as a user does."""
-    fake, loop, ready = FakeServer(), asyncio.new_event_loop(), threading.Event()
+    loop, ready = asyncio.new_event_loop(), threading.Event()
 
     async def serve() -> None:
         runner = web.AppRunner(fake.application(), handler_cancellation=True)

@@ -1,4 +1,4 @@
-"""Settings of the commands that ask a server: run, chat, top, trace, bench."""
+"""Settings of the commands that ask a server: run, chat, batch, top, trace, bench."""
 
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -81,6 +81,44 @@ class ChatConfig(_Asking, frozen=True, kw_only=True, forbid_unknown_fields=True)
     input is no terminal. Starts a server for it and ends it again, unless --url names one."""
 
     headings: ClassVar[dict[str, str]] = {"model": "Server", "system": "Request"}
+
+
+class BatchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Answers a file of requests in the format of OpenAI's Batch API, line by line into another
+    file. What stands there already is not asked again: after a break the same command goes on.
+    Starts a server for it and ends it again, unless --url names one."""
+
+    headings: ClassVar[dict[str, str]] = {"input": "Files", "model": "Server"}
+
+    input: Annotated[
+        str, Meta(min_length=1, description="The requests.", extra={"positional": "IN"})
+    ]
+    output: Annotated[
+        str, Meta(min_length=1, description="The answers.", extra={"positional": "OUT"})
+    ]
+    model: Annotated[
+        str,
+        Meta(description="As for `slipstream serve`, where --url names no server; empty: demo."),
+    ] = ""
+    url: Url = ""
+    api_key: ApiKey = ""
+    concurrency: Annotated[int, Meta(ge=1, le=4096, description="Requests at a time.")] = 32
+    timeout_s: Annotated[
+        float, Meta(gt=0, le=86_400, description="Longest wait for one answer.")
+    ] = 3600.0
+    retry_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=86_400,
+            description="How long a request is asked again that was refused for now (429, 5xx, no "
+            "connection), before that is its answer.",
+        ),
+    ] = 600.0
+
+    def __post_init__(self) -> None:
+        if self.url:
+            _check_url(self.url)
 
 
 class TopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,14 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from slipstream.cli.client_config import BenchConfig, ChatConfig, RunConfig, TopConfig, TraceConfig
+from slipstream.cli.client_config import (
+    BatchConfig,
+    BenchConfig,
+    ChatConfig,
+    RunConfig,
+    TopConfig,
+    TraceConfig,
+)
 from slipstream.cli.config import ServeConfig
 from slipstream.config import (
     ENV_PREFIX,
@@ -149,6 +156,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(ServeConfig, "start everything on this machine"),
     "run": Command(RunConfig, "one prompt, one answer"),
     "chat": Command(ChatConfig, "a conversation in the terminal"),
+    "batch": Command(BatchConfig, "a file of requests, a file of answers"),
     "top": Command(TopConfig, "what a running cluster does, live"),
     "trace": Command(TraceConfig, "the way of one request through all services"),
     "bench": Command(BenchConfig, "put load on a server of OpenAI's API"),

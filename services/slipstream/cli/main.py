@@ -161,7 +161,7 @@ def _prepare(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _ask(command: str, rest: list[str], environ: Mapping[str, str]) -> int:
-    """run, chat."""
+    """run, chat, batch."""
     loaded = load_with_origin(COMMANDS[command].settings, command, rest, environ)
     _set_title(command, rest)
     module = importlib.import_module(f"slipstream.cli.{command}")
@@ -242,6 +242,7 @@ _RUNNERS: dict[str, Callable[[str, list[str], Mapping[str, str]], int]] = {
     "serve": _serve,
     "run": _ask,
     "chat": _ask,
+    "batch": _ask,
     "top": _watch,
     "trace": _watch,
     "bench": _watch,

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import AsyncGenerator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 import msgspec
@@ -42,8 +42,21 @@ class ApiError(AnswerError):
 
     @property
     def is_passing(self) -> bool:
-        """The same request may have better luck in a moment."""
-        return self.status in (0, 409, 429) or self.status >= 500
+        return is_passing(self.status)
+
+
+class Reply(NamedTuple):
+    """A whole answer as it came."""
+
+    status: int
+    body: bytes
+    request_id: str
+    retry_after_s: float | None
+
+
+def is_passing(status: int) -> bool:
+    """The same request may have better luck in a moment. 0: nobody answered."""
+    return status in (0, 409, 429) or status >= 500
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -116,6 +129,17 @@ class Api:
                 if reply.status != OK:
                     raise await _refused(reply)
                 return await reply.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._gone(error) from None
+
+    async def post(self, path: str, body: Any, timeout_s: float) -> Reply:
+        """A whole answer, good or bad. ApiError: there is none."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        try:
+            async with self._session.post(self.url + path, json=body, timeout=timeout) as reply:
+                raw = await reply.read()
+                request_id = reply.headers.get("x-request-id", "")
+                return Reply(reply.status, raw, request_id, _retry_after(reply))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._gone(error) from None
 

@@ -228,6 +228,7 @@ class GrammarCheck:
             starting.cancel()
             self._process = None
             transport.close()  # kills it; its forks die by their timers
+            await process.exited.wait()
 
     def _keep(self, grammar: str, verdict: Verdict) -> None:
         if grammar not in self._kept:

@@ -160,7 +160,7 @@ def choose_num_blocks(
     return num_blocks
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(("flags", "Features")):
             return frozenset(line.partition(":")[2].split())
@@ -168,7 +168,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
-    dtype = choose_dtype(config.dtype, model.dtype, _cpu_flags())
+    dtype = choose_dtype(config.dtype, model.dtype, cpu_flags())
     layout = model.kv_layout(dtype)
     max_model_len = choose_model_len(config, model)
     try:

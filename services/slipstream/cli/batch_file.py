@@ -1,0 +1,127 @@
+"""Files of OpenAI's Batch API: one request, or one answer, on each line."""
+
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from slipstream.client.api import Reply
+from slipstream.config import SetupError
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """A line of the input."""
+
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+    method: str = "POST"
+
+
+class _Known(msgspec.Struct, frozen=True):
+    custom_id: str
+
+
+class BatchFileError(SetupError):
+    """One line: which file, which line of it, what is wrong."""
+
+
+def read_requests(path: str) -> list[Asked]:
+    """BatchFileError: the file, or a line of it, cannot be used; nothing was asked then."""
+    requests: list[Asked] = []
+    lines: dict[str, int] = {}
+    decoder = msgspec.json.Decoder(Asked)
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    asked = decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    raise BatchFileError(f"{path}:{number}: {error}") from None
+                if wrong := _unusable(asked, lines):
+                    raise BatchFileError(f"{path}:{number}: {wrong}")
+                lines[asked.custom_id] = number
+                requests.append(asked)
+    except OSError as error:
+        raise BatchFileError(f"{path}: {error.strerror}") from None
+    if not requests:
+        raise BatchFileError(f"{path}: there is no request in it")
+    return requests
+
+
+def _unusable(asked: Asked, lines: Mapping[str, int]) -> str:
+    """Why this line cannot be served, whatever the server; empty if it can."""
+    if not asked.custom_id:
+        return "custom_id is empty; name each request"
+    if asked.custom_id in lines:
+        return f"custom_id {asked.custom_id!r} stands on line {lines[asked.custom_id]} too"
+    if asked.method != "POST" or asked.url not in PATHS:
+        return f"{asked.method} {asked.url}: expected POST and one of {', '.join(PATHS)}"
+    if asked.body.get("stream"):
+        return "stream is true; a batch has whole answers, leave it out"
+    return ""
+
+
+class Answers:
+    """The output, open for more. Each answer is in the file before the next is counted."""
+
+    def __init__(self, path: str) -> None:
+        """Finds what is there. A last line that a break has torn goes; anything else that is no
+        answer is not ours to overwrite: BatchFileError."""
+        self.done: set[str] = set()
+        try:
+            self._file = Path(path).open("a+b")  # noqa: SIM115 it lives as long as we do
+            self._file.seek(0)
+            end = 0
+            for number, line in enumerate(self._file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                try:
+                    self.done.add(msgspec.json.decode(line, type=_Known).custom_id)
+                except msgspec.DecodeError as error:
+                    raise BatchFileError(
+                        f"{path}:{number}: not an answer of a batch ({error}); name another file"
+                    ) from None
+            self._file.truncate(end)
+        except OSError as error:
+            raise BatchFileError(f"{path}: {error.strerror}") from None
+
+    def add(self, asked: Asked, reply: Reply) -> None:
+        self._write(asked, msgspec.Raw(_answer(reply)), None)
+
+    def fail(self, asked: Asked, code: str, message: str) -> None:
+        """There is no answer."""
+        self._write(asked, None, {"code": code, "message": message})
+
+    def _write(self, asked: Asked, response: Any, error: Any) -> None:
+        line = {
+            "id": f"batch_req_{uuid.uuid4().hex}",
+            "custom_id": asked.custom_id,
+            "response": response,
+            "error": error,
+        }
+        self._file.write(msgspec.json.encode(line) + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _answer(reply: Reply) -> bytes:
+    try:
+        body: Any = msgspec.json.decode(reply.body)
+    except msgspec.DecodeError:  # a proxy's page
+        body = reply.body.decode(errors="replace")
+    return msgspec.json.encode(
+        {"status_code": reply.status, "request_id": reply.request_id, "body": body}
+    )

@@ -1,0 +1,161 @@
+"""A whole cluster in one process: the machines of every service but the index, and one worker.
+
+What is decided, and every token, is what `slipstream serve` would make of the same requests.
+"""
+
+import asyncio
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slipstream.config import WorkerConfig
+from slipstream.core.machine import Closed, Deliver, Effect, Opened
+from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.engine.executor import WorkerExecutor
+from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.runner import Runner, allocate_pool
+from slipstream.engine.service import choose_dtype, choose_model_len, choose_num_blocks, cpu_flags
+from slipstream.frontend.gateway import StreamItem
+from slipstream.frontend.machine import FrontendMachine
+from slipstream.frontend.settings import FrontendSettings
+from slipstream.kv.choice import Transports
+from slipstream.messages import SCHEDULER, NodeInfo, Tokenize, WorkerInfo
+from slipstream.offline.process import Network, Process
+from slipstream.runtime.memory import available_memory
+from slipstream.scheduler.machine import SchedulerMachine
+from slipstream.scheduler.settings import SchedulerSettings
+from slipstream.tokenizer.__main__ import read_logits
+from slipstream.tokenizer.codec import TokenizerCodec
+from slipstream.tokenizer.executor import EncodeExecutor
+from slipstream.tokenizer.grammar_check import GrammarCheck
+from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.settings import TokenizerSettings
+from slipstream.types import Role
+
+OPEN_MAX = 512
+"""Requests at a time; the others have not begun to exist."""
+LONGEST_S = 86_400.0
+_EPOCH = 1
+"""There is one life of it."""
+
+
+class Cluster:
+    """Made in any thread; `start`, `open` and `close` belong to the loop's."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        """ModelError, CodecError, StartError: the model cannot be served, or not here."""
+        folder = Path(config.model)
+        model = ModelConfig.read(folder)
+        self.codec = TokenizerCodec(folder)
+        dtype = choose_dtype(config.dtype, model.dtype, cpu_flags())
+        layout = model.kv_layout(dtype)
+        self.max_model_len = choose_model_len(config, model)
+        free = available_memory()
+        num_blocks = choose_num_blocks(config, layout.block_bytes, self.max_model_len, free, free)
+        self.vocab_size = model.vocab_size
+        self._config, self._model = config, model
+        self._layout_id = layout.layout_id(model.fingerprint, config.quantization)
+        pool = allocate_pool(layout, num_blocks)
+        self._blocks = np.asarray(pool.view(torch.uint8)).reshape(num_blocks, -1)
+        self._runner = Runner(
+            *(config.model, dtype, pool, config.threads or len(os.sched_getaffinity(0))),
+            int8=config.quantization == "int8",
+            packed_dir=_packed_dir(config),
+        )
+        self._put: dict[str, Callable[[StreamItem], None]] = {}
+
+    async def start(self, failed: Callable[[BaseException], None]) -> None:
+        network = Network(asyncio.get_running_loop(), failed)
+        scheduler = SchedulerMachine(
+            _info(SCHEDULER, Role.SCHEDULER),
+            SchedulerSettings(
+                max_requests=OPEN_MAX,
+                max_request_timeout_s=LONGEST_S,
+                ttft_target_s=math.inf,
+                recovery_grace_s=0.0,
+                disaggregation="never",
+            ),
+        )
+        Process(network, _info(SCHEDULER, Role.SCHEDULER), scheduler)
+        self._worker = self._start_worker(network)
+        self._encoder = self._start_tokenizer(network)
+        info = _info("frontend-0", Role.FRONTEND)
+        settings = FrontendSettings(max_requests=OPEN_MAX, recovery_wait_s=LONGEST_S)
+        self._frontend = Process(network, info, FrontendMachine(info, settings), self._deliver)
+        await self._worker[1].start(self._worker[0].post)
+        await self._encoder[1].start(self._encoder[0].post)
+
+    def _start_worker(self, network: Network) -> tuple[Process, WorkerExecutor]:
+        config, model = self._config, self._model
+        num_blocks, block_bytes = self._blocks.shape
+        worker = WorkerInfo(
+            model=Path(config.model).name,
+            kv_layout_id=self._layout_id,
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            max_model_len=self.max_model_len,
+            vocab_size=model.vocab_size,
+            max_num_seqs=config.max_num_seqs,
+            prefill_budget_tokens=config.prefill_budget_tokens,
+            accept_decode=True,
+            quantization=config.quantization,
+        )
+        info = _info("decode-0", Role.DECODE, worker)
+        machine = WorkerMachine(
+            info,
+            WorkerSettings(
+                eos_token_ids=tuple(sorted(model.eos_token_ids)),
+                step_timeout_s=LONGEST_S,
+                enable_prefix_caching=config.enable_prefix_caching,
+                steps_in_flight=2 if config.overlap else 1,
+                draft_tokens=int(config.speculative.removeprefix("ngram:") or 0),
+            ),
+        )
+        transports = Transports([], self._layout_id, block_bytes, "", {})
+        nodes = machine.membership.nodes
+        executor = WorkerExecutor(self._runner, self._blocks, transports, lambda: nodes)
+        return Process(network, info, machine, executor.execute), executor
+
+    def _start_tokenizer(self, network: Network) -> tuple[Process, EncodeExecutor]:
+        folder = Path(self._config.model)
+        vocab_size, eos_token_ids = read_logits(folder)
+        info = _info("tokenizer-0", Role.TOKENIZER)
+        settings = TokenizerSettings(eos_token_ids=eos_token_ids, max_streams=2 * OPEN_MAX)
+        machine = TokenizerMachine(info, settings, self.codec)
+        grammars = GrammarCheck(folder, vocab_size or self.codec.vocab_size, eos_token_ids)
+        executor = EncodeExecutor(self.codec, grammars, 1, lambda: machine.limits().max_model_len)
+        return Process(network, info, machine, executor.execute), executor
+
+    async def close(self) -> None:
+        await self._worker[1].close()
+        await self._encoder[1].close()
+
+    def open(self, submission: Tokenize, put: Callable[[StreamItem], None]) -> Callable[[], None]:
+        """`put` is told every item of the answer; a `Problem`, or a delta with a finish reason, is
+        the last one. Call what comes back when you are done with it, finished or not."""
+        name = submission.request_id
+        self._put[name] = put
+        self._frontend.post(Opened(submission))
+
+        def close() -> None:
+            if self._put.pop(name, None) is not None:
+                self._frontend.post(Closed(name))
+
+        return close
+
+    def _deliver(self, effect: Effect) -> None:
+        assert isinstance(effect, Deliver)
+        if (put := self._put.get(effect.request_id)) is not None:
+            put(effect.item)
+
+
+def _info(name: str, role: Role, worker: WorkerInfo | None = None) -> NodeInfo:
+    return NodeInfo(node_id=name, role=role, epoch=_EPOCH, address=name, worker=worker)
+
+
+def _packed_dir(config: WorkerConfig) -> Path | None:
+    return None if config.packed_weights_dir == "none" else Path(config.packed_weights_dir)

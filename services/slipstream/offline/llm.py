@@ -1,0 +1,263 @@
+"""Batches without a server: the engine of `slipstream serve` in this process."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from rich.console import Console
+
+from slipstream.cli.models import DEMO, models_dir, prepare
+from slipstream.cli.progress import Advance, progress
+from slipstream.config import WorkerConfig, flag_of, load, resolve
+from slipstream.decode.config import DecodeConfig
+from slipstream.errors import Problem
+from slipstream.frontend.gateway import StreamItem
+from slipstream.messages import ChatPrompt, Prompt, TextDelta, TextPrompt, Tokenize, TokenPrompt
+from slipstream.offline.cluster import LONGEST_S, OPEN_MAX, Cluster
+from slipstream.offline.outputs import CompletionOutput, RequestOutput, add
+from slipstream.offline.params import SamplingParams
+from slipstream.tokenizer.codec import PromptError
+from slipstream.types import pack_tokens
+
+Text: TypeAlias = str | Mapping[str, Any] | Sequence[int]
+"""A prompt: text, token ids, or `{"prompt": …}` or `{"prompt_token_ids": …}`."""
+Chat: TypeAlias = Sequence[Mapping[str, Any]]
+"""Messages of one conversation."""
+T = TypeVar("T")
+Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """One model, loaded. `close` ends it, and so does the end of a `with`."""
+
+    def __init__(self, model: str = DEMO, **settings: Any) -> None:
+        """`model`: a folder, a .gguf file, a hub id, or demo. `settings`: those of
+        `slipstream decode`, such as dtype, quantization, max_model_len, kv_cache_bytes,
+        max_num_seqs, threads or speculative.
+
+        ValueError: a setting that is not there, or out of range. StartError: the model cannot be
+        served, or not here.
+        """
+        found = prepare(model, models_dir(os.environ), Console(stderr=True))
+        self._cluster = Cluster(_config(str(found.folder), settings))
+        self._count = 0
+        self._loop = asyncio.new_event_loop()
+        self._error: BaseException | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
+        self._thread.start()
+        self._call(self._cluster.start(self._failed))
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees model and KV blocks. Idempotent."""
+        if self._thread.is_alive():
+            self._call(self._cluster.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def generate(
+        self,
+        prompts: Text | Sequence[Text],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers in the order of the prompts. A prompt that cannot be served (too long, no token)
+        has `error` in its output; the others are not harmed.
+
+        `use_tqdm`: a bar on a terminal. RuntimeError: the engine has ended.
+        """
+        listed: Sequence[Any] = [prompts] if _is_one(prompts) else list(prompts)
+        return self._answers([_text(each) for each in listed], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Chat | Sequence[Chat],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """As `generate`, of conversations, by the model's chat template."""
+        chats: Sequence[Any] = messages
+        if not messages or isinstance(messages[0], Mapping):
+            chats = [messages]
+        prompts: list[tuple[str | None, Prompt]] = [
+            (
+                None,
+                ChatPrompt(
+                    messages=[dict(message) for message in chat],
+                    tools=tools,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    template_args=dict(chat_template_kwargs or {}),
+                ),
+            )
+            for chat in chats
+        ]
+        return self._answers(prompts, sampling_params, use_tqdm)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, as `generate` makes them."""
+        return self._cluster.codec.encode(TextPrompt(text=text))
+
+    # --- Inside -----------------------------------------------------------------------------------
+
+    def _answers(
+        self, prompts: list[tuple[str | None, Prompt]], params: Params, bar: bool
+    ) -> list[RequestOutput]:
+        each = _each(params, len(prompts))
+        with progress(Console(stderr=True, quiet=not bar), "prompts") as advance:
+            return self._call(self._all(prompts, each, advance))
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """On the loop, and waited for. Whoever stops waiting (Ctrl-C) has it cancelled."""
+        running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()
+            raise
+
+    def _failed(self, error: BaseException) -> None:
+        """On the loop: nothing goes on any more."""
+        self._error = self._error or error
+        for task in self._running:
+            task.cancel()
+
+    async def _all(
+        self,
+        prompts: list[tuple[str | None, Prompt]],
+        params: Sequence[SamplingParams],
+        advance: Advance,
+    ) -> list[RequestOutput]:
+        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        left = iter(range(len(prompts)))
+        done = 0
+
+        async def serve() -> None:
+            nonlocal done
+            for index in left:  # shared: whoever is free takes the next one
+                outputs[index] = await self._one(*prompts[index], params[index])
+                done += 1
+                advance(done, len(prompts))
+
+        choices = max((each.n for each in params), default=1)
+        at_a_time = min(len(prompts), max(1, OPEN_MAX // choices))
+        self._running = {asyncio.create_task(serve()) for _ in range(at_a_time)}
+        try:
+            await asyncio.gather(*self._running)
+        except BaseException:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+            if self._error is not None:
+                raise RuntimeError(f"the engine has ended: {self._error}") from self._error
+            raise
+        return [output for output in outputs if output is not None]
+
+    async def _one(self, text: str | None, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        self._count += 1
+        output = RequestOutput(str(self._count), text, [], [])
+        if self._error is not None:
+            raise RuntimeError(f"the engine has ended: {self._error}") from self._error
+        try:
+            tokens = await asyncio.to_thread(self._cluster.codec.encode, prompt)
+        except PromptError as error:
+            output.error = error.problem.message
+            return output
+        output.prompt_token_ids = tokens
+        output.outputs = [CompletionOutput(index) for index in range(params.n)]
+        seed = params.drawn_seed()
+        any_choice = Tokenize(
+            request_id="",
+            prompt=TokenPrompt(tokens=pack_tokens(tokens)),
+            sampling=params.wire(self._cluster.max_model_len, seed=seed),
+            timeout_s=LONGEST_S,
+            clamp_max_tokens=params.max_tokens is None,
+            constraint=params.constraint(),
+            bad_words=tuple(params.bad_words),
+        )
+        await asyncio.gather(*(self._choice(any_choice, output, each) for each in output.outputs))
+        return output
+
+    async def _choice(
+        self, like: Tokenize, output: RequestOutput, choice: CompletionOutput
+    ) -> None:
+        items: asyncio.Queue[StreamItem] = asyncio.Queue()
+        change = msgspec.structs.replace
+        sampling = change(like.sampling, choice=choice.index)
+        name = f"{output.request_id}-{choice.index}"
+        close = self._cluster.open(
+            change(like, request_id=name, sampling=sampling), items.put_nowait
+        )
+        try:
+            while not choice.finish_reason:
+                item = await items.get()
+                if isinstance(item, Problem):
+                    output.error = item.message
+                    return
+                if isinstance(item, TextDelta):
+                    add(output, choice, item)
+        finally:
+            close()
+
+
+def _config(folder: str, settings: Mapping[str, Any]) -> WorkerConfig:
+    """By the names of the command's flags, and with its errors."""
+    words = [word for name, value in settings.items() for word in (flag_of(name), _word(value))]
+    given = ["--model", folder, "--threads", str(len(os.sched_getaffinity(0))), *words]
+    return resolve(load(DecodeConfig, "decode", given, {}), os.environ)
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_one(prompts: Text | Sequence[Text]) -> bool:
+    if isinstance(prompts, str | Mapping):
+        return True
+    return bool(prompts) and all(isinstance(each, int) for each in prompts)
+
+
+def _text(prompt: Text) -> tuple[str | None, Prompt]:
+    match prompt:
+        case str():
+            return prompt, TextPrompt(text=prompt)
+        case {"prompt_token_ids": tokens}:
+            return None, TokenPrompt(tokens=pack_tokens(list(tokens)))
+        case {"prompt": str(text)}:
+            return text, TextPrompt(text=text)
+        case [*tokens] if all(isinstance(token, int) for token in tokens):
+            return None, TokenPrompt(tokens=pack_tokens(tokens))
+    raise ValueError(
+        "a prompt is a text, token ids, or a dict with prompt or prompt_token_ids, not "
+        f"{prompt!r:.80}"
+    )
+
+
+def _each(params: Params, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one, or as many")
+    return params

@@ -1,0 +1,104 @@
+"""How answers are sampled, under the names that users of vLLM know."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from slipstream import types
+from slipstream.types import Constraint, ConstraintKind
+
+_SEED_BITS = 63
+CHOICES_MAX = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Of one prompt. ValueError for what cannot be: the name, the value and what may be.
+
+    `json_schema` (a dict or its text), `regex`, `choice` and `grammar` say what the answer must be;
+    one of them at most.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    min_p: float = 0.0
+    max_tokens: int | None = 16
+    """None: what the context leaves."""
+    min_tokens: int = 0
+    seed: int | None = None
+    """None: drawn anew for each prompt."""
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= CHOICES_MAX:
+            raise ValueError(f"n is {self.n}; it may be 1 to {CHOICES_MAX}")
+        self.constraint()
+        self.wire(max_model_len=2)
+
+    def wire(self, max_model_len: int, choice: int = 0, seed: int = 0) -> types.SamplingParams:
+        """As it crosses the bus. `seed`: where none is named."""
+        top_k = 0 if self.top_k == -1 else self.top_k
+        plain = types.SamplingParams(
+            max_tokens=max_model_len - 1 if self.max_tokens is None else self.max_tokens,
+            seed=seed if self.seed is None else self.seed,
+            choice=choice,
+            top_k=top_k,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            allowed_token_ids=tuple(self.allowed_token_ids),
+            **{name: getattr(self, name) for name in _SAME},
+        )
+        try:  # the bounds of the bus are those of an answer
+            return msgspec.convert(msgspec.to_builtins(plain), types.SamplingParams)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"SamplingParams: {error}") from None
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must be."""
+        schema = self.json_schema
+        if schema is not None and not isinstance(schema, str):
+            schema = msgspec.json.encode(schema).decode()
+        choice = None if self.choice is None else msgspec.json.encode(list(self.choice)).decode()
+        given = {
+            ConstraintKind.JSON_SCHEMA: schema,
+            ConstraintKind.REGEX: self.regex,
+            ConstraintKind.CHOICE: choice,
+            ConstraintKind.GRAMMAR: self.grammar,
+        }
+        named = {kind: text for kind, text in given.items() if text is not None}
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} exclude each other; name one of them")
+        return next((Constraint(kind=kind, text=text) for kind, text in named.items()), None)
+
+    def drawn_seed(self) -> int:
+        return random.getrandbits(_SEED_BITS) if self.seed is None else self.seed
+
+
+_SAME = (
+    *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs"),
+    *("include_stop_str_in_output", "skip_special_tokens"),
+)

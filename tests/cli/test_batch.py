@@ -1,0 +1,162 @@
+"""`slipstream batch`: whole files, files that go on, and what goes wrong in them."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from cli.fake_server import FakeServer, running
+from cli.terminal import Terminal
+from slipstream.cli.main import main
+from slipstream.errors import ExitCode
+
+Capture = pytest.CaptureFixture[str]
+
+
+class Whole(FakeServer):
+    """Answers whole; `bad` ids get 400, `busy` ones 429 so many times, first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: set[str] = set()
+        self.busy: dict[str, int] = {}
+        self.order: list[str] = []
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        name = body["prompt"]
+        self.order.append(name)
+        if self.busy.get(name, 0):
+            self.busy[name] -= 1
+            return web.json_response({}, status=429, headers={"Retry-After": "0"})
+        if name in self.bad:
+            return web.json_response({"error": {"message": "no"}}, status=400)
+        if self.pause_s:
+            await asyncio.sleep(self.pause_s)
+        return web.json_response({"text": name}, headers={"x-request-id": f"id-{name}"})
+
+
+@pytest.fixture
+def whole() -> Iterator[Whole]:
+    with running(Whole()) as server:
+        yield server
+
+
+def line(name: str, **changes: Any) -> str:
+    asked = {"custom_id": name, "method": "POST", "url": "/v1/completions"}
+    return json.dumps({**asked, "body": {"model": "m", "prompt": name}, **changes}) + "\n"
+
+
+def batch(folder: Path, url: str, *flags: str) -> int:
+    files = [str(folder / "in.jsonl"), str(folder / "out.jsonl")]
+    return main(["batch", *files, "--url", url, *flags])
+
+
+def answers(folder: Path) -> dict[str, dict[str, Any]]:
+    lines = (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(each) for each in lines]
+    assert len({each["custom_id"] for each in found}) == len(found)
+    return {each["custom_id"]: each for each in found}
+
+
+def write(folder: Path, *lines: str) -> None:
+    (folder / "in.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def test_each_request_has_one_answer(whole: Whole, tmp_path: Path, capsys: Capture) -> None:
+    names = [f"r{n}" for n in range(50)]
+    write(tmp_path, *map(line, names))
+    whole.busy = {"r3": 2, "r9": 1}
+    assert batch(tmp_path, whole.url, "--concurrency", "7") == ExitCode.OK
+    found = answers(tmp_path)
+    assert found.keys() == set(names)
+    for name, each in found.items():
+        response = each["response"]
+        assert (response["status_code"], response["request_id"]) == (200, f"id-{name}")
+        assert response["body"] == {"text": name} and each["error"] is None
+        assert each["id"].startswith("batch_req_")
+    assert "50 of 50 requests answered, 0 failed" in capsys.readouterr().err
+
+
+def test_what_is_answered_is_not_asked_again(whole: Whole, tmp_path: Path, capsys: Capture) -> None:
+    write(tmp_path, *map(line, "abcd"))
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    before = (tmp_path / "out.jsonl").read_bytes()
+    torn = before[: before.rindex(b'"custom_id"') + 9]  # killed while it wrote the last one
+    (tmp_path / "out.jsonl").write_bytes(torn)
+    whole.order.clear()
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    assert len(whole.order) == 1 and answers(tmp_path).keys() == set("abcd")
+    assert "3 are answered already" in capsys.readouterr().err
+    whole.order.clear()
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    assert not whole.order
+
+
+def test_a_bad_request_is_answered_too_and_the_exit_code_says_so(
+    whole: Whole, tmp_path: Path
+) -> None:
+    write(tmp_path, *map(line, "ab"))
+    whole.bad, whole.busy = {"a"}, {"b": 99}
+    assert batch(tmp_path, whole.url, "--retry-s", "0.05") == ExitCode.FAILED
+    found = answers(tmp_path)
+    assert found["a"]["response"]["status_code"] == 400
+    assert found["a"]["response"]["body"]["error"]["message"] == "no"
+    assert found["b"]["response"]["status_code"] == 429
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ((line("a"), line("b"), line("a")), "in.jsonl:3: custom_id 'a' stands on line 1 too"),
+        ((line("a"), "{"), "in.jsonl:2: "),
+        ((line("a", url="/v1/embeddings"),), "in.jsonl:1: POST /v1/embeddings: expected POST and"),
+        ((line("a", body={"stream": True}),), "in.jsonl:1: stream is true"),
+        ((line(""),), "in.jsonl:1: custom_id is empty"),
+        (("\n",), "there is no request in it"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_anything_is_asked(
+    whole: Whole, tmp_path: Path, capsys: Capture, lines: tuple[str, ...], told: str
+) -> None:
+    write(tmp_path, *lines)
+    assert batch(tmp_path, whole.url) == ExitCode.SETUP
+    assert told in capsys.readouterr().err.splitlines()[-1] and not whole.order
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_of_somebody_else_is_not_touched(
+    whole: Whole, tmp_path: Path, capsys: Capture
+) -> None:
+    write(tmp_path, line("a"))
+    (tmp_path / "out.jsonl").write_text("my diary\n", encoding="utf-8")
+    assert batch(tmp_path, whole.url) == ExitCode.SETUP
+    assert "not an answer of a batch" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "my diary\n"
+
+
+def test_no_server(tmp_path: Path, capsys: Capture) -> None:
+    write(tmp_path, line("a"))
+    assert batch(tmp_path, "http://127.0.0.1:9") == ExitCode.SETUP
+    assert "slipstream batch: no server at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_there_is(whole: Whole, tmp_path: Path) -> None:
+    write(tmp_path, *(line(f"r{n}") for n in range(500)))
+    whole.pause_s = 0.05
+    files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
+    terminal = Terminal("batch", *files, "--url", whole.url, "--concurrency", "2")
+    try:
+        terminal.until("/500")
+        while len(whole.order) < 20:
+            terminal.until("/500")
+        terminal.type("\x03")
+        terminal.until("the same command goes on")
+        assert terminal.wait() == ExitCode.INTERRUPTED
+    finally:
+        terminal.close()
+    assert 10 < len(answers(tmp_path)) < 500
