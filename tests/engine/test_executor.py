@@ -30,7 +30,7 @@ from slipstream.core.machine import (
 from slipstream.decode.config import DecodeConfig
 from slipstream.engine import executor as executor_module
 from slipstream.engine import transfers as transfers_module
-from slipstream.engine.executor import StepRunner, WorkerExecutor
+from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
 from slipstream.engine.service import (
@@ -38,6 +38,7 @@ from slipstream.engine.service import (
     choose_model_len,
     choose_num_blocks,
 )
+from slipstream.engine.step_loop import Made, Step, StepRunner
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import SegmentHeader, create_segment
@@ -113,11 +114,14 @@ class Scripted:
     def __init__(self, blocks: np.ndarray):
         self.blocks = blocks
 
-    def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
+    def waits(self, plan: BatchPlan) -> bool:
+        return True
+
+    def launch(self, plan: BatchPlan) -> Step:
         if plan.step < 0:
             raise RuntimeError(f"no\nstep {plan.step}")
         self.blocks[:] = plan.step
-        return (RowOutput("r", 1, (plan.step,)),)
+        return Made((RowOutput("r", 1, (plan.step,)),))
 
 
 async def test_steps_run_in_order_and_digests_follow_the_writes(tmp_path: Path) -> None:

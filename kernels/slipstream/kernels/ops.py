@@ -159,3 +159,7 @@ class Backend(Protocol):
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[Drawn]:
         """A token for each draw, out of float32 `[rows, vocab]`; see `draw`."""
+
+    def draw_async(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """The same, left where the logits are and not waited for: tokens, int64 `[draws]`, each of
+        them in the vocabulary whatever the logits are, and tops, float32 `[draws]`."""

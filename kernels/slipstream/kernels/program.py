@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.kernels.draw import Draw, Drawn
+from slipstream.kernels.draw import Draw, Drawn, as_tensors
 from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
 
 PANEL = 16
@@ -369,3 +369,6 @@ class CpuBackend:
         wanted = (_Draw * len(draws))(*(_Draw(**each._asdict()) for each in draws))
         self.library.draw(self.team, logits.data_ptr(), logits.shape[1], wanted, len(draws))
         return [Drawn(each.token, each.top) for each in wanted]
+
+    def draw_async(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        return as_tensors(self.draw(logits, draws), logits.device)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.kernels.draw import Draw, Drawn, draw
+from slipstream.kernels.draw import Draw, Drawn, as_tensors, draw
 from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
 
 
@@ -53,6 +53,9 @@ class Reference:
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
         return draw(logits, draws)
+
+    def draw_async(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        return as_tensors(draw(logits, draws), logits.device)
 
 
 class ReferenceOps:

@@ -3,20 +3,26 @@
 import logging
 import os
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
-from slipstream.engine.batch import Inputs, build_batch, num_samples
+from slipstream.engine.batch import Inputs, build_batch, num_samples, packed
 from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.guide import Guides
 from slipstream.engine.history import History
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.packed_file import file_name, shared_weights
-from slipstream.engine.sampler import RowError, Sample, sample, score
+from slipstream.engine.readback import Readback
+from slipstream.engine.sampler import RowError, Sample, judged, sample, score, wanted
+from slipstream.engine.shaping import is_plain
+from slipstream.engine.step_loop import Made, Outputs, Step
 from slipstream.engine.weights import Progress, load_weights
 from slipstream.errors import Problem
 from slipstream.kernels import cpu
@@ -24,10 +30,11 @@ from slipstream.kernels.ops import Backend
 from slipstream.kernels.program import PANEL, CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvDtype, KvLayout
-from slipstream.types import RequestId, TokenLogprobs
+from slipstream.types import RequestId, SamplingParams, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
 SAID_EVERY_S = 2.0
+_NO_INPUTS = Inputs((), 0)
 _DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -68,6 +75,24 @@ def _said_now_and_then() -> Progress:
             _LOG.info("weights: %d of %d layers", done, layers)
 
     return progress
+
+
+class _Launched:
+    """A step of plain rows; the rows that sample, in order, and what they draw."""
+
+    def __init__(
+        self, runner: "Runner", plan: BatchPlan, rows: list[Row], tokens: Tensor, tops: Tensor
+    ) -> None:
+        self.plan, self.rows, self.tokens = plan, rows, tokens
+        self.places = {(row.request_id, row.attempt): i for i, row in enumerate(rows)}
+        self.readback = Readback(tokens, tops)
+        self._runner = runner
+
+    def ready(self) -> bool:
+        return self.readback.ready()
+
+    def finish(self) -> Outputs:
+        return self._runner.finished(self)
 
 
 class Runner:
@@ -120,10 +145,26 @@ class Runner:
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: dict[tuple[RequestId, int], Problem | None] = {}
         """No tokens come any more, and why."""
+        self._flying: _Launched | None = None
+        """The step launched last, while what it drew is on its way."""
         self._guides.wait()
 
-    def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
+    def run(self, plan: BatchPlan) -> Outputs:
+        """One step, waited for: see `launch`."""
+        return self.launch(plan).finish()
+
+    def waits(self, plan: BatchPlan) -> bool:
+        """Whether the host has to know what the step before it drew: some row draws by more than
+        its logits, or proposes, or scores a prompt."""
+        new = {(each.request_id, each.attempt): each.sampling for each in plan.admitted}
+        return not all(self._is_plain(row, new) for row in plan.rows)
+
+    def launch(self, plan: BatchPlan) -> Step:
         """One step: forget `dropped`, learn `admitted`, run all rows, sample.
+
+        Where all rows are plain nothing is waited for: what they draw stays on the device, where
+        the next step finds it. So the next one may be launched before this one is finished, unless
+        that `waits`.
 
         One output for each row that samples or scores, in order of the rows. A row whose logits are
         no numbers, or that lets no token be drawn, yields none but a problem (it is logged, with
@@ -140,23 +181,89 @@ class Runner:
             self._histories[key] = self._history(admission)
             self._failed.pop(key, None)
         if not plan.rows:
-            return ()
+            return Made(())
+        with self._failing(plan), torch.inference_mode():
+            inputs = [self._inputs(row) for row in plan.rows]
+            batch = build_batch(plan.rows, inputs, self._pool.device)
+            self._fill(batch.tokens, plan.rows, inputs)
+            logits = self.decoder.forward(batch, self._pool)
+            sampling = [
+                (row, each)
+                for row, each in zip(plan.rows, inputs, strict=True)
+                if num_samples(row, each)
+            ]
+            if self.waits(plan):
+                return Made(self._sample(logits, sampling))
+            rows = [row for row, _ in sampling]
+            self._flying = _Launched(self, plan, rows, *self._draw(logits, rows))
+            return self._flying
+
+    @contextmanager
+    def _failing(self, plan: BatchPlan) -> Iterator[None]:
+        """The step after this one may be on its way, with rows that count on this one's tokens."""
         try:
-            with torch.inference_mode():
-                inputs = [self._inputs(row) for row in plan.rows]
-                batch = build_batch(plan.rows, inputs, self._pool.device)
-                logits = self.decoder.forward(batch, self._pool)
-                sampling = [
-                    (row, each)
-                    for row, each in zip(plan.rows, inputs, strict=True)
-                    if num_samples(row, each)
-                ]
-                return self._sample(logits, sampling)
+            yield
         except BaseException:
-            # The step after this one may be on its way, with rows that count on this one's tokens.
             for row in plan.rows:
                 self._failed.setdefault((row.request_id, row.attempt))
             raise
+
+    def _is_plain(self, row: Row, new: Mapping[tuple[RequestId, int], SamplingParams]) -> bool:
+        if row.drafts or row.prompt_logprobs or not row.sample:
+            return not row.drafts and not row.prompt_logprobs
+        key = (row.request_id, row.attempt)
+        if key in new:
+            return is_plain(new[key])
+        return key in self._histories and self._histories[key].plain
+
+    def _drawn_unseen(self, key: tuple[RequestId, int]) -> int:
+        """Tokens, none or one, that the step in flight draws for it."""
+        return self._flying is not None and key in self._flying.places
+
+    def _fill(self, tokens: Tensor, rows: Sequence[Row], inputs: Sequence[Inputs]) -> None:
+        """Input tokens that the step in flight draws, put where they belong on the device."""
+        if self._flying is None:
+            return
+        into, places, end = [], [], 0
+        for row, each in zip(rows, inputs, strict=True):
+            place = self._flying.places.get((row.request_id, row.attempt))
+            if row.after_previous and place is not None:
+                into.append(end)
+                places.append(place)
+            end += len(each.tokens) + len(each.drafts)
+        if into:
+            where = packed(np.asarray([into, places]), pinned=tokens.is_cuda)
+            to, source = where.view(torch.int64).view(2, -1).to(tokens.device, non_blocking=True)
+            tokens.index_copy_(0, to, self._flying.tokens.index_select(0, source))
+
+    def _draw(self, logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        draws = []
+        for index, row in enumerate(rows):
+            key = (row.request_id, row.attempt)
+            history = self._histories[key]
+            position = history.num_output + self._drawn_unseen(key)
+            draws.append(wanted(index, history.sampling, position))
+        return self._backend.draw_async(logits, draws)
+
+    def finished(self, step: "_Launched") -> Outputs:
+        """What it drew; as `_sample`, of plain rows."""
+        with self._failing(step.plan):
+            tokens, tops = step.readback.values()
+        if self._flying is step:
+            self._flying = None
+        outputs = []
+        for row, token, top in zip(step.rows, tokens, tops, strict=True):
+            key = (row.request_id, row.attempt)
+            history, samples = self._histories[key], list[Sample]()
+            result = judged(history, int(token), top)
+            if isinstance(result, RowError):
+                self._failed.setdefault(key, result.problem)
+                _LOG.warning("no token: %s", result)
+            elif key not in self._failed:
+                history.append(result.token)
+                samples.append(result)
+            outputs.append(self._output(key, _NO_INPUTS, samples, ()))
+        return tuple(outputs)
 
     def _history(self, admission: Admission) -> History:
         grammar = admission.sampling.grammar
@@ -171,20 +278,23 @@ class Runner:
         if row.after_previous and row.tokens:
             raise ValueError(f"{row.request_id}: {len(row.tokens)} tokens behind a sample")
         if row.sample and key not in self._failed:
-            if row.position > history.num_output:
+            outputs = history.num_output + self._drawn_unseen(key)
+            if row.position > outputs:
                 raise ValueError(
-                    f"{row.request_id}: position {row.position} after {history.num_output} outputs"
+                    f"{row.request_id}: position {row.position} after {outputs} outputs"
                 )
             if not row.after_previous:
                 history.truncate(row.position)
         drafts: tuple[int, ...] = ()
         if row.drafts and key not in self._failed:
             drafts = history.drafts.propose(history.tokens, row.drafts)
+        if row.after_previous and self._drawn_unseen(key):
+            return Inputs((0,), len(history.tokens))  # `_fill` has the token
         if row.after_previous:
             return Inputs((history.tokens[-1],), len(history.tokens) - 1, drafts)
         return Inputs(row.tokens, row.start, drafts)
 
-    def _sample(self, logits: Tensor, sampling: list[tuple[Row, Inputs]]) -> tuple[RowOutput, ...]:
+    def _sample(self, logits: Tensor, sampling: list[tuple[Row, Inputs]]) -> Outputs:
         """A token for each row, then one more for each row whose draft was that token, and so on:
         each is drawn as if it were the only one of its step. What a row drew before it failed
         counts: its request may end with that."""
