@@ -6,9 +6,12 @@ import msgspec
 from msgspec import Meta
 
 from slipstream.config import (
+    Device,
     Dtype,
+    GpuMemoryShare,
     JournalTtl,
     KvCacheBytes,
+    LoadFormat,
     LogLevel,
     MaxModelLen,
     MaxNumSeqs,
@@ -27,6 +30,7 @@ from slipstream.config import (
     ServedModelName,
     ShmDir,
     Speculative,
+    TensorParallelSize,
     Transports,
     Watchdog,
 )
@@ -66,6 +70,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
     quantization: Quantization = "none"
+    load_format: LoadFormat = "auto"
+    device: Device = "auto"
+    gpu_memory_share: GpuMemoryShare = 0.0
+    tensor_parallel_size: TensorParallelSize = 1
     packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0

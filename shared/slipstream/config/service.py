@@ -40,6 +40,39 @@ Quantization: TypeAlias = Annotated[
         "one scale for each output. KV blocks stay of type --dtype."
     ),
 ]
+LoadFormat: TypeAlias = Annotated[
+    Literal["auto", "dummy"],
+    Meta(
+        description="auto: safetensors; dummy: random weights, the same in every worker, made from "
+        "config.json alone, to measure a model without its files."
+    ),
+]
+Device: TypeAlias = Annotated[
+    str,
+    Meta(
+        pattern=r"^((auto|cuda)(:[0-9]{1,2})?|cpu)$",
+        description="What computes: cpu; cuda:1, that GPU; cuda, the first one (of serve: all of "
+        "them, workers in turn); auto: a GPU if there is one that torch can use.",
+    ),
+]
+GpuMemoryShare: TypeAlias = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=1,
+        description="Part of its GPU's memory that one worker may fill, weights and all; "
+        "0: 0.9 (of serve: divided among the workers of that GPU).",
+    ),
+]
+TensorParallelSize: TypeAlias = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=16,
+        description="Processes that hold one worker's model between them, each on a GPU of its own "
+        "from --device on; both sides of a hand-over have as many.",
+    ),
+]
 PackedWeightsDir: TypeAlias = Annotated[
     str,
     Meta(
@@ -213,6 +246,10 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
     quantization: Quantization = "none"
+    load_format: LoadFormat = "auto"
+    device: Device = "auto"
+    gpu_memory_share: GpuMemoryShare = 0.0
+    tensor_parallel_size: TensorParallelSize = 1
     packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0

@@ -26,8 +26,8 @@ from slipstream.engine.offload import Offload
 from slipstream.engine.step_loop import Outputs, StepLoop, StepRunner
 from slipstream.engine.transfers import Transfers
 from slipstream.kv.choice import Transports
+from slipstream.kv.device import PoolBlocks
 from slipstream.kv.digest import block_digests
-from slipstream.kv.segment import Blocks
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
 
@@ -40,7 +40,7 @@ class WorkerExecutor:
     def __init__(
         self,
         runner: StepRunner,
-        blocks: Blocks,
+        blocks: PoolBlocks,
         transports: Transports,
         directory: Callable[[], Mapping[NodeId, NodeInfo]],
         offload: Offload | None = None,
