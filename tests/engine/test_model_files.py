@@ -1,6 +1,7 @@
 """Model folders: what is read from them, and one clear line for each way to be broken."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from engine.tiny import save_model
 from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.ranks import Part
 from slipstream.engine.weights import load_weights
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvLayout
@@ -300,3 +302,21 @@ def test_surplus_that_transformers_ignores_too(saved: Saved, tmp_path: Path) -> 
     }
     save_file({**load_file(weights), **extra}, weights, {"format": "pt"})
     load(tmp_path)
+
+
+def test_dummy_weights_are_the_same_everywhere_and_in_parts(saved: Saved, tmp_path: Path) -> None:
+    """Whoever makes them, and of two ranks each the rows and columns that are its own."""
+    shutil.copy(saved("llama_biases")[0] / "config.json", tmp_path)
+    config, device = ModelConfig.read(tmp_path, dummy=True), torch.device("cpu")
+    assert config.fingerprint != ModelConfig.read(saved("llama_biases")[0]).fingerprint
+    how = tmp_path, config, torch.float32, device, Reference()
+    whole, again = (load_weights(*how, dummy=True).layers[0] for _ in range(2))
+    parts = [load_weights(*how, part=Part(r, 2), dummy=True).layers[0] for r in (0, 1)]
+    assert torch.equal(whole.qkv.weight, again.qkv.weight)
+    assert whole.qkv.weight.std() * config.hidden_size**0.5 == pytest.approx(1.0, abs=0.1)
+    both = torch.cat([part.down.weight for part in parts], 1)
+    assert torch.equal(both, whole.down.weight)
+    assert parts[1].down.bias is None and torch.equal(parts[0].down.bias, whole.down.bias)
+    split = [part.qkv.weight.split([32, 16, 16]) for part in parts]
+    query, key, value = zip(*split, strict=True)
+    assert torch.equal(torch.cat([*query, *key, *value]), whole.qkv.weight)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from engine.tiny import admission, generate, greedy, prompt_of
 from slipstream.core.machine import Admission, BatchDone, BatchFailed, BatchPlan, Event, Row
-from slipstream.engine import runner as runner_module
+from slipstream.engine import launched
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.readback import Readback
 from slipstream.engine.runner import Runner, allocate_pool
@@ -37,7 +37,7 @@ class Late(Readback):
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "Readback", Late)
+    monkeypatch.setattr(launched, "Readback", Late)
 
 
 def runner_for(folder: Path) -> Runner:

@@ -34,7 +34,7 @@ from slipstream.config import (
     Transports,
     Watchdog,
 )
-from slipstream.config.rules import check_offload, check_transports
+from slipstream.config.rules import check_offload, check_ranks, check_transports
 from slipstream.frontend.config import ApiKeysFile, StallTimeout
 from slipstream.scheduler.config import (
     Disaggregation,
@@ -148,6 +148,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         check_transports(self.transports)
         check_otlp_endpoint(self.otlp_endpoint)
         check_offload(self.offload_disk_bytes, self.offload_dir)
+        check_ranks(self.tensor_parallel_size, bool(self.offload_host_bytes or self.offload_dir))
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")
         if not self.metrics_port:

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
-from slipstream.config.rules import check_offload, check_transports, is_loopback
+from slipstream.config.rules import check_offload, check_ranks, check_transports, is_loopback
 from slipstream.config.values import ByteSize, ConfigError
 from slipstream.types import Role, role_of
 
@@ -318,6 +318,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         check_transports(self.transports)
         check_offload(self.offload_disk_bytes, self.offload_dir)
+        check_ranks(self.tensor_parallel_size, self.offloads)
         if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
             raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 

@@ -33,8 +33,16 @@ def num_samples(row: Row, inputs: Inputs) -> int:
 def build_batch(
     rows: Sequence[Row], inputs: Sequence[Inputs], device: torch.device
 ) -> ForwardBatch:
-    """Rows that sample do so after their last token and after each draft; logits are made of all
-    inputs that a token of the prompt follows whose log probability is wanted.
+    """As `pack_batch`, in parts."""
+    return unpacked(*pack_batch(rows, inputs, device))
+
+
+def pack_batch(
+    rows: Sequence[Row], inputs: Sequence[Inputs], device: torch.device
+) -> tuple[Tensor, "Sizes"]:
+    """On the device, in one piece. Rows that sample do so after their last token and after each
+    draft; logits are made of all inputs that a token of the prompt follows whose log probability is
+    wanted.
 
     Raises ValueError if a block table does not reach to the row's last token.
     """
@@ -64,19 +72,18 @@ def build_batch(
     # Each row's samples are its last tokens.
     behind = np.concatenate([np.arange(count, 0, -1) for count in samples])
 
-    return unpacked(
-        packed(
-            np.concatenate([np.asarray(x, np.int64) for x in tokens]),
-            positions,
-            block_ids * BLOCK_TOKENS + positions % BLOCK_TOKENS,
-            np.repeat(query_starts[1:], samples) - behind,
-            tables,
-            query_starts,
-            lengths,
-            pinned=device.type == "cuda",
-        ).to(device, non_blocking=True),
-        Sizes(int(query_starts[-1]), len(behind), *tables.shape),
+    memory = packed(
+        np.concatenate([np.asarray(x, np.int64) for x in tokens]),
+        positions,
+        block_ids * BLOCK_TOKENS + positions % BLOCK_TOKENS,
+        np.repeat(query_starts[1:], samples) - behind,
+        tables,
+        query_starts,
+        lengths,
+        pinned=device.type == "cuda",
     )
+    sizes = Sizes(int(query_starts[-1]), len(behind), *tables.shape)
+    return memory.to(device, non_blocking=True), sizes
 
 
 class Sizes(NamedTuple):
@@ -86,6 +93,12 @@ class Sizes(NamedTuple):
     samples: int
     rows: int
     longest_table: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed form."""
+        wide = 3 * self.tokens + self.samples
+        return 8 * wide + 4 * (self.rows * self.longest_table + 2 * self.rows + 1)
 
 
 def packed(*arrays: np.ndarray, pinned: bool) -> Tensor:

@@ -5,6 +5,7 @@ vectors; `weights` fills them and knows the checkpoint's names. What a step need
 arguments, nothing is kept between steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,8 +39,16 @@ class DecoderWeights:
 
 
 class Decoder:
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, backend: Backend) -> None:
-        self._config, self._weights = config, weights
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        backend: Backend,
+        reduce: Callable[[Value], Value] = lambda partial: partial,
+    ) -> None:
+        """`config`: of this rank's part. `reduce`: sums what the ranks have of a layer's output;
+        the backend is one that computes at once, unless there is one rank."""
+        self._config, self._weights, self._reduce = config, weights, reduce
         self._rope = Rope(config.rope, config.head_dim, weights.norm.device)
         self.program = backend.compile(self._logits)
 
@@ -70,8 +79,8 @@ class Decoder:
             attended = ops.attention(qkv, heads, index, layer.head_norms, epsilon)
             if index == len(weights.layers) - 1:  # behind its keys and values samples alone count
                 attended, stream = ops.take(attended), ops.take(stream)
-            delta = ops.linear(attended, layer.output)
+            delta = self._reduce(ops.linear(attended, layer.output))
             x = ops.rms_norm(delta, layer.mlp_norm, epsilon, stream)
-            delta = ops.linear(ops.gated(x, layer.gate_up), layer.down)
+            delta = self._reduce(ops.linear(ops.gated(x, layer.gate_up), layer.down))
         x = ops.rms_norm(delta, weights.norm, epsilon, stream)
         return ops.linear(x, weights.lm_head, wide=True)

@@ -24,6 +24,7 @@ from slipstream.engine.effect_threads import one_line
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.offload import Offload
 from slipstream.engine.step_loop import Outputs, StepLoop, StepRunner
+from slipstream.engine.team import Team, TeamTransfers
 from slipstream.engine.transfers import Transfers
 from slipstream.kv.choice import Transports
 from slipstream.kv.device import PoolBlocks
@@ -45,12 +46,15 @@ class WorkerExecutor:
         directory: Callable[[], Mapping[NodeId, NodeInfo]],
         offload: Offload | None = None,
         kv_events: KvEventPublisher | None = None,
+        team: Team | None = None,
     ):
         """`blocks`: the runner's pool as bytes. `directory`: who is there now. `offload`,
-        `kv_events`: where the machine's settings have them."""
+        `kv_events`: where the machine's settings have them. `team`: the worker's other ranks."""
         self._offload, self._kv_events = offload, kv_events
         self._blocks = blocks
-        self._transfers = Transfers(blocks, transports, directory)
+        self._team = team
+        own = Transfers(blocks, transports, directory)
+        self._transfers = own if team is None else TeamTransfers(own, team, directory)
         self._post: Callable[[Event], None] = lambda event: None
         self._steps = StepLoop(runner, lambda event: self._post(event), self._done, self._failed)
         self._counters: defaultdict[str, float] = defaultdict(float)
@@ -105,6 +109,8 @@ class WorkerExecutor:
 
     def _done(self, plan: BatchPlan, outputs: Outputs, began_s: float) -> BatchDone:
         digests = block_digests(self._blocks, plan.digest_blocks)
+        if self._team is not None:
+            digests = self._team.digests(digests, plan.digest_blocks)
         elapsed_s = time.monotonic() - began_s
         self._count("steps_total")
         self._count("step_rows_total", len(plan.rows))

@@ -72,14 +72,31 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     """What config.json says of the weights: `bfloat16`; `float32` if it says nothing."""
     fingerprint: str
-    """SHA-256 over config.json and name, size and both ends of every weight file."""
+    """SHA-256 over config.json and name, size and both ends of every weight file; of dummy weights
+    over config.json and that word."""
 
     def kv_layout(self, dtype: KvDtype) -> KvLayout:
         return KvLayout(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
 
+    def part(self, ranks: int) -> "ModelConfig":
+        """What one of so many ranks has of it. ModelError: it cannot be divided so."""
+        for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+            if getattr(self, name) % ranks:
+                raise ModelError(
+                    f"--tensor-parallel-size {ranks}: the model's {name} is "
+                    f"{getattr(self, name)}; give a number that divides it"
+                )
+        return msgspec.structs.replace(
+            self,
+            num_heads=self.num_heads // ranks,
+            num_kv_heads=self.num_kv_heads // ranks,
+            intermediate_size=self.intermediate_size // ranks,
+        )
+
     @classmethod
-    def read(cls, model_path: str | Path) -> "ModelConfig":
-        """Reads a Hugging Face folder: config.json, generation_config.json, ends of weight files.
+    def read(cls, model_path: str | Path, dummy: bool = False) -> "ModelConfig":
+        """Reads a Hugging Face folder: config.json, generation_config.json, ends of weight files;
+        of those nothing with `dummy`.
 
         ModelError: no such folder or file, malformed config, an architecture or feature that the
         decoder does not have, no safetensors weights.
@@ -115,7 +132,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             rope=_rope(raw, file),
             eos_token_ids=_eos_token_ids(raw, folder),
             dtype=raw.dtype or raw.torch_dtype or "float32",
-            fingerprint=_fingerprint(file, weight_files(folder)),
+            fingerprint=_fingerprint(file, None if dummy else weight_files(folder)),
             **parts._asdict(),
         )
 
@@ -255,8 +272,12 @@ def _eos_token_ids(raw: RawConfig, folder: Path) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [ids])
 
 
-def _fingerprint(config_file: Path, paths: tuple[Path, ...]) -> str:
+def _fingerprint(config_file: Path, paths: tuple[Path, ...] | None) -> str:
+    """`paths`: of the weights; None: they are dummies."""
     digest = hashlib.sha256(config_file.read_bytes())
+    if paths is None:
+        digest.update(b"\0dummy")
+        return digest.hexdigest()
     for path in paths:
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -2,30 +2,41 @@
 
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
-from slipstream.engine.batch import Inputs, build_batch, num_samples, packed
+from slipstream.engine.batch import (
+    Inputs,
+    Sizes,
+    build_batch,
+    num_samples,
+    pack_batch,
+    packed,
+    unpacked,
+)
 from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.guide import Guides
 from slipstream.engine.history import History
+from slipstream.engine.launched import Launched
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.packed_file import file_name, shared_weights
+from slipstream.engine.ranks import Part, Ranks
 from slipstream.engine.readback import Readback
 from slipstream.engine.sampler import RowError, Sample, judged, sample, score, wanted
 from slipstream.engine.shaping import is_plain
 from slipstream.engine.step_loop import Made, Outputs, Step
-from slipstream.engine.weights import Progress, load_weights
+from slipstream.engine.weights import load_weights, said_now_and_then
 from slipstream.errors import Problem
 from slipstream.kernels import cpu
+from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Backend
 from slipstream.kernels.program import PANEL, CpuBackend
 from slipstream.kernels.reference import Reference
@@ -33,14 +44,16 @@ from slipstream.kv.layout import KvDtype, KvLayout
 from slipstream.types import RequestId, SamplingParams, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
-SAID_EVERY_S = 2.0
+Tell: TypeAlias = Callable[[Sizes], None]
+"""Says to the ranks above 0 that a batch of these sizes follows."""
 _NO_INPUTS = Inputs((), 0)
 _DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def allocate_pool(layout: KvLayout, num_blocks: int) -> Tensor:
+def allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device | None = None) -> Tensor:
     """A pool of zeros in private memory, `[num_blocks, *layout.block_shape]`."""
-    return torch.zeros((num_blocks, *layout.block_shape), dtype=_DTYPES[layout.dtype])
+    shape = (num_blocks, *layout.block_shape)
+    return torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
 
 
 def choose_backend(
@@ -49,11 +62,15 @@ def choose_backend(
     device: torch.device,
     int8: bool = False,
     threads: int = 0,
+    ranks: bool = False,
 ) -> Backend:
     """Compiled kernels where they are, built now if they are not yet; else plain torch.
 
-    `threads`: of compiled kernels, 0 for one on each core.
+    `threads`: of compiled kernels, 0 for one on each core. `ranks`: several hold the model.
     """
+    if ranks and device.type == "cpu":
+        _LOG.warning("SLOW: CPU kernels do not work in ranks; plain torch serves instead")
+        return Reference(int8)
     library = cpu.kernels() if device.type == "cpu" else None
     if library is None:
         return Reference(int8)
@@ -62,37 +79,6 @@ def choose_backend(
         _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
         return Reference(int8)
     return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, int8)
-
-
-def _said_now_and_then() -> Progress:
-    """In the log, where `slipstream serve` finds it; of a model that is there at once nothing."""
-    said_s = time.monotonic()
-
-    def progress(done: int, layers: int) -> None:
-        nonlocal said_s
-        if time.monotonic() - said_s >= SAID_EVERY_S:
-            said_s = time.monotonic()
-            _LOG.info("weights: %d of %d layers", done, layers)
-
-    return progress
-
-
-class _Launched:
-    """A step of plain rows; the rows that sample, in order, and what they draw."""
-
-    def __init__(
-        self, runner: "Runner", plan: BatchPlan, rows: list[Row], tokens: Tensor, tops: Tensor
-    ) -> None:
-        self.plan, self.rows, self.tokens = plan, rows, tokens
-        self.places = {(row.request_id, row.attempt): i for i, row in enumerate(rows)}
-        self.readback = Readback(tokens, tops)
-        self._runner = runner
-
-    def ready(self) -> bool:
-        return self.readback.ready()
-
-    def finish(self) -> Outputs:
-        return self._runner.finished(self)
 
 
 class Runner:
@@ -106,48 +92,87 @@ class Runner:
         self,
         model_path: str | Path,
         dtype: KvDtype,
-        pool: Tensor,
+        pool: Tensor | torch.device,
         threads: int = 0,
         int8: bool = False,
         packed_dir: Path | None = None,
+        dummy: bool = False,
+        ranks: Ranks | None = None,
+        tell: Tell = lambda sizes: None,
     ) -> None:
-        """`threads`: CPU threads, 0 for one on each core. The model lives where the pool does.
-        `int8`: of the weights of matrix products. `packed_dir`: where packed weights are kept.
+        """`pool`: or the device where one will be, to be said by `attach`; the model lives there.
+        `threads`: CPU threads, 0 for one on each core. `int8`: of the weights of matrix products.
+        `packed_dir`: where packed weights are kept. `dummy`: random weights. `ranks`: those that
+        compute with this one; `tell`: of rank 0, so that they `follow`.
 
         ModelError: see `ModelConfig.read` and `load_weights`. ValueError: the pool has another
         layout.
         """
-        self.config = ModelConfig.read(model_path)
-        self.layout = self.config.kv_layout(dtype)
-        if pool.shape[1:] != self.layout.block_shape or pool.dtype != _DTYPES[dtype]:
-            raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
+        self.config = ModelConfig.read(model_path, dummy)
+        own = self.config.part(ranks.size) if ranks else self.config
+        self.layout, self._dtype = own.kv_layout(dtype), _DTYPES[dtype]
+        self._device = pool.device if isinstance(pool, Tensor) else pool
+        if isinstance(pool, Tensor):
+            self.attach(pool)
         if threads:
             torch.set_num_threads(threads)
-        self._pool = pool
         self._guides = Guides(model_path, self.config)
-        backend = choose_backend(self.config, pool.dtype, pool.device, int8, threads)
+        backend = choose_backend(own, self._dtype, self._device, int8, threads, bool(ranks))
 
         def load() -> DecoderWeights:
-            how = self.config, pool.dtype, pool.device, backend
-            return load_weights(model_path, *how, _said_now_and_then())
+            how = self.config, self._dtype, self._device, backend
+            part = Part(ranks.rank, ranks.size) if ranks else Part()
+            return load_weights(model_path, *how, said_now_and_then(), part, dummy)
 
-        if packed_dir is None or not isinstance(backend, CpuBackend):
+        if packed_dir is None or dummy or not isinstance(backend, CpuBackend):
             weights = load()
         else:
-            name = file_name(model_path, self.config, pool.dtype, int8)
+            name = file_name(model_path, self.config, self._dtype, int8)
             weights = shared_weights(packed_dir / name, load)
         if isinstance(backend, CpuBackend):
             # What is left for torch is small. Its threads would wait for each other at every
             # operation, on cores that others share for as long as the kernel lets those run.
             torch.set_num_threads(1)
-        self._backend = backend
-        self.decoder = Decoder(self.config, weights, backend)
+        self._backend, self._ranks, self._tell = backend, ranks, tell
+        self.decoder = Decoder(own, weights, backend, *([ranks.reduce] if ranks else []))
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: dict[tuple[RequestId, int], Problem | None] = {}
         """No tokens come any more, and why."""
-        self._flying: _Launched | None = None
+        self._flying: Launched | None = None
         """The step launched last, while what it drew is on its way."""
         self._guides.wait()
+
+    def attach(self, pool: Tensor) -> None:
+        """From now on this is the pool. ValueError: it has another layout, or is elsewhere."""
+        fits = (pool.dtype, pool.device) == (self._dtype, self._device)
+        if pool.shape[1:] != self.layout.block_shape or not fits:
+            raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
+        self._pool = pool
+
+    def rehearse(self, rows: Sequence[Row]) -> None:
+        """Computes a step, in blocks that are thrown away; of its logits tokens are drawn. So what
+        such a step takes of the device's memory has been taken once."""
+        blocks = 1 + max(block for row in rows for block in row.block_ids)
+        pool = allocate_pool(self.layout, blocks, self._device)
+        inputs = [Inputs(row.tokens, row.start) for row in rows]
+        with self._on_device(), torch.inference_mode():
+            batch = build_batch(rows, inputs, self._device)
+            logits = self.decoder.forward(batch, pool)
+            draws = [Draw(index, 1.0, 40, 0.9, 0.0, 0.5) for index in range(len(logits))]
+            Readback(*self._backend.draw_async(logits, draws)).values()
+
+    def follow(self, sizes: Sizes) -> None:
+        """Above rank 0: computes the batch that rank 0 computes now."""
+        assert self._ranks is not None
+        with self._on_device(), torch.inference_mode():
+            memory = torch.empty(sizes.num_bytes, dtype=torch.uint8, device=self._device)
+            batch = unpacked(self._ranks.broadcast(memory), sizes)
+            self.decoder.forward(batch, self._pool)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Each thread has a current GPU of its own, the first one until it says otherwise."""
+        on_gpu = self._device.type == "cuda"
+        return torch.cuda.device(self._device) if on_gpu else nullcontext()
 
     def run(self, plan: BatchPlan) -> Outputs:
         """One step, waited for: see `launch`."""
@@ -184,8 +209,12 @@ class Runner:
             return Made(())
         with self._failing(plan), torch.inference_mode():
             inputs = [self._inputs(row) for row in plan.rows]
-            batch = build_batch(plan.rows, inputs, self._pool.device)
+            memory, sizes = pack_batch(plan.rows, inputs, self._device)
+            batch = unpacked(memory, sizes)
             self._fill(batch.tokens, plan.rows, inputs)
+            if self._ranks is not None:
+                self._tell(sizes)
+                self._ranks.broadcast(memory)
             logits = self.decoder.forward(batch, self._pool)
             sampling = [
                 (row, each)
@@ -195,14 +224,15 @@ class Runner:
             if self.waits(plan):
                 return Made(self._sample(logits, sampling))
             rows = [row for row, _ in sampling]
-            self._flying = _Launched(self, plan, rows, *self._draw(logits, rows))
+            self._flying = Launched(self._finished, plan, rows, *self._draw(logits, rows))
             return self._flying
 
     @contextmanager
     def _failing(self, plan: BatchPlan) -> Iterator[None]:
         """The step after this one may be on its way, with rows that count on this one's tokens."""
         try:
-            yield
+            with self._on_device():
+                yield
         except BaseException:
             for row in plan.rows:
                 self._failed.setdefault((row.request_id, row.attempt))
@@ -245,7 +275,7 @@ class Runner:
             draws.append(wanted(index, history.sampling, position))
         return self._backend.draw_async(logits, draws)
 
-    def finished(self, step: "_Launched") -> Outputs:
+    def _finished(self, step: Launched) -> Outputs:
         """What it drew; as `_sample`, of plain rows."""
         with self._failing(step.plan):
             tokens, tops = step.readback.values()

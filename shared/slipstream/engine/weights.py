@@ -4,10 +4,13 @@ Files are mapped into memory, checked against the config, converted and packed; 
 read.
 """
 
+import hashlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,12 +18,30 @@ from torch import Tensor
 
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
 from slipstream.engine.model_config import ModelConfig, ModelError, weight_files
+from slipstream.engine.ranks import Part
 from slipstream.kernels.ops import Backend
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
 
+SAID_EVERY_S = 2.0
+_LOG = logging.getLogger(__name__)
+_Cut: TypeAlias = tuple[slice, ...]
+"""Of each dimension, from the first on; none: all."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def said_now_and_then() -> Progress:
+    """In the log, where `slipstream serve` finds it; of a model that is there at once nothing."""
+    said_s = time.monotonic()
+
+    def progress(done: int, layers: int) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= SAID_EVERY_S:
+            said_s = time.monotonic()
+            _LOG.info("weights: %d of %d layers", done, layers)
+
+    return progress
 
 
 def load_weights(
@@ -30,17 +51,46 @@ def load_weights(
     device: torch.device,
     backend: Backend,
     progress: Progress = lambda done, layers: None,
+    part: Part = Part(),  # noqa: B008 it never changes
+    dummy: bool = False,
 ) -> DecoderWeights:
     """All parameters in `dtype`, in memory of our own, matrices as `backend` wants them.
+
+    `config`: the whole model's; `part`: what is loaded of its heads and inner dimensions. `dummy`:
+    random ones, no file is read.
 
     ModelError, naming the file: truncated or corrupt files, missing tensors, wrong shapes, tensors
     that the config does not account for (a feature that would silently be left out).
     """
-    with _open_checkpoint(Path(model_path)) as checkpoint:
-        weights = _Loader(checkpoint, config, dtype, device, backend).load(progress)
+    how = dtype, device, backend, part
+    if dummy:
+        return _Loader(_Dummies(device), config, *how).load(progress)
+    with _open_checkpoint(Path(model_path), device) as checkpoint:
+        weights = _Loader(checkpoint, config, *how).load(progress)
         if unread := checkpoint.unread(config.tied_embeddings):
             raise ModelError(f"{model_path}: config.json does not account for tensor {unread[0]}")
         return weights
+
+
+class _Source(Protocol):
+    def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
+        """`cut` of the tensor, which has this shape."""
+
+
+class _Dummies:
+    """Random weights of a size that keeps activations small; a name's are the same in every
+    process and for every part, on devices of one kind."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
+        if "norm" in name:
+            return torch.ones(shape, device=self._device)[cut]
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        generator = torch.Generator(self._device).manual_seed(seed)
+        drawn = torch.randn(shape, generator=generator, device=self._device)
+        return drawn.mul_(shape[-1] ** -0.5)[cut]
 
 
 class _Checkpoint:
@@ -58,32 +108,38 @@ class _Checkpoint:
         names = self._unread - ignored
         return sorted(name for name in names if not name.endswith(".rotary_emb.inv_freq"))
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
         path = self._file_of.get(name)
         if path is None:
             raise ModelError(f"{self.folder}: tensor {name} is missing")
         self._unread.discard(name)
         try:
-            tensor: Tensor = self._files[path].get_tensor(name)
+            stored = self._files[path].get_slice(name)
+            if tuple(stored.get_shape()) != shape:
+                raise ModelError(
+                    f"{path}: {name} has shape {stored.get_shape()}, config.json says {list(shape)}"
+                )
+            tensor: Tensor = stored[cut] if cut else self._files[path].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise ModelError(f"{path}: {name}: {error}") from error
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{path}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}"
-            )
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{path}: {name} is {tensor.dtype}, which is not supported")
         return tensor
 
 
+def _opened(path: Path, device: torch.device) -> Any:
+    """Tensors come straight to the device."""
+    return safe_open(str(path), framework="pt", device=str(device))
+
+
 @contextmanager
-def _open_checkpoint(folder: Path) -> Iterator[_Checkpoint]:
+def _open_checkpoint(folder: Path, device: torch.device) -> Iterator[_Checkpoint]:
     files = weight_files(folder)
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
         for path in files:
             try:
-                opened[path] = stack.enter_context(safe_open(str(path), framework="pt"))
+                opened[path] = stack.enter_context(_opened(path, device))
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: {error}") from error
         yield _Checkpoint(folder, opened)
@@ -92,13 +148,15 @@ def _open_checkpoint(folder: Path) -> Iterator[_Checkpoint]:
 class _Loader:
     def __init__(
         self,
-        checkpoint: _Checkpoint,
+        checkpoint: _Source,
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
         backend: Backend,
+        part: Part,
     ) -> None:
         self._checkpoint = checkpoint
+        self._part = part
         self._config = config
         self._dtype = dtype
         self._device = device
@@ -145,32 +203,50 @@ class _Loader:
             attention_norm=self._vector(f"{at}.input_layernorm.weight", hidden),
             qkv=pack(*self._linear(qkv, hidden, config.qkv_bias)),
             head_norms=head_norms,
-            output=pack(
-                *self._linear([(f"{attention}.o_proj", hidden)], query, config.output_bias)
-            ),
+            output=pack(*self._partial((f"{attention}.o_proj", hidden), query, config.output_bias)),
             mlp_norm=self._vector(f"{at}.post_attention_layernorm.weight", hidden),
             gate_up=pack_gated(*self._linear(gate_up, hidden, config.mlp_bias)),
-            down=pack(*self._linear([(f"{mlp}.down_proj", hidden)], inner, config.mlp_bias)),
+            down=pack(*self._partial((f"{mlp}.down_proj", hidden), inner, config.mlp_bias)),
         )
 
     def _linear(
         self, parts: list[tuple[str, int]], inputs: int, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Projections with the same input, one under the other in the order given."""
+        """Projections with the same input, one under the other in the order given; of each this
+        rank's outputs."""
         names, sizes = [name for name, _ in parts], [size for _, size in parts]
-        weight = self._packed([f"{name}.weight" for name in names], [(n, inputs) for n in sizes])
+        shapes: list[tuple[int, ...]] = [(size, inputs) for size in sizes]
+        weight = self._packed([f"{name}.weight" for name in names], shapes, divided=True)
         if not has_bias:
             return weight, None
-        bias = self._packed([f"{name}.bias" for name in names], [(size,) for size in sizes])
-        return weight, bias
+        biases = [f"{name}.bias" for name in names]
+        return weight, self._packed(biases, [(size,) for size in sizes], divided=True)
 
-    def _packed(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
-        rows = sum(shape[0] for shape in shapes)
+    def _partial(
+        self, projection: tuple[str, int], inputs: int, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """A projection of this rank's inputs; the ranks' results are to be added, so that one rank
+        alone has the bias."""
+        name, outputs = projection
+        cut = () if self._part.size == 1 else (slice(None), self._part.of(inputs))
+        read = self._checkpoint.read(f"{name}.weight", (outputs, inputs), cut)
+        weight = torch.empty(read.shape, dtype=self._dtype, device=self._device).copy_(read)
+        bias = self._vector(f"{name}.bias", outputs) if has_bias else None
+        return weight, bias if self._part.rank == 0 else None
+
+    def _packed(
+        self, names: list[str], shapes: list[tuple[int, ...]], divided: bool = False
+    ) -> Tensor:
+        """`divided`: of each tensor this rank's rows."""
+        size = self._part.size if divided else 1
+        rows = sum(shape[0] for shape in shapes) // size
         packed = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
         start = 0
         for name, shape in zip(names, shapes, strict=True):
-            packed[start : start + shape[0]].copy_(self._checkpoint.read(name, shape))
-            start += shape[0]
+            cut = (self._part.of(shape[0]),) if size > 1 else ()
+            end = start + shape[0] // size
+            packed[start:end].copy_(self._checkpoint.read(name, shape, cut))
+            start = end
         return packed
 
     def _vector(self, name: str, size: int) -> Tensor:
