@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 
 from slipstream.kv.cuda_driver import CudaError
-from slipstream.kv.device import DeviceBlocks
+from slipstream.kv.device import DeviceBlocks, Kernels
 from slipstream.kv.segment import Blocks
 
 DEVICE_STEP = 1 << 50
@@ -56,8 +56,9 @@ class FakeDriver:
         self.queued.clear()
 
 
-def on_device(blocks: Blocks, driver: FakeDriver | None = None) -> DeviceBlocks:
+def on_device(
+    blocks: Blocks, driver: FakeDriver | None = None, kernels: Kernels | None = None
+) -> DeviceBlocks:
     """Such memory, which the host has as `blocks`."""
-    return DeviceBlocks(
-        driver or FakeDriver(), int(blocks.ctypes.data) + DEVICE_STEP, *blocks.shape
-    )
+    pointer = int(blocks.ctypes.data) + DEVICE_STEP
+    return DeviceBlocks(driver or FakeDriver(), pointer, *blocks.shape, kernels=kernels)

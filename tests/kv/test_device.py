@@ -1,5 +1,6 @@
 """A pool that the host cannot touch: what every transport, digest and tier does with it."""
 
+import ctypes
 import threading
 from pathlib import Path
 
@@ -188,3 +189,53 @@ def test_a_device_that_is_lost_is_not_asked_again() -> None:
         pool.digests([1])
     assert not driver.queued
     assert DEVICE_STEP > 1 << 47
+
+
+class HostKernels:
+    """What a GPU's kernels do, done to memory that stands for its."""
+
+    def __init__(self, near: bool = True) -> None:
+        self.near, self.copies = near, 0
+
+    def reach(self, pointer: int) -> bool:
+        return self.near
+
+    def copy(
+        self,
+        source: int,
+        count: int,
+        source_rows: list[int],
+        into: DeviceBlocks,
+        rows: list[int],
+        digest: bool,
+    ) -> tuple[bytes, ...]:
+        self.copies += 1
+        theirs, ours = memory_at(source, count, into.shape[1]), memory_at(into.pointer, *into.shape)
+        ours[rows] = theirs[source_rows]
+        return self.digests(into, rows) if digest else ()
+
+    def digests(self, blocks: DeviceBlocks, rows: list[int]) -> tuple[bytes, ...]:
+        return block_digests(memory_at(blocks.pointer, *blocks.shape), rows)
+
+
+def memory_at(pointer: int, count: int, size: int) -> Blocks:
+    memory = (ctypes.c_uint8 * (count * size)).from_address(pointer % DEVICE_STEP)
+    return np.ctypeslib.as_array(memory).reshape(count, size)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_kernels_copy_what_they_reach_and_digest_what_is_here(near: bool) -> None:
+    """Of a peer on another card the driver copies; digests are made here in any case."""
+    source, ours = drawn(12, 1), drawn(12, 2)
+    driver, kernels = FakeDriver(), HostKernels(near)
+    here = on_device(ours, driver, kernels)
+    theirs = CudaIpcTransport(FakeDriver(), on_device(source), "here")
+    transport = CudaIpcTransport(driver, here, "here")
+    there = DeviceSegment(header(), on_device(source), here, "")
+    peer = node_of(there, {"cuda_ipc": theirs.advertise()})
+    transport.connect(peer)
+    driver.copies_left = 0 if near else 2
+    read = read_now(transport, peer, [5, 6, 1], here, [2, 3, 7], WAIT_S)
+    assert read == block_digests(source, [5, 6, 1]) == block_digests(here, [2, 3, 7])
+    assert (ours[[2, 3, 7]] == source[[5, 6, 1]]).all()
+    assert kernels.copies == near and driver.copies_left == 0

@@ -92,11 +92,13 @@ class Follower:
             segment = make_pool(self._config, self._plan, epoch, make.num_blocks)
             stack.callback(segment.close)
             self._runner.attach(pool_tensor(self._plan, segment))
+            prepared = asyncio.to_thread(self._runner.prepare, self._config.max_num_seqs)
             transports = make_transports(self._config, segment)
             stack.callback(transports.close)
             transfers = Transfers(segment.blocks, transports, lambda: self._peers)
             transfers.start(self._post)
             self._wire.send(Ready(transports.advertise()))
+            await prepared  # together with rank 0
             threading.Thread(target=self._compute, name="compute", daemon=True).start()
             await asyncio.to_thread(self._hear, loop, transfers)
             await transfers.close()

@@ -1,5 +1,10 @@
 """A worker's GPU: which one, what is free there, and a pool that torch and peers both reach."""
 
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,8 +15,10 @@ from slipstream.engine.sizing import Room, gpu_room, gpu_share
 from slipstream.errors import ExitCode
 from slipstream.kv.choice import PROBE_BYTES
 from slipstream.kv.cuda_driver import CudaError
-from slipstream.kv.device import DeviceSegment, create_device_segment
+from slipstream.kv.device import DeviceBlocks, DeviceSegment, Kernels, create_device_segment
 from slipstream.kv.segment import SegmentHeader
+
+_LOG = logging.getLogger(__name__)
 
 
 def choose_device(config: WorkerConfig, rank: int = 0) -> torch.device:
@@ -57,7 +64,7 @@ def device_segment(
     """StartError: the memory is not there any more."""
     torch.cuda.empty_cache()
     try:
-        return create_device_segment(header, device.index, PROBE_BYTES)
+        return create_device_segment(header, device.index, PROBE_BYTES, block_kernels(device))
     except CudaError as error:
         raise StartError(
             f"slipstream {config.role}: no KV pool on {device}: {error}; lower --gpu-memory-share "
@@ -79,7 +86,66 @@ class _Memory:
         }
 
 
-def tensor_of(segment: DeviceSegment, device: torch.device) -> Tensor:
-    """All of its blocks, uint8 `[num_blocks * block_bytes]`: the same memory."""
-    count, size = segment.blocks.shape
-    return torch.as_tensor(_Memory(segment.blocks.pointer, count * size), device=device)
+def tensor_of(blocks: DeviceBlocks) -> Tensor:
+    """uint8 `[num_blocks, block_bytes]`: the same memory."""
+    return _tensor(blocks.pointer, *blocks.shape)
+
+
+def _tensor(pointer: int, count: int, size: int) -> Tensor:
+    """On the GPU whose memory that is."""
+    return torch.as_tensor(_Memory(pointer, count * size), device="cuda").view(count, size)
+
+
+def block_kernels(device: torch.device) -> Kernels | None:
+    """None: blocks are copied by the driver, and digested on the host."""
+    try:
+        # Imported here: who computes on a CPU needs no Triton.
+        return BlockKernels(device, import_module("slipstream.kernels.gpu.blocks"))
+    except ImportError as error:
+        _LOG.warning("SLOW: KV blocks are digested on the host: %s", error)
+        return None
+
+
+class BlockKernels:
+    """On a stream of each thread's own, so that no READ stands behind a step. Any thread."""
+
+    def __init__(self, device: torch.device, made: Any) -> None:
+        """`made`: the module with `verified_copy` and `digests` of rows of uint8 tensors."""
+        self._device, self._made = device, made
+        self._of_thread = threading.local()
+
+    def reach(self, pointer: int) -> bool:
+        """Memory of this GPU. From another one the driver copies, which asks no multiprocessor."""
+        with torch.cuda.device(self._device):
+            return _tensor(pointer, 1, 1).device == self._device
+
+    def copy(
+        self,
+        source: int,
+        count: int,
+        source_rows: Sequence[int],
+        into: DeviceBlocks,
+        rows: Sequence[int],
+        digest: bool,
+    ) -> tuple[bytes, ...]:
+        with self._stream() as stream:
+            theirs = _tensor(source, count, into.shape[1])
+            given = list(source_rows), tensor_of(into), list(rows)
+            words = self._made.verified_copy(theirs, *given, digest)
+            stream.synchronize()
+            return self._made.digest_bytes(words) if digest else ()
+
+    def digests(self, blocks: DeviceBlocks, rows: Sequence[int]) -> tuple[bytes, ...]:
+        with self._stream():
+            made: tuple[bytes, ...] = self._made.digests(tensor_of(blocks), list(rows))
+            return made
+
+    @contextmanager
+    def _stream(self) -> Iterator[Any]:
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._of_thread.stream):
+                yield self._of_thread.stream
+        except RuntimeError as error:
+            raise CudaError(" ".join(str(error).split())[:300]) from error

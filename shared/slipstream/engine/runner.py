@@ -149,6 +149,14 @@ class Runner:
             raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
         self._pool = pool
 
+    def prepare(self, rows: int) -> None:
+        """What steps of up to so many streams need and the first ones would wait for: graphs, where
+        the backend has any. Of the pool that is attached."""
+        prepare = getattr(getattr(self.decoder, "program", None), "prepare", None)
+        if prepare is not None:
+            with self._on_device(), torch.inference_mode():
+                prepare(self._pool, self.config.head_dim, rows)
+
     def rehearse(self, rows: Sequence[Row]) -> None:
         """Computes a step, in blocks that are thrown away; of its logits tokens are drawn. So what
         such a step takes of the device's memory has been taken once."""

@@ -75,6 +75,7 @@ def run_worker(config: WorkerConfig) -> int:
                 runner = load_runner(config, plan, pool)
             else:
                 runner.attach(pool)
+                runner.prepare(config.max_num_seqs)
             _announce(config, plan, size, segment, transports)
             kv_events = _kv_events(config, node)
             if kv_events is not None:

@@ -120,7 +120,7 @@ def pool_tensor(plan: WorkerPlan, segment: Segment | DeviceSegment) -> Tensor:
     """The pool's memory as the runner has it."""
     dtype: torch.dtype = getattr(torch, plan.dtype)
     if isinstance(segment, DeviceSegment):
-        flat = gpu.tensor_of(segment, plan.device).view(dtype)
+        flat = gpu.tensor_of(segment.blocks).view(-1).view(dtype)
     else:
         flat = torch.frombuffer(segment.blocks, dtype=dtype)
     return flat.view(segment.header.num_blocks, *plan.layout.block_shape)

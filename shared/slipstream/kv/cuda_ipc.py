@@ -144,6 +144,10 @@ class CudaIpcTransport:
             raise TransferError("epoch", f"{read.peer.node_id} is not attached")
         check_read(read, peer.told)
         into, size = read.into, self._block_bytes
+        kernels = into.kernels if isinstance(into, DeviceBlocks) else None
+        if isinstance(into, DeviceBlocks) and kernels is not None and kernels.reach(peer.pool):
+            words = peer.pool, peer.told.num_blocks, read.source_blocks
+            return kernels.copy(*words, into, read.local_blocks, read.verify)
         base = into.pointer if isinstance(into, DeviceBlocks) else int(into.ctypes.data)
         self._lane.carry_out(_runs(peer.pool, read.source_blocks, base, read.local_blocks, size))
         return block_digests(into, read.local_blocks) if read.verify else ()

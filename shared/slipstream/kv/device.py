@@ -2,7 +2,7 @@
 own; needs no torch."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -16,8 +16,28 @@ STAGING_BYTES = 4 << 20
 
 Copy: TypeAlias = tuple[int, int, int]
 """Target, source, bytes."""
-DeviceDigest: TypeAlias = Callable[[Sequence[int]], tuple[bytes, ...]]
-"""XXH3-128 of blocks, made on the device."""
+
+
+class Kernels(Protocol):
+    """Copies and digests (XXH3-128) that a GPU makes itself. CudaError: it refused."""
+
+    def reach(self, pointer: int) -> bool:
+        """Whether they work on that memory, which a peer has."""
+        ...
+
+    def copy(
+        self,
+        source: int,
+        count: int,
+        source_rows: Sequence[int],
+        into: "DeviceBlocks",
+        rows: Sequence[int],
+        digest: bool,
+    ) -> tuple[bytes, ...]:
+        """As `verified_copy`, from `count` blocks at `source`, waited for."""
+        ...
+
+    def digests(self, blocks: "DeviceBlocks", rows: Sequence[int]) -> tuple[bytes, ...]: ...
 
 
 class Driver(Protocol):
@@ -66,12 +86,12 @@ class DeviceBlocks:
         num_blocks: int,
         block_bytes: int,
         gpu: int = 0,
-        digest: DeviceDigest | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`driver`: of a stream that nobody else uses, on GPU `gpu`. Without `digest` blocks are
+        """`driver`: of a stream that nobody else uses, on GPU `gpu`. Without `kernels` blocks are
         read back to be digested: the link to the host sets the pace."""
         self.pointer, self.gpu, self.shape = pointer, gpu, (num_blocks, block_bytes)
-        self._lane, self._digest = Lane(driver), digest
+        self._lane, self.kernels = Lane(driver), kernels
         rows = max(1, STAGING_BYTES // block_bytes)
         self._staging = driver.pinned(rows * block_bytes).reshape(rows, block_bytes)
         self._lock = threading.Lock()
@@ -82,8 +102,8 @@ class DeviceBlocks:
     def digests(self, rows: Sequence[int]) -> tuple[bytes, ...]:
         """XXH3-128 of each, as stored. IndexError: no such block."""
         self._check(rows)
-        if self._digest is not None:
-            return self._digest(rows)
+        if self.kernels is not None:
+            return self.kernels.digests(self, rows)
         made: list[bytes] = []
         with self._lock:
             for part in self._parts(rows):
@@ -149,13 +169,15 @@ class DeviceSegment(NamedTuple):
         """Peers may have it mapped: the driver keeps it for them."""
 
 
-def create_device_segment(header: SegmentHeader, index: int, scratch_bytes: int) -> DeviceSegment:
+def create_device_segment(
+    header: SegmentHeader, index: int, scratch_bytes: int, kernels: Kernels | None = None
+) -> DeviceSegment:
     """On GPU `index`; the blocks are zero. CudaError: there is no room, or no GPU."""
     size, few = header.block_bytes, max(1, scratch_bytes // header.block_bytes)
 
     def blocks(count: int) -> DeviceBlocks:
         driver = CudaDriver(index)
-        return DeviceBlocks(driver, driver.reserve(count * size), count, size, index)
+        return DeviceBlocks(driver, driver.reserve(count * size), count, size, index, kernels)
 
     return DeviceSegment(header, blocks(header.num_blocks), blocks(few), f"memory of GPU {index}")
 
