@@ -39,6 +39,7 @@ async def ranks(tmp_path: Path) -> AsyncIterator[tuple[Stack, PreTrainedModel]]:
         served_model_name="words",
         tensor_parallel_size=2,
         kv_cache_bytes="2MiB",
+        max_model_len=512,
         disaggregation="always",
         transports="shm,bus",
         threads=1,

@@ -3,6 +3,8 @@
 import importlib
 import statistics
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,19 +27,18 @@ def median_ms(work: Callable[[], object], times: int = 20, warm: int = 3) -> flo
         work()
         mark.record()
     torch.cuda.synchronize()
-    pairs = zip(marks, marks[1:], strict=False)
-    return statistics.median(float(a.elapsed_time(b)) for a, b in pairs)
+    return statistics.median(float(a.elapsed_time(b)) for a, b in pairwise(marks))
 
 
 def measure(folder: Path, floors: dict[str, float], tell: Callable[[Row], None]) -> None:
     source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copy_ms = median_ms(lambda: target.copy_(source))
+    copy_ms = median_ms(partial(target.copy_, source))
     tell(Row(BANDWIDTH, 2 * source.nbytes / copy_ms / 1e6, "GB/s"))
     del source, target
     size = 8192
     left, right = (torch.randn(size, size, device=DEVICE).bfloat16() for _ in range(2))
-    product_ms = median_ms(lambda: left @ right)
+    product_ms = median_ms(partial(torch.matmul, left, right))
     tell(Row(MATRICES, 2 * size**3 / product_ms / 1e9, "TFLOP/s"))
 
 
