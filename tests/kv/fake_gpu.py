@@ -20,6 +20,8 @@ class FakeDriver:
         self.opened: list[int] = []
         self.queued: list[tuple[int, int, int]] = []
         self.fails = ""
+        self.gpu = 0
+        """Of what peers have."""
         self.copies_left = 1 << 30
         """How many more it takes."""
 
@@ -38,6 +40,9 @@ class FakeDriver:
             raise CudaError(self.fails)
         self.opened.append(int.from_bytes(handle, "little"))
         return self.opened[-1]
+
+    def gpu_of(self, pointer: int) -> int:
+        return self.gpu
 
     def shut(self, pointer: int) -> None:
         self.opened.remove(pointer)

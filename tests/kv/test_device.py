@@ -194,11 +194,7 @@ def test_a_device_that_is_lost_is_not_asked_again() -> None:
 class HostKernels:
     """What a GPU's kernels do, done to memory that stands for its."""
 
-    def __init__(self, near: bool = True) -> None:
-        self.near, self.copies = near, 0
-
-    def reach(self, pointer: int) -> bool:
-        return self.near
+    copies = 0
 
     def copy(
         self,
@@ -227,7 +223,8 @@ def memory_at(pointer: int, count: int, size: int) -> Blocks:
 def test_kernels_copy_what_they_reach_and_digest_what_is_here(near: bool) -> None:
     """Of a peer on another card the driver copies; digests are made here in any case."""
     source, ours = drawn(12, 1), drawn(12, 2)
-    driver, kernels = FakeDriver(), HostKernels(near)
+    driver, kernels = FakeDriver(), HostKernels()
+    driver.gpu = 0 if near else 1
     here = on_device(ours, driver, kernels)
     theirs = CudaIpcTransport(FakeDriver(), on_device(source), "here")
     transport = CudaIpcTransport(driver, here, "here")

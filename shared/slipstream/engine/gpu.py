@@ -45,9 +45,15 @@ def share_of(config: WorkerConfig, device: torch.device) -> int:
     return gpu_share(config, str(device), free, total)
 
 
+def forget_peak(device: torch.device) -> None:
+    """What making the weights took for a while."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
 def measured_room(config: WorkerConfig, device: torch.device, share: int) -> Room:
     """After the largest step has been run once."""
-    torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_reserved(device)
     room = gpu_room(config, str(device), share, peak)
     if config.kv_cache_bytes > room.num_bytes:
@@ -88,12 +94,13 @@ class _Memory:
 
 def tensor_of(blocks: DeviceBlocks) -> Tensor:
     """uint8 `[num_blocks, block_bytes]`: the same memory."""
-    return _tensor(blocks.pointer, *blocks.shape)
+    return _tensor(blocks.pointer, *blocks.shape, blocks.gpu)
 
 
-def _tensor(pointer: int, count: int, size: int) -> Tensor:
-    """On the GPU whose memory that is."""
-    return torch.as_tensor(_Memory(pointer, count * size), device="cuda").view(count, size)
+def _tensor(pointer: int, count: int, size: int, gpu: int) -> Tensor:
+    """`gpu`: whose memory it is; on any other one it would be a copy."""
+    device = torch.device("cuda", gpu)
+    return torch.as_tensor(_Memory(pointer, count * size), device=device).view(count, size)
 
 
 def block_kernels(device: torch.device) -> Kernels | None:
@@ -114,11 +121,6 @@ class BlockKernels:
         self._device, self._made = device, made
         self._of_thread = threading.local()
 
-    def reach(self, pointer: int) -> bool:
-        """Memory of this GPU. From another one the driver copies, which asks no multiprocessor."""
-        with torch.cuda.device(self._device):
-            return _tensor(pointer, 1, 1).device == self._device
-
     def copy(
         self,
         source: int,
@@ -129,7 +131,7 @@ class BlockKernels:
         digest: bool,
     ) -> tuple[bytes, ...]:
         with self._stream() as stream:
-            theirs = _tensor(source, count, into.shape[1])
+            theirs = _tensor(source, count, into.shape[1], into.gpu)
             given = list(source_rows), tensor_of(into), list(rows)
             words = self._made.verified_copy(theirs, *given, digest)
             stream.synchronize()

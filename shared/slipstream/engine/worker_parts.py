@@ -75,6 +75,7 @@ def room_of(config: WorkerConfig, plan: WorkerPlan, runner: Runner | None) -> Ro
     """For this rank's pool. `runner`: with the model, where its device has to be measured."""
     if plan.share:
         assert runner is not None
+        gpu.forget_peak(plan.device)
         runner.rehearse(largest_step(config))
         return gpu.measured_room(config, plan.device, plan.share)
     try:

@@ -24,6 +24,15 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
 
 
+class _Attributes(ctypes.Structure):
+    """cudaPointerAttributes as far as it is read; newer runtimes have more behind it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("type", "device")),
+        ("rest", ctypes.c_char * 128),
+    )
+
+
 class CudaDriver:
     """On one GPU, with a stream of its own."""
 
@@ -81,6 +90,14 @@ class CudaDriver:
     def shut(self, pointer: int) -> None:
         self._enter()
         self._check(self._runtime.cudaIpcCloseMemHandle(ctypes.c_void_p(pointer)))
+
+    def gpu_of(self, pointer: int) -> int:
+        """The GPU whose memory that is."""
+        found = _Attributes()
+        call = self._runtime.cudaPointerGetAttributes
+        self._enter()
+        self._check(call(ctypes.byref(found), ctypes.c_void_p(pointer)))
+        return int(found.device)
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         """Begins a copy on our stream; either side may be the host's."""

@@ -35,6 +35,7 @@ class Driver(device.Driver, Protocol):
     def export(self, pointer: int) -> bytes: ...
     def open(self, handle: bytes) -> int: ...
     def shut(self, pointer: int) -> None: ...
+    def gpu_of(self, pointer: int) -> int: ...
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):
@@ -48,6 +49,8 @@ class _Peer(NamedTuple):
     epoch: Epoch
     told: PeerPool
     pool: int
+    gpu: int
+    """Where it lies. From another GPU the driver copies, which asks no multiprocessor of ours."""
 
 
 class CudaIpcTransport:
@@ -121,7 +124,8 @@ class CudaIpcTransport:
             self._driver.shut(card)
         if found.tobytes() != address.nonce:
             raise TransferError("attach", f"{peer.node_id}: the handle leads to other memory")
-        return _Peer(peer.epoch, told, self._driver.open(address.pool))
+        pool = self._driver.open(address.pool)
+        return _Peer(peer.epoch, told, pool, self._driver.gpu_of(pool))
 
     def _shut(self, node_id: NodeId) -> None:
         peer = self._peers.pop(node_id, None)
@@ -144,10 +148,9 @@ class CudaIpcTransport:
             raise TransferError("epoch", f"{read.peer.node_id} is not attached")
         check_read(read, peer.told)
         into, size = read.into, self._block_bytes
-        kernels = into.kernels if isinstance(into, DeviceBlocks) else None
-        if isinstance(into, DeviceBlocks) and kernels is not None and kernels.reach(peer.pool):
+        if isinstance(into, DeviceBlocks) and into.kernels is not None and peer.gpu == into.gpu:
             words = peer.pool, peer.told.num_blocks, read.source_blocks
-            return kernels.copy(*words, into, read.local_blocks, read.verify)
+            return into.kernels.copy(*words, into, read.local_blocks, read.verify)
         base = into.pointer if isinstance(into, DeviceBlocks) else int(into.ctypes.data)
         self._lane.carry_out(_runs(peer.pool, read.source_blocks, base, read.local_blocks, size))
         return block_digests(into, read.local_blocks) if read.verify else ()

@@ -21,10 +21,6 @@ Copy: TypeAlias = tuple[int, int, int]
 class Kernels(Protocol):
     """Copies and digests (XXH3-128) that a GPU makes itself. CudaError: it refused."""
 
-    def reach(self, pointer: int) -> bool:
-        """Whether they work on that memory, which a peer has."""
-        ...
-
     def copy(
         self,
         source: int,
@@ -34,7 +30,7 @@ class Kernels(Protocol):
         rows: Sequence[int],
         digest: bool,
     ) -> tuple[bytes, ...]:
-        """As `verified_copy`, from `count` blocks at `source`, waited for."""
+        """As `verified_copy`, from `count` blocks at `source`, on the same GPU; waited for."""
         ...
 
     def digests(self, blocks: "DeviceBlocks", rows: Sequence[int]) -> tuple[bytes, ...]: ...
