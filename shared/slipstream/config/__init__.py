@@ -1,5 +1,7 @@
 """Settings of every command: frozen structs, one loader, help and reference generated from them."""
 
+from slipstream.config.cluster import JournalTtl, KeysDir, RecoveryWait, RedisUrl, Watchdog
+from slipstream.config.devices import Device, GpuMemoryShare, LoadFormat, TensorParallelSize
 from slipstream.config.loader import (
     ENV_PREFIX,
     HelpRequested,
@@ -12,13 +14,8 @@ from slipstream.config.loader import (
 )
 from slipstream.config.rules import AUTO_TRANSPORTS, is_loopback, make_folder, require_folder
 from slipstream.config.service import (
-    Device,
     Dtype,
-    GpuMemoryShare,
-    JournalTtl,
-    KeysDir,
     KvCacheBytes,
-    LoadFormat,
     LogLevel,
     MaxModelLen,
     MaxNumSeqs,
@@ -32,15 +29,11 @@ from slipstream.config.service import (
     PrefillBudget,
     Quantization,
     Record,
-    RecoveryWait,
-    RedisUrl,
     ServedModelName,
     ServiceConfig,
     ShmDir,
     Speculative,
-    TensorParallelSize,
     Transports,
-    Watchdog,
     WorkerConfig,
     default_run_dir,
     resolve,

@@ -11,6 +11,8 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
+from slipstream.config.cluster import InsecureBus, KeysDir, Watchdog
+from slipstream.config.devices import Device, GpuMemoryShare, LoadFormat, TensorParallelSize
 from slipstream.config.rules import check_offload, check_ranks, check_transports, is_loopback
 from slipstream.config.values import ByteSize, ConfigError
 from slipstream.types import Role, role_of
@@ -38,39 +40,6 @@ Quantization: TypeAlias = Annotated[
     Meta(
         description="Weights of matrix products; none: of type --dtype; int8: made at load time, "
         "one scale for each output. KV blocks stay of type --dtype."
-    ),
-]
-LoadFormat: TypeAlias = Annotated[
-    Literal["auto", "dummy"],
-    Meta(
-        description="auto: safetensors; dummy: random weights, the same in every worker, made from "
-        "config.json alone, to measure a model without its files."
-    ),
-]
-Device: TypeAlias = Annotated[
-    str,
-    Meta(
-        pattern=r"^((auto|cuda)(:[0-9]{1,2})?|cpu)$",
-        description="What computes: cpu; cuda:1, that GPU; cuda, the first one (of serve: all of "
-        "them, workers in turn); auto: a GPU if there is one that torch can use.",
-    ),
-]
-GpuMemoryShare: TypeAlias = Annotated[
-    float,
-    Meta(
-        ge=0,
-        le=1,
-        description="Part of its GPU's memory that one worker may fill, weights and all; "
-        "0: 0.9 (of serve: divided among the workers of that GPU).",
-    ),
-]
-TensorParallelSize: TypeAlias = Annotated[
-    int,
-    Meta(
-        ge=1,
-        le=16,
-        description="Processes that hold one worker's model between them, each on a GPU of its own "
-        "from --device on; both sides of a hand-over have as many.",
     ),
 ]
 PackedWeightsDir: TypeAlias = Annotated[
@@ -131,60 +100,14 @@ ShmDir: TypeAlias = Annotated[
 Record: TypeAlias = Annotated[
     str, Meta(description="Folder for recordings of events and effects; empty: none.")
 ]
-RedisUrl: TypeAlias = Annotated[
-    str,
-    Meta(
-        description="Redis of the index and of streamed answers: redis://host:port/0, rediss://, "
-        "unix:///path, redis+sentinel://host:port,host:port/name/0 or redis+cluster://host:port,host:port.",
-        extra={"secret": True},
-    ),
-]
 
 
-JournalTtl: TypeAlias = Annotated[
-    float,
-    Meta(
-        ge=0,
-        le=3600,
-        description="How long streamed answers stay in Redis, in seconds after their last piece, "
-        "so that a client goes on at another frontend (Last-Event-ID); 0: they are not written.",
-    ),
-]
-KeysDir: TypeAlias = Annotated[
-    str,
-    Meta(
-        description="Folder of CURVE keys (slipstream keys make): the bus is encrypted, and lets "
-        "in their holders alone; empty: none."
-    ),
-]
-InsecureBus: TypeAlias = Annotated[
-    bool, Meta(description="Listen where other hosts can come without keys.")
-]
 Speculative: TypeAlias = Annotated[
     str,
     Meta(
         pattern=r"^(ngram:([1-9]|1[0-6]))?$",
         description="ngram:k proposes up to k tokens, at most 16, that followed the same words "
         "earlier in a request, and computes them in one step; answers stay the same; empty: off.",
-    ),
-]
-
-
-RecoveryWait: TypeAlias = Annotated[
-    float,
-    Meta(
-        ge=0,
-        le=3600,
-        description="How long requests wait for a service that is away, before they end with 503.",
-    ),
-]
-Watchdog: TypeAlias = Annotated[
-    float,
-    Meta(
-        ge=0,
-        le=3600,
-        description="Seconds after which a process whose loop stands still is ended, to be started "
-        "anew; 0: never.",
     ),
 ]
 

@@ -2,7 +2,6 @@
 the same model, prompts and lengths."""
 
 import asyncio
-import os
 import signal
 import statistics
 import subprocess
@@ -14,7 +13,6 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from slipstream.cli.plan import child_path
 from slipstream.engine.model_config import ModelConfig
 from slipstream.loadtest.chaos.stack import free_port
 from slipstream.loadtest.gpu.floors import DEVICE
@@ -47,10 +45,9 @@ class Served:
         words += ["--disaggregation", "always", "--max-model-len", "2048"]
         words += ["--prefill-budget-tokens", "4096", "--port", str(self.port)]
         command = [sys.executable, "-m", "slipstream.cli.main", "serve", str(folder), *words]
-        environ = {**os.environ, "PYTHONPATH": child_path(os.environ)}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 it lives as long as we do
         self._process = subprocess.Popen(
-            [*command, *flags], env=environ, stdout=self._log, stderr=subprocess.STDOUT
+            [*command, *flags], stdout=self._log, stderr=subprocess.STDOUT
         )
 
     def until_ready(self, patience_s: float) -> None:
