@@ -72,6 +72,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     device: str = ""
     """What it computes with (cores, a card). Workers of one host that name the same slow each other
     down."""
+    rank_transports: tuple[dict[str, str], ...] = ()
+    """As `transports`, of the worker's other ranks: each has its part of every block."""
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

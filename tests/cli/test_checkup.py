@@ -263,3 +263,18 @@ def test_docker(tmp_path: Path) -> None:
     assert (found.state, found.found) == (State.WARN, "no daemon")
     found = docker(tmp_path, "[ $1 = version ] && echo 27 || exit 1")
     assert found.way_out == "install the plugin docker-compose-v2"
+
+
+@pytest.mark.parametrize(
+    ("said", "state", "found"),
+    [
+        ("cuda: Optional[str] = '13.0'", "ok", "CUDA 13.0"),
+        ("cuda: Optional[str] = None", "warn", "it has none"),
+        (None, "warn", "torch is not installed"),
+    ],
+)
+def test_what_torch_was_built_for(tmp_path: Path, said: str | None, state: str, found: str) -> None:
+    if said is not None:
+        (tmp_path / "version.py").write_text(f"__version__ = '2.11.0'\n{said}\nhip = None\n")
+    check = checks_host.torch_cuda([str(tmp_path)] if said is not None else [])
+    assert (check.state, check.found) == (state, found)

@@ -59,6 +59,17 @@ def refusal(
             "serve: --otlp-endpoint localhost:4318: expected http",
         ),
         ("--transports cuda_ipc", 3, "no cuda_ipc: the pool is in host memory; leave it out"),
+        ("--device cuda --transports shm", 3, "no shm: the pool is in a GPU's memory; leave it"),
+        (
+            "--device cuda:1 --gpu-memory-share 0.6",
+            3,
+            "--gpu-memory-share 0.6 for each of 2 workers on cuda:1 is more than the GPU has; give",
+        ),
+        (
+            "--tensor-parallel-size 2 --offload-host-bytes 1MiB",
+            2,
+            "there are no tiers below the pools of several ranks; leave --offload-host-bytes",
+        ),
         ("--redis-url http://:hunter2@h:1", 2, "serve: --redis-url: expected redis://"),
         ("--redis-url redis://h:99999", 2, "--redis-url: expected redis://"),
         ("--redis-url redis://:hunter2@h:1/0?bogus=1", 2, "an option behind ?"),

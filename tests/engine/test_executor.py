@@ -30,14 +30,19 @@ from slipstream.core.machine import (
 from slipstream.decode.config import DecodeConfig
 from slipstream.engine import executor as executor_module
 from slipstream.engine import transfers as transfers_module
-from slipstream.engine.executor import StepRunner, WorkerExecutor
+from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
-from slipstream.engine.service import (
+from slipstream.engine.sizing import (
+    Room,
     choose_dtype,
     choose_model_len,
-    choose_num_blocks,
+    gpu_room,
+    gpu_share,
+    host_room,
+    size_pool,
 )
+from slipstream.engine.step_loop import Made, Step, StepRunner
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import SegmentHeader, create_segment
@@ -113,11 +118,14 @@ class Scripted:
     def __init__(self, blocks: np.ndarray):
         self.blocks = blocks
 
-    def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
+    def waits(self, plan: BatchPlan) -> bool:
+        return True
+
+    def launch(self, plan: BatchPlan) -> Step:
         if plan.step < 0:
             raise RuntimeError(f"no\nstep {plan.step}")
         self.blocks[:] = plan.step
-        return (RowOutput("r", 1, (plan.step,)),)
+        return Made((RowOutput("r", 1, (plan.step,)),))
 
 
 async def test_steps_run_in_order_and_digests_follow_the_writes(tmp_path: Path) -> None:
@@ -475,21 +483,58 @@ MIB = 1 << 20
 def test_size_of_the_pool(
     settings: dict[str, int], max_model_len: int, memory: int, shm: int, blocks: int
 ) -> None:
-    assert choose_num_blocks(config(**settings), MIB, max_model_len, memory, shm) == blocks
+    given = config(**settings)
+    size = size_pool(given, MIB, max_model_len, host_room(given, memory, shm))
+    assert size == (blocks, max_model_len, 0)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kv_cache_bytes": 99 * MIB}, r"--kv-cache-bytes 99MiB .*1600 tokens needs 100MiB"),
-        ({}, r"^slipstream decode: 50MiB .*automatically.* 1600 tokens needs 100MiB"),
+        (
+            {"kv_cache_bytes": 99 * MIB, "max_model_len": 1600},
+            r"--kv-cache-bytes 99MiB .*1600 tokens needs 100MiB; lower --max-model-len or raise",
+        ),
+        (
+            {"max_model_len": 1600},
+            r"^slipstream decode: 50MiB .*automatically.* 1600 tokens needs 100MiB",
+        ),
+        ({"kv_cache_bytes": MIB - 1}, r"too little: one request of 16 tokens needs 1MiB; raise"),
     ],
 )
 def test_a_pool_for_less_than_one_request_is_refused(settings: dict[str, int], words: str) -> None:
+    given = config(**settings)
     with pytest.raises(StartError, match=words) as raised:
-        choose_num_blocks(config(**settings), MIB, 1600, 400 * MIB, GIB)
+        size_pool(given, MIB, 1600, host_room(given, 400 * MIB, GIB))
     assert raised.value.exit_code == 6
     assert "\n" not in str(raised.value)
+
+
+def test_a_length_that_nobody_asked_for_is_what_fits() -> None:
+    for settings in ({"kv_cache_bytes": 50 * MIB}, {}):
+        given = config(**settings)
+        size = size_pool(given, MIB, 1600, host_room(given, 400 * MIB, GIB))
+        assert size == (50, 800, 1600)
+
+
+def test_a_gpu_is_divided_by_configuration() -> None:
+    """What is left of a worker's share is its pool, all of it; a share that is not free is
+    refused."""
+    given = config(gpu_memory_share=0.45)
+    share = gpu_share(given, "cuda:0", free=72 * GIB, total=144 * GIB)
+    assert share == int(0.45 * 144 * GIB)
+    room = gpu_room(given, "cuda:0", share, peak=20 * GIB)
+    assert room.num_bytes == share - 21 * GIB
+    assert size_pool(given, MIB, 1600, room).num_blocks == room.num_bytes // MIB
+    assert gpu_share(config(), "cuda:0", free=144 * GIB, total=144 * GIB) == int(0.9 * 144 * GIB)
+    words = r"cuda:0 has 40GiB free of 144GiB, --gpu-memory-share 0.45 asks .* give 0.27 or less"
+    with pytest.raises(StartError, match=words) as raised:
+        gpu_share(given, "cuda:0", free=40 * GIB, total=144 * GIB)
+    assert raised.value.exit_code == 6
+    full = gpu_room(given, "cuda:0", share, peak=90 * GIB)
+    with pytest.raises(StartError, match=r"0B of cuda:0 .* is too little"):
+        size_pool(given, MIB, 1600, full)
+    assert isinstance(full, Room) and full.num_bytes == 0
 
 
 def test_both_roles_run_the_same_program() -> None:

@@ -1,6 +1,7 @@
 """Model folders: what is read from them, and one clear line for each way to be broken."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from engine.tiny import save_model
 from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.models import Loading, load_model
+from slipstream.engine.ranks import Part
 from slipstream.engine.weights import load_weights
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvLayout
@@ -173,6 +176,7 @@ def test_layout() -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "layer type"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial"),
         ({"partial_rotary_factor": 0.5}, "partial"),
+        ({"num_experts": 8}, "experts"),
         ({"num_key_value_heads": 3}, "multiple of 3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"vocab_size": "many"}, "vocab_size"),
@@ -184,6 +188,33 @@ def test_what_is_not_supported_is_named(folder: Path, changes: dict[str, Any], n
     edit(folder, **changes)
     message = refusal(folder, ModelConfig.read)
     assert named in message and "config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_experts_per_tok": 7}, "7 of 6 experts"),
+        ({"num_experts": 0, "num_local_experts": 0}, "3 of 0 experts"),
+        ({"moe_intermediate_size": 0}, "size 0"),
+        ({"moe_intermediate_size": 44}, "8 does not divide"),
+    ],
+    ids=str,
+)
+def test_experts_that_make_no_sense(
+    saved: Saved, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    for file in saved("qwen3_moe")[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    edit(tmp_path, **changes)
+    assert named in refusal(tmp_path, ModelConfig.read)
+
+
+def test_int8_experts_are_refused(saved: Saved) -> None:
+    folder, _ = saved("mixtral")
+    how = Loading(torch.float32, torch.device("cpu"), Reference(int8=True))
+    assert "give --quantization none" in refusal(
+        folder, lambda at: load_model(at, ModelConfig.read(at), how)
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,3 +331,21 @@ def test_surplus_that_transformers_ignores_too(saved: Saved, tmp_path: Path) -> 
     }
     save_file({**load_file(weights), **extra}, weights, {"format": "pt"})
     load(tmp_path)
+
+
+def test_dummy_weights_are_the_same_everywhere_and_in_parts(saved: Saved, tmp_path: Path) -> None:
+    """Whoever makes them, and of two ranks each the rows and columns that are its own."""
+    shutil.copy(saved("llama_biases")[0] / "config.json", tmp_path)
+    config, device = ModelConfig.read(tmp_path, dummy=True), torch.device("cpu")
+    assert config.fingerprint != ModelConfig.read(saved("llama_biases")[0]).fingerprint
+    how = tmp_path, config, torch.float32, device, Reference()
+    whole, again = (load_weights(*how, dummy=True).layers[0] for _ in range(2))
+    parts = [load_weights(*how, part=Part(r, 2), dummy=True).layers[0] for r in (0, 1)]
+    assert torch.equal(whole.qkv.weight, again.qkv.weight)
+    assert whole.qkv.weight.std() * config.hidden_size**0.5 == pytest.approx(1.0, abs=0.1)
+    both = torch.cat([part.down.weight for part in parts], 1)
+    assert torch.equal(both, whole.down.weight)
+    assert parts[1].down.bias is None and torch.equal(parts[0].down.bias, whole.down.bias)
+    split = [part.qkv.weight.split([32, 16, 16]) for part in parts]
+    query, key, value = zip(*split, strict=True)
+    assert torch.equal(torch.cat([*query, *key, *value]), whole.qkv.weight)

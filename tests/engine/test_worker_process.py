@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from slipstream.kv.segment import HEADER_BYTES
 from slipstream.kv.tier_files import TierFiles
 
 Start = Callable[..., "Worker"]
+Saved = Callable[[str], tuple[Path, object]]
 
 
 class Worker:
@@ -102,6 +104,23 @@ def test_int8_is_said_and_its_kv_is_nobody_elses(start: Start, tmp_path: Path) -
     assert len(folders) == 2
 
 
+def test_a_length_that_the_pool_does_not_hold_is_lowered_and_said(start: Start) -> None:
+    worker = start("--kv-cache-bytes", "120KiB")
+    said = worker.listening()
+    assert "context 160 instead of the model's 512: the pool holds no more" in said
+    assert "float32, context 160, 10 KV blocks of 12KiB" in said
+    assert worker.end(signal.SIGTERM) == 0
+
+
+def test_dummy_weights_need_no_files(start: Start, tmp_path: Path, saved: Saved) -> None:
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    shutil.copy(saved("llama")[0] / "config.json", folder)
+    worker = start("--model", str(folder), "--load-format", "dummy")
+    assert "float32, dummy weights, context 512" in worker.listening()
+    assert worker.end(signal.SIGTERM) == 0
+
+
 def test_the_next_self_cleans_up_after_a_kill(start: Start) -> None:
     first = start()
     first.listening()
@@ -130,13 +149,17 @@ def test_a_second_process_of_that_name_is_refused_and_harms_nobody(start: Start)
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (("--kv-cache-bytes", "1KiB"), 6, "needs 384KiB"),
+        (("--kv-cache-bytes", "1KiB"), 6, "one request of 16 tokens needs 12KiB"),
+        (("--max-model-len", "512", "--kv-cache-bytes", "99KiB"), 6, "needs 384KiB"),
         (("--max-model-len", "513"), 3, "the model has 512"),
         (
             ("--transports", "shm,pigeon"),
             2,
             "some of cuda_ipc, shm, nixl, bus with commas between them, got pigeon",
         ),
+        (("--device", "cuda:3"), 3, "--device cuda:3: torch sees no GPUs; give cpu"),
+        (("--device", "gpu"), 2, "--device"),
+        (("--tensor-parallel-size", "3"), 4, "the model's num_heads is 4; give a number that"),
         (("--transports", "cuda_ipc,shm"), 3, "no cuda_ipc: the pool is in host memory"),
         (("--shm-dir", "/nowhere"), 3, "--shm-dir /nowhere"),
         (("--model", "/nowhere"), 4, "/nowhere/config.json: No such file"),

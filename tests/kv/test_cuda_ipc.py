@@ -1,6 +1,5 @@
 """What `cuda_ipc` does about handles, epochs and errors, on a device whose memory is the host's."""
 
-import ctypes
 import queue
 import time
 
@@ -9,77 +8,34 @@ import numpy as np
 import pytest
 
 from kv.conftest import MakeSegment, node_of
-from slipstream.kv import cuda_driver, cuda_ipc
+from kv.fake_gpu import FakeDriver, on_device
+from slipstream.kv import cuda_driver, device
 from slipstream.kv.cuda_driver import CudaDriver, CudaError
-from slipstream.kv.cuda_ipc import CudaIpcTransport, DevicePool
+from slipstream.kv.cuda_ipc import CudaIpcTransport
+from slipstream.kv.device import DeviceBlocks
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import Blocks
 from slipstream.kv.transport import Digests, Read, TransferError, read_now
 from slipstream.messages import NodeInfo
 
 WAIT_S = 20.0
-DEVICE_STEP = 1 << 50
-"""Device pointers are the host's plus this, so that one taken for the other does not work."""
 
 
-class FakeDriver:
-    """Its copies happen at `wait`, or later."""
-
-    def __init__(self) -> None:
-        self.cards: list[np.ndarray] = []
-        self.opened: list[int] = []
-        self.queued: list[tuple[int, int, int]] = []
-        self.fails = ""
-        self.copies_left = 1 << 30
-        """How many more it takes."""
-
-    def allocate(self, content: bytes) -> int:
-        self.cards.append(np.frombuffer(bytearray(content), np.uint8))
-        return int(self.cards[-1].ctypes.data) + DEVICE_STEP
-
-    def export(self, pointer: int) -> bytes:
-        return pointer.to_bytes(64, "little")
-
-    def open(self, handle: bytes) -> int:
-        if self.fails:
-            raise CudaError(self.fails)
-        self.opened.append(int.from_bytes(handle, "little"))
-        return self.opened[-1]
-
-    def shut(self, pointer: int) -> None:
-        self.opened.remove(pointer)
-
-    def copy(self, target: int, source: int, num_bytes: int) -> None:
-        if not self.copies_left:
-            raise CudaError("an invalid argument")
-        self.copies_left -= 1
-        self.queued.append((target, source, num_bytes))
-
-    def wait(self) -> None:
-        if self.fails:
-            raise CudaError(self.fails)
-        for target, source, num_bytes in self.queued:
-            ctypes.memmove(target % DEVICE_STEP, source % DEVICE_STEP, num_bytes)
-        self.queued.clear()
-
-
-def on_device(blocks: Blocks) -> tuple[FakeDriver, CudaIpcTransport, Blocks]:
-    """The pool's bytes as a device's; READs name it by an array of the same shape."""
-    name = np.zeros((1, 1), np.uint8)
-    name = np.broadcast_to(name, blocks.shape)
+def on_gpu(blocks: Blocks) -> tuple[FakeDriver, CudaIpcTransport, DeviceBlocks]:
+    """The pool's bytes as a device's."""
     driver = FakeDriver()
-    pool = DevicePool(int(blocks.ctypes.data) + DEVICE_STEP, name)
-    return driver, CudaIpcTransport(driver, pool, "here"), name
+    pool = on_device(blocks, driver)
+    return driver, CudaIpcTransport(driver, pool, "here"), pool
 
 
 @pytest.mark.parametrize("staging_bytes", [1, 3 * 4096, 1 << 20])
 def test_blocks_go_from_device_to_device_and_to_the_host(
     make_segment: MakeSegment, monkeypatch: pytest.MonkeyPatch, staging_bytes: int
 ) -> None:
-    monkeypatch.setattr(cuda_ipc, "STAGING_BYTES", staging_bytes)
+    monkeypatch.setattr(device, "STAGING_BYTES", staging_bytes)
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    _, theirs, _ = on_device(source.blocks)
-    _, transport, name = on_device(ours.blocks)
+    _, theirs, _ = on_gpu(source.blocks)
+    _, transport, name = on_gpu(ours.blocks)
     peer = node_of(source, {"cuda_ipc": theirs.advertise()})
     transport.connect(peer)
     expected = ours.blocks.copy()
@@ -96,8 +52,8 @@ def test_blocks_go_from_device_to_device_and_to_the_host(
 
 def test_a_handle_is_opened_once_a_life_and_shut_at_its_end(make_segment: MakeSegment) -> None:
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    _, theirs, _ = on_device(source.blocks)
-    driver, transport, name = on_device(ours.blocks)
+    _, theirs, _ = on_gpu(source.blocks)
+    driver, transport, name = on_gpu(ours.blocks)
     peer = node_of(source, {"cuda_ipc": theirs.advertise()})
     transport.connect(peer)
     transport.connect(peer)
@@ -123,8 +79,8 @@ def test_blocks_that_nobody_has(
     make_segment: MakeSegment, asked: list[int], local: list[int]
 ) -> None:
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    _, theirs, _ = on_device(source.blocks)
-    driver, transport, name = on_device(ours.blocks)
+    _, theirs, _ = on_gpu(source.blocks)
+    driver, transport, name = on_gpu(ours.blocks)
     peer = node_of(source, {"cuda_ipc": theirs.advertise()})
     transport.connect(peer)
     with pytest.raises(TransferError, match="range"):
@@ -134,8 +90,8 @@ def test_blocks_that_nobody_has(
 
 def test_a_handle_that_leads_elsewhere_is_not_used(make_segment: MakeSegment) -> None:
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    their_driver, theirs, _ = on_device(source.blocks)
-    driver, transport, _ = on_device(ours.blocks)
+    their_driver, theirs, _ = on_gpu(source.blocks)
+    driver, transport, _ = on_gpu(ours.blocks)
     peer = node_of(source, {"cuda_ipc": theirs.advertise()})
     their_driver.cards[0][3] ^= 1
     with pytest.raises(TransferError, match="other memory"):
@@ -145,7 +101,7 @@ def test_a_handle_that_leads_elsewhere_is_not_used(make_segment: MakeSegment) ->
 
 @pytest.mark.parametrize("told", ["", "§", "AAAA"])
 def test_an_address_that_is_none(make_segment: MakeSegment, told: str) -> None:
-    _, transport, _ = on_device(make_segment("decode-0").blocks)
+    _, transport, _ = on_gpu(make_segment("decode-0").blocks)
     with pytest.raises(TransferError) as raised:
         transport.connect(node_of(make_segment("prefill-0"), {"cuda_ipc": told}))
     assert raised.value.cause == "attach"
@@ -153,10 +109,8 @@ def test_an_address_that_is_none(make_segment: MakeSegment, told: str) -> None:
 
 def test_another_host_is_not_tried(make_segment: MakeSegment) -> None:
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    name = np.zeros_like(source.blocks)
-    pool = DevicePool(int(source.blocks.ctypes.data), name)
-    theirs = CudaIpcTransport(FakeDriver(), pool, "there")
-    driver, transport, _ = on_device(ours.blocks)
+    theirs = CudaIpcTransport(FakeDriver(), on_device(source.blocks), "there")
+    driver, transport, _ = on_gpu(ours.blocks)
     with pytest.raises(TransferError, match="another host"):
         transport.connect(node_of(source, {"cuda_ipc": theirs.advertise()}))
     assert not driver.opened
@@ -164,8 +118,8 @@ def test_another_host_is_not_tried(make_segment: MakeSegment) -> None:
 
 def test_what_the_device_refuses_is_said(make_segment: MakeSegment) -> None:
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    _, theirs, _ = on_device(source.blocks)
-    driver, transport, name = on_device(ours.blocks)
+    _, theirs, _ = on_gpu(source.blocks)
+    driver, transport, name = on_gpu(ours.blocks)
     peer: NodeInfo = node_of(source, {"cuda_ipc": theirs.advertise()})
     driver.fails = "no peer access"
     with pytest.raises(TransferError, match=r"attach: .*no peer access"):
@@ -182,12 +136,12 @@ def test_what_the_device_refuses_is_said(make_segment: MakeSegment) -> None:
 def test_nothing_is_copied_after_a_read_that_failed(make_segment: MakeSegment, copies: int) -> None:
     """Wherever the device refuses a copy: to the pool, or from there to be digested."""
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    _, theirs, _ = on_device(source.blocks)
-    driver, transport, name = on_device(ours.blocks)
+    _, theirs, _ = on_gpu(source.blocks)
+    driver, transport, name = on_gpu(ours.blocks)
     peer = node_of(source, {"cuda_ipc": theirs.advertise()})
     transport.connect(peer)
     driver.copies_left = copies
-    rows = [1, 2, 3, 4]
+    rows = [1, 3, 5, 7]  # those that follow each other are one copy
     if copies < 8:
         with pytest.raises(TransferError, match="device: an invalid argument"):
             read_now(transport, peer, rows, name, rows, WAIT_S)
@@ -202,8 +156,8 @@ def test_a_device_that_cannot_say_when_it_is_at_rest_is_not_asked_again(
     make_segment: MakeSegment,
 ) -> None:
     source, ours = make_segment("prefill-0"), make_segment("decode-0", fill=2)
-    _, theirs, _ = on_device(source.blocks)
-    driver, transport, name = on_device(ours.blocks)
+    _, theirs, _ = on_gpu(source.blocks)
+    driver, transport, name = on_gpu(ours.blocks)
     peer = node_of(source, {"cuda_ipc": theirs.advertise()})
     transport.connect(peer)
     driver.fails = "an illegal address"

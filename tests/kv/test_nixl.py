@@ -49,7 +49,7 @@ class FakeAgent:
     def register(self, memory: np.ndarray) -> None:
         self.memory[memory.ctypes.data] = memory
 
-    def serve(self, memory: np.ndarray) -> None:
+    def serve(self, base: int, num_bytes: int, gpu: int | None) -> None:
         pass
 
     def metadata(self) -> bytes:
@@ -64,7 +64,9 @@ class FakeAgent:
     def remove(self, name: str) -> None:
         self.removed.append(name)
 
-    def prepare(self, name: str, base: int, count: int, row_bytes: int) -> int:
+    def prepare(
+        self, name: str, base: int, count: int, row_bytes: int, gpu: int | None = None
+    ) -> int:
         self.lists[len(self.lists)] = (name, base)
         return len(self.lists) - 1
 

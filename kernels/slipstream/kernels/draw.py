@@ -51,6 +51,13 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     ]
 
 
+def as_tensors(drawn: Sequence[Drawn], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens, int64, and tops, float32, of a draw that the host has made."""
+    tokens, tops = zip(*drawn, strict=True) if drawn else ((), ())
+    made = torch.tensor(tokens, dtype=torch.int64), torch.tensor(tops, dtype=torch.float32)
+    return made[0].to(device), made[1].to(device)
+
+
 def _random(logits: Tensor, wanted: Draw, top: float) -> int:
     # The maximum goes first, so that no temperature, however small, overflows.
     scaled = (logits - top) / float(np.float32(wanted.temperature))

@@ -80,6 +80,45 @@ class Heads(NamedTuple):
     dim: int
 
 
+class Experts(NamedTuple):
+    """Of one layer, those that this process has: `count` of them, from number `first` on."""
+
+    router: Tensor
+    """[all experts, hidden]"""
+    gate_up: Tensor
+    """[count, 2 * intermediate, hidden]"""
+    down: Tensor
+    """[count, hidden, intermediate]"""
+    first: int
+    top_k: int
+    normalized: bool
+    """Do the weights of a token's experts add up to 1?"""
+    shared: "SharedExpert | None" = None
+
+
+class SharedExpert(NamedTuple):
+    """Of all tokens."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate: Tensor
+    """[1, hidden]: the sigmoid of this product is its weight"""
+
+
+class Scoring(NamedTuple):
+    """What attention does with a score, beside what all causal attention does."""
+
+    scale: float
+    window: int = 0
+    """A query sees the last so many tokens, itself among them; 0: all."""
+    chunk: int = 0
+    """A query sees only its own one of the context's pieces of this length; 0: there are none."""
+    softcap: float = 0.0
+    """Scores are bent to stay below it: `cap * tanh(score / cap)`; 0: they are not."""
+    sinks: Tensor | None = None
+    """`[query heads]`: one more score for each head, of nothing, that takes its share of weight."""
+
+
 class Ops(Protocol):
     """One step of one batch; `model(ops)` says what is computed, and yields the logits."""
 
@@ -106,6 +145,13 @@ class Ops(Protocol):
         """`silu(x @ gate.T) * (x @ up.T)` of what `pack_gated` packed.
 
         Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+        """
+
+    def moe(self, x: Value, experts: Experts) -> Value:
+        """What the experts of each token say, weighted: a softmax over all experts, of which the
+        `top_k` largest count. Of a token whose experts are elsewhere: nothing, zeros.
+        Source: Shazeer et al., "Outrageously Large Neural Networks", 2017; Jiang et al., "Mixtral
+        of Experts", 2024.
         """
 
     def attention(
@@ -159,3 +205,7 @@ class Backend(Protocol):
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[Drawn]:
         """A token for each draw, out of float32 `[rows, vocab]`; see `draw`."""
+
+    def draw_async(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """The same, left where the logits are and not waited for: tokens, int64 `[draws]`, each of
+        them in the vocabulary whatever the logits are, and tops, float32 `[draws]`."""

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.kernels.draw import Draw, Drawn
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
+from slipstream.kernels.draw import Draw, Drawn, as_tensors
+from slipstream.kernels.ops import (
+    Experts,
+    Forward,
+    ForwardBatch,
+    Heads,
+    Model,
+    quantize,
+    rotation_block,
+)
 
 PANEL = 16
 """Outputs of a matrix that lie side by side; all dimensions are multiples of it, or padded."""
@@ -153,6 +161,9 @@ class Recorder:
 
     def gated(self, x: Buffer, weights: Packed) -> Buffer:
         return self._product(Kind.GATED, x, weights)
+
+    def moe(self, x: Buffer, experts: Experts) -> Buffer:
+        raise ValueError("there are no compiled kernels for experts")
 
     def attention(
         self,
@@ -369,3 +380,6 @@ class CpuBackend:
         wanted = (_Draw * len(draws))(*(_Draw(**each._asdict()) for each in draws))
         self.library.draw(self.team, logits.data_ptr(), logits.shape[1], wanted, len(draws))
         return [Drawn(each.token, each.top) for each in wanted]
+
+    def draw_async(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        return as_tensors(self.draw(logits, draws), logits.device)

@@ -16,6 +16,7 @@ from slipstream.core.machine import BatchPlan, RowOutput
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.decode.config import DecodeConfig
 from slipstream.engine.executor import WorkerExecutor
+from slipstream.engine.step_loop import Made
 from slipstream.kv.choice import Transports
 from slipstream.messages import NodeInfo, TextPrompt, WorkerInfo
 from slipstream.runtime.identity import host_identity, new_epoch
@@ -39,7 +40,10 @@ class Speaker:
         self._tokens, self._step_s = tokens, step_s
         self._stamps = os.open(stamps, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
-    def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
+    def waits(self, plan: BatchPlan) -> bool:
+        return True
+
+    def launch(self, plan: BatchPlan) -> Made:
         began_s = time.monotonic()
         if self._step_s:
             time.sleep(self._step_s)
@@ -51,7 +55,7 @@ class Speaker:
         )
         if plan.admitted:
             os.write(self._stamps, b"%.7f %.7f\n" % (began_s, time.monotonic()))
-        return outputs
+        return Made(outputs)
 
 
 def main() -> int:

@@ -2,10 +2,13 @@
 
 import ctypes
 import os
+import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from slipstream.cli.checks_software import numbers
@@ -165,7 +168,22 @@ def gpu() -> Iterator[Check]:
         yield warn("gpu", f"nvidia-smi: {error}", "see that the driver is loaded")
         return
     yield ok("gpu", "; ".join(said.splitlines()))
+    yield torch_cuda()
     yield _cuda_ipc()
+
+
+def torch_cuda(folders: Sequence[str] | None = None) -> Check:
+    """By what torch's package says of itself: importing it takes seconds. `folders`: of it."""
+    name, way_out = "torch with cuda", "workers compute on the CPU: install torch built for CUDA"
+    if folders is None:
+        spec = find_spec("torch")
+        folders = (spec.submodule_search_locations if spec else None) or []
+    for folder in folders:
+        with suppress(OSError):
+            text = Path(folder, "version.py").read_text(encoding="utf-8")
+            if (built := re.search(r"^cuda[^=]*= *'([^']+)'", text, re.M)) is not None:
+                return ok(name, f"CUDA {built[1]}")
+    return warn(name, "it has none" if folders else "torch is not installed", way_out)
 
 
 def _cuda_ipc() -> Check:

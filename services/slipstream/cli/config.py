@@ -6,13 +6,17 @@ import msgspec
 from msgspec import Meta
 
 from slipstream.config import (
+    Device,
     Dtype,
+    GpuMemoryShare,
     JournalTtl,
     KvCacheBytes,
+    LoadFormat,
     LogLevel,
     MaxModelLen,
     MaxNumSeqs,
     MaxRequests,
+    ModelImpl,
     OffloadAfterHits,
     OffloadDir,
     OffloadDiskBytes,
@@ -27,10 +31,11 @@ from slipstream.config import (
     ServedModelName,
     ShmDir,
     Speculative,
+    TensorParallelSize,
     Transports,
     Watchdog,
 )
-from slipstream.config.rules import check_offload, check_transports
+from slipstream.config.rules import check_offload, check_ranks, check_transports
 from slipstream.frontend.config import ApiKeysFile, StallTimeout
 from slipstream.scheduler.config import (
     Disaggregation,
@@ -65,7 +70,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "demo"
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
+    model_impl: ModelImpl = "auto"
     quantization: Quantization = "none"
+    load_format: LoadFormat = "auto"
+    device: Device = "auto"
+    gpu_memory_share: GpuMemoryShare = 0.0
+    tensor_parallel_size: TensorParallelSize = 1
     packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0
@@ -140,6 +150,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         check_transports(self.transports)
         check_otlp_endpoint(self.otlp_endpoint)
         check_offload(self.offload_disk_bytes, self.offload_dir)
+        check_ranks(self.tensor_parallel_size, bool(self.offload_host_bytes or self.offload_dir))
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")
         if not self.metrics_port:

@@ -10,8 +10,9 @@ _HEADER_BYTES_MAX = 100 * 2**20
 """Safetensors' own limit for its header."""
 
 
-def check_folder(folder: Path) -> None:
-    """ModelError, naming the file, unless there are a config, a tokenizer and whole weights."""
+def check_folder(folder: Path, weights: bool = True) -> None:
+    """ModelError, naming the file, unless there are a config, a tokenizer and, if they are wanted,
+    whole weights."""
     config = _read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'}: model_type is missing")
@@ -19,7 +20,7 @@ def check_folder(folder: Path) -> None:
     for name in ("generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             _read_json(folder / name)
-    for file in _weight_files(folder):
+    for file in _weight_files(folder) if weights else ():
         _check_safetensors(file)
 
 

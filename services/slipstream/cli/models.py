@@ -40,7 +40,7 @@ def models_dir(environ: Mapping[str, str]) -> Path:
     return Path(cache) / "slipstream" / "models"
 
 
-def prepare(spec: str, cache: Path, console: Console) -> Model:
+def prepare(spec: str, cache: Path, console: Console, weights: bool = True) -> Model:
     """The checked folder of `demo`, of a folder, a `.gguf` file or a hub id.
 
     ModelError, in one line that names the file, if there is none that can be served.
@@ -49,7 +49,7 @@ def prepare(spec: str, cache: Path, console: Console) -> Model:
     if spec == DEMO:
         return Model(_converted(demo_file(), cache / DEMO_NAME, console), DEMO_NAME)
     if path.is_dir():
-        check_folder(path)
+        check_folder(path, weights)
         return Model(path.resolve(), path.resolve().name)
     if path.is_file():
         if path.suffix != ".gguf":

@@ -13,6 +13,7 @@ import msgspec
 from slipstream.cli.commands import SERVICES, unknown_variables
 from slipstream.cli.config import ServeConfig
 from slipstream.config import SetupError, env_of, flag_of
+from slipstream.kv.cuda_driver import count_gpus
 from slipstream.types import Role
 
 REDIS = "redis"
@@ -36,7 +37,7 @@ _WORKER_ENV = {
 }
 _DECIDED_HERE = (
     {"model", "served_model_name", "port", "metrics_port", "run_dir", "redis_url", "threads"}
-    | {"accept_decode", "record"}
+    | {"accept_decode", "record", "device", "gpu_memory_share"}
 )  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:
         return model
     if role in _WORKERS:
         threads = config.threads or len(os.sched_getaffinity(0))
-        settings = {**model, "threads": str(threads)}
+        settings = {**model, "threads": str(threads), **_card(layout, role, index)}
         if role is Role.PREFILL and config.disaggregation == "never":
             settings["accept_decode"] = "True"  # one pool: every worker does both
         # Else one worker computes where several share the cores, and none has to stand back.
@@ -205,6 +206,25 @@ def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:
             settings["nice"] = str(config.decode_nice)
         return settings
     return {}
+
+
+GPU_MEMORY_SHARE = 0.9
+"""Of a GPU, for all workers on it together."""
+
+
+def _card(layout: Layout, role: Role, index: int) -> dict[str, str]:
+    """Its GPUs: workers take them in turn, prefill first, and who share one divide its memory."""
+    config, cards = layout.config, count_gpus(layout.environ)
+    if config.device == "cpu" or not (cards or config.device.startswith("cuda")):
+        return {"device": config.device}
+    kind, _, chosen = config.device.partition(":")
+    size = config.tensor_parallel_size
+    places = 1 if chosen else max(1, cards // size)
+    workers = config.prefill + config.decode
+    turn = (index if role is Role.PREFILL else config.prefill + index) % places
+    beside = len(range(turn, workers, places))
+    share = config.gpu_memory_share or round(GPU_MEMORY_SHARE / beside, 3)
+    return {"device": f"{kind}:{chosen or turn * size}", "gpu_memory_share": str(share)}
 
 
 def _child_env(environ: Mapping[str, str]) -> dict[str, str]:

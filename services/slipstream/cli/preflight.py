@@ -1,6 +1,6 @@
 """What the children of `slipstream serve` would refuse, found before the first of them starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slipstream.cli.commands import SERVICES
@@ -8,6 +8,7 @@ from slipstream.cli.plan import ChildSpec
 from slipstream.config import (
     AUTO_TRANSPORTS,
     ServiceConfig,
+    SetupError,
     WorkerConfig,
     load,
     make_folder,
@@ -26,12 +27,27 @@ def preflight(children: Sequence[ChildSpec]) -> None:
     file, and held against this machine. StartError: why one of them would not start."""
     ours = [child for child in children if child.role in SERVICES]
     configs = [load(SERVICES[each.role], each.role, each.flags, each.env) for each in ours]
-    for config in configs:
-        _check(config)
-    _check_memory([config for config in configs if isinstance(config, WorkerConfig)])
+    for config, child in zip(configs, ours, strict=True):
+        _check(config, child.env)
+    workers = [
+        (config, _on_gpu(config.device, child.env))
+        for config, child in zip(configs, ours, strict=True)
+        if isinstance(config, WorkerConfig)
+    ]
+    _check_memory([config for config, on_gpu in workers if on_gpu is False])
+    _check_shares([config for config, on_gpu in workers if on_gpu])
 
 
-def _check(config: ServiceConfig) -> None:
+def _on_gpu(device: str, env: Mapping[str, str]) -> bool | None:
+    """None: where torch can use the GPU that is there."""
+    from slipstream.kv.cuda_driver import count_gpus
+
+    if device.startswith("auto") and count_gpus(env):
+        return None
+    return device.startswith("cuda")
+
+
+def _check(config: ServiceConfig, env: Mapping[str, str]) -> None:
     if config.record:
         make_folder(_PROG, "--record", Path(config.record), 0o700)
     if isinstance(config, WorkerConfig):
@@ -41,7 +57,7 @@ def _check(config: ServiceConfig) -> None:
         if config.transports != AUTO_TRANSPORTS:
             from slipstream.kv.offers import require_possible
 
-            require_possible(config.transports)
+            require_possible(config.transports, on_gpu=_on_gpu(config.device, env))
     if isinstance(config, FrontendConfig) and config.api_keys_file:
         from slipstream.frontend.api_keys import read
 
@@ -54,6 +70,17 @@ def _check(config: ServiceConfig) -> None:
         from slipstream.scheduler.otlp import load_proto
 
         load_proto(_PROG)
+
+
+def _check_shares(workers: Sequence[WorkerConfig]) -> None:
+    """What all workers of a GPU may fill together."""
+    for device in sorted({worker.device for worker in workers}):
+        shares = [worker.gpu_memory_share for worker in workers if worker.device == device]
+        if sum(shares) > 1:
+            raise SetupError(
+                f"{_PROG}: --gpu-memory-share {max(shares):g} for each of {len(shares)} workers on "
+                f"{device} is more than the GPU has; give {1 / len(shares):.2g} or less"
+            )
 
 
 def _check_memory(workers: Sequence[WorkerConfig]) -> None:

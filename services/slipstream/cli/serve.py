@@ -53,7 +53,8 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
     sweep(base, config.shm_dir)  # or what a killed run has left would count as memory in use
     preflight(plan(layout))  # before the model, which may have to be fetched or converted
     try:
-        model = prepare(config.model, models_dir(environ), screen.console)
+        weights = config.load_format != "dummy"
+        model = prepare(config.model, models_dir(environ), screen.console, weights)
     except StartError as error:
         raise StartError(f"slipstream serve: {error}", error.exit_code) from None
     with private_run_dir(base, config.shm_dir) as run_dir:

@@ -5,27 +5,28 @@ What is decided, and every token, is what `slipstream serve` would make of the s
 
 import asyncio
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from slipstream.config import WorkerConfig
+from slipstream.config import SetupError, WorkerConfig
 from slipstream.core.machine import Closed, Deliver, Effect, Opened
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
-from slipstream.engine.model_config import ModelConfig
-from slipstream.engine.runner import Runner, allocate_pool
-from slipstream.engine.service import choose_dtype, choose_model_len, choose_num_blocks, cpu_flags
+from slipstream.engine.models import read_model
+from slipstream.engine.sizing import size_pool
+from slipstream.engine.worker_parts import (
+    load_runner,
+    make_pool,
+    plan_of,
+    pool_tensor,
+    room_of,
+)
 from slipstream.frontend.gateway import StreamItem
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.settings import FrontendSettings
 from slipstream.kv.choice import Transports
 from slipstream.messages import SCHEDULER, NodeInfo, Tokenize, WorkerInfo
 from slipstream.offline.process import Network, Process
-from slipstream.runtime.memory import available_memory
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.tokenizer.__main__ import read_logits
@@ -48,24 +49,20 @@ class Cluster:
 
     def __init__(self, config: WorkerConfig) -> None:
         """ModelError, CodecError, StartError: the model cannot be served, or not here."""
-        folder = Path(config.model)
-        model = ModelConfig.read(folder)
-        self.codec = TokenizerCodec(folder)
-        dtype = choose_dtype(config.dtype, model.dtype, cpu_flags())
-        layout = model.kv_layout(dtype)
-        self.max_model_len = choose_model_len(config, model)
-        free = available_memory()
-        num_blocks = choose_num_blocks(config, layout.block_bytes, self.max_model_len, free, free)
-        self.vocab_size = model.vocab_size
+        if config.tensor_parallel_size > 1:
+            raise SetupError("LLM: tensor_parallel_size: one process has one rank; leave it out")
+        model = read_model(config.model, config.model_impl, config.load_format == "dummy")
+        plan = plan_of(config, model)
+        self.codec = TokenizerCodec(Path(config.model))
+        # What is left on a GPU shows when the model is there; on a CPU the pool comes first.
+        self._runner = load_runner(config, plan, plan.device)
+        room = room_of(config, plan, self._runner)
+        size = size_pool(config, plan.layout.block_bytes, plan.max_model_len, room)
+        self.max_model_len = size.max_model_len
         self._config, self._model = config, model
-        self._layout_id = layout.layout_id(model.fingerprint, config.quantization)
-        pool = allocate_pool(layout, num_blocks)
-        self._blocks = np.asarray(pool.view(torch.uint8)).reshape(num_blocks, -1)
-        self._runner = Runner(
-            *(config.model, dtype, pool, config.threads or len(os.sched_getaffinity(0))),
-            int8=config.quantization == "int8",
-            packed_dir=_packed_dir(config),
-        )
+        self._segment = make_pool(config, plan, _EPOCH, size.num_blocks)
+        self._runner.attach(pool_tensor(plan, self._segment))
+        self._segment.close()  # nobody else maps it: its name goes now, it goes with us
         self._put: dict[str, Callable[[StreamItem], None]] = {}
 
     async def start(self, failed: Callable[[BaseException], None]) -> None:
@@ -91,12 +88,12 @@ class Cluster:
 
     def _start_worker(self, network: Network) -> tuple[Process, WorkerExecutor]:
         config, model = self._config, self._model
-        num_blocks, block_bytes = self._blocks.shape
+        header = self._segment.header
         worker = WorkerInfo(
             model=Path(config.model).name,
-            kv_layout_id=self._layout_id,
-            num_blocks=num_blocks,
-            block_bytes=block_bytes,
+            kv_layout_id=header.kv_layout_id,
+            num_blocks=header.num_blocks,
+            block_bytes=header.block_bytes,
             max_model_len=self.max_model_len,
             vocab_size=model.vocab_size,
             max_num_seqs=config.max_num_seqs,
@@ -115,9 +112,10 @@ class Cluster:
                 draft_tokens=int(config.speculative.removeprefix("ngram:") or 0),
             ),
         )
-        transports = Transports([], self._layout_id, block_bytes, "", {})
-        nodes = machine.membership.nodes
-        executor = WorkerExecutor(self._runner, self._blocks, transports, lambda: nodes)
+        transports = Transports([], header.kv_layout_id, header.block_bytes, "", {})
+        executor = WorkerExecutor(
+            self._runner, self._segment.blocks, transports, lambda: machine.membership.nodes
+        )
         return Process(network, info, machine, executor.execute), executor
 
     def _start_tokenizer(self, network: Network) -> tuple[Process, EncodeExecutor]:
@@ -155,7 +153,3 @@ class Cluster:
 
 def _info(name: str, role: Role, worker: WorkerInfo | None = None) -> NodeInfo:
     return NodeInfo(node_id=name, role=role, epoch=_EPOCH, address=name, worker=worker)
-
-
-def _packed_dir(config: WorkerConfig) -> Path | None:
-    return None if config.packed_weights_dir == "none" else Path(config.packed_weights_dir)

@@ -44,6 +44,15 @@ def check_offload(disk_bytes: int, folder: str) -> None:
         raise ValueError(f"--offload-dir {folder} needs --offload-disk-bytes SIZE")
 
 
+def check_ranks(tensor_parallel_size: int, offloads: bool) -> None:
+    """ValueError: what a model in several processes cannot have."""
+    if tensor_parallel_size > 1 and offloads:
+        raise ValueError(
+            f"--tensor-parallel-size {tensor_parallel_size}: there are no tiers below the pools of "
+            "several ranks; leave --offload-host-bytes and --offload-disk-bytes out"
+        )
+
+
 def make_folder(prog: str, flag: str, folder: Path, mode: int = 0o777) -> None:
     """With its parents, unless it is there. SetupError: it cannot be made, or not be written."""
     try:

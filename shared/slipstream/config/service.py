@@ -11,7 +11,9 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
-from slipstream.config.rules import check_offload, check_transports, is_loopback
+from slipstream.config.cluster import InsecureBus, KeysDir, Watchdog
+from slipstream.config.devices import Device, GpuMemoryShare, LoadFormat, TensorParallelSize
+from slipstream.config.rules import check_offload, check_ranks, check_transports, is_loopback
 from slipstream.config.values import ByteSize, ConfigError
 from slipstream.types import Role, role_of
 
@@ -38,6 +40,13 @@ Quantization: TypeAlias = Annotated[
     Meta(
         description="Weights of matrix products; none: of type --dtype; int8: made at load time, "
         "one scale for each output. KV blocks stay of type --dtype."
+    ),
+]
+ModelImpl: TypeAlias = Annotated[
+    Literal["auto", "native", "transformers"],
+    Meta(
+        description="Whose code computes the model; native: ours; transformers: Transformers', "
+        "with our attention in it; auto: ours if it knows the model."
     ),
 ]
 PackedWeightsDir: TypeAlias = Annotated[
@@ -98,60 +107,14 @@ ShmDir: TypeAlias = Annotated[
 Record: TypeAlias = Annotated[
     str, Meta(description="Folder for recordings of events and effects; empty: none.")
 ]
-RedisUrl: TypeAlias = Annotated[
-    str,
-    Meta(
-        description="Redis of the index and of streamed answers: redis://host:port/0, rediss://, "
-        "unix:///path, redis+sentinel://host:port,host:port/name/0 or redis+cluster://host:port,host:port.",
-        extra={"secret": True},
-    ),
-]
 
 
-JournalTtl: TypeAlias = Annotated[
-    float,
-    Meta(
-        ge=0,
-        le=3600,
-        description="How long streamed answers stay in Redis, in seconds after their last piece, "
-        "so that a client goes on at another frontend (Last-Event-ID); 0: they are not written.",
-    ),
-]
-KeysDir: TypeAlias = Annotated[
-    str,
-    Meta(
-        description="Folder of CURVE keys (slipstream keys make): the bus is encrypted, and lets "
-        "in their holders alone; empty: none."
-    ),
-]
-InsecureBus: TypeAlias = Annotated[
-    bool, Meta(description="Listen where other hosts can come without keys.")
-]
 Speculative: TypeAlias = Annotated[
     str,
     Meta(
         pattern=r"^(ngram:([1-9]|1[0-6]))?$",
         description="ngram:k proposes up to k tokens, at most 16, that followed the same words "
         "earlier in a request, and computes them in one step; answers stay the same; empty: off.",
-    ),
-]
-
-
-RecoveryWait: TypeAlias = Annotated[
-    float,
-    Meta(
-        ge=0,
-        le=3600,
-        description="How long requests wait for a service that is away, before they end with 503.",
-    ),
-]
-Watchdog: TypeAlias = Annotated[
-    float,
-    Meta(
-        ge=0,
-        le=3600,
-        description="Seconds after which a process whose loop stands still is ended, to be started "
-        "anew; 0: never.",
     ),
 ]
 
@@ -212,7 +175,12 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     model: Annotated[str, Meta(min_length=1, description="Model folder (Hugging Face layout).")]
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
+    model_impl: ModelImpl = "auto"
     quantization: Quantization = "none"
+    load_format: LoadFormat = "auto"
+    device: Device = "auto"
+    gpu_memory_share: GpuMemoryShare = 0.0
+    tensor_parallel_size: TensorParallelSize = 1
     packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0
@@ -281,6 +249,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         check_transports(self.transports)
         check_offload(self.offload_disk_bytes, self.offload_dir)
+        check_ranks(self.tensor_parallel_size, self.offloads)
         if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
             raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 

@@ -1,5 +1,6 @@
 """A batch plan as tensors."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from slipstream.core.machine import Row
 from slipstream.kernels.ops import ForwardBatch
 from slipstream.types import BLOCK_TOKENS
+
+_WIDE = 4
+"""So many parts of a batch are int64; they come first, so that all are aligned."""
 
 
 class Inputs(NamedTuple):
@@ -29,8 +33,16 @@ def num_samples(row: Row, inputs: Inputs) -> int:
 def build_batch(
     rows: Sequence[Row], inputs: Sequence[Inputs], device: torch.device
 ) -> ForwardBatch:
-    """Rows that sample do so after their last token and after each draft; logits are made of all
-    inputs that a token of the prompt follows whose log probability is wanted.
+    """As `pack_batch`, in parts."""
+    return unpacked(*pack_batch(rows, inputs, device))
+
+
+def pack_batch(
+    rows: Sequence[Row], inputs: Sequence[Inputs], device: torch.device
+) -> tuple[Tensor, "Sizes"]:
+    """On the device, in one piece. Rows that sample do so after their last token and after each
+    draft; logits are made of all inputs that a token of the prompt follows whose log probability is
+    wanted.
 
     Raises ValueError if a block table does not reach to the row's last token.
     """
@@ -60,15 +72,65 @@ def build_batch(
     # Each row's samples are its last tokens.
     behind = np.concatenate([np.arange(count, 0, -1) for count in samples])
 
-    def tensor(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device)
+    memory = packed(
+        np.concatenate([np.asarray(x, np.int64) for x in tokens]),
+        positions,
+        block_ids * BLOCK_TOKENS + positions % BLOCK_TOKENS,
+        np.repeat(query_starts[1:], samples) - behind,
+        tables,
+        query_starts,
+        lengths,
+        pinned=device.type == "cuda",
+    )
+    sizes = Sizes(int(query_starts[-1]), len(behind), *tables.shape)
+    return memory.to(device, non_blocking=True), sizes
 
+
+class Sizes(NamedTuple):
+    """Of a step: what its packed form does not say itself."""
+
+    tokens: int
+    samples: int
+    rows: int
+    longest_table: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed form."""
+        wide = 3 * self.tokens + self.samples
+        return 8 * wide + 4 * (self.rows * self.longest_table + 2 * self.rows + 1)
+
+
+def packed(*arrays: np.ndarray, pinned: bool) -> Tensor:
+    """Of `ForwardBatch`, in the order of `unpacked`: bytes of one tensor, for one copy to the
+    device, which nobody waits for if its memory is pinned."""
+    kinds = [np.int64 if index < _WIDE else np.int32 for index in range(len(arrays))]
+    sizes = [x.size * np.dtype(kind).itemsize for x, kind in zip(arrays, kinds, strict=True)]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+    into, start = memory.numpy(), 0
+    for array, kind, size in zip(arrays, kinds, sizes, strict=True):
+        into[start : start + size].view(kind)[:] = array.reshape(-1)
+        start += size
+    return memory
+
+
+def unpacked(memory: Tensor, sizes: Sizes) -> ForwardBatch:
+    """Views of it."""
+    count, samples, rows, longest = sizes
+    shapes = ((count,), (count,), (count,), (samples,), (rows, longest), (rows + 1,), (rows,))
+    parts, start = [], 0
+    for index, shape in enumerate(shapes):
+        dtype = torch.int64 if index < _WIDE else torch.int32
+        size = math.prod(shape) * dtype.itemsize
+        parts.append(memory[start : start + size].view(dtype).view(shape))
+        start += size
+    tokens, positions, slots, sample_indices, block_tables, query_starts, context_lengths = parts
     return ForwardBatch(
-        tokens=tensor(np.concatenate([np.asarray(x, np.int64) for x in tokens]), np.int64),
-        positions=tensor(positions, np.int64),
-        slots=tensor(block_ids * BLOCK_TOKENS + positions % BLOCK_TOKENS, np.int64),
-        block_tables=tensor(tables, np.int32),
-        query_starts=tensor(query_starts, np.int32),
-        context_lengths=tensor(lengths, np.int32),
-        sample_indices=tensor(np.repeat(query_starts[1:], samples) - behind, np.int64),
+        tokens=tokens,
+        positions=positions,
+        slots=slots,
+        block_tables=block_tables,
+        query_starts=query_starts,
+        context_lengths=context_lengths,
+        sample_indices=sample_indices,
     )

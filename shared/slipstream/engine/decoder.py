@@ -1,17 +1,18 @@
-"""The dense decoder: the Llama skeleton with the parts that its config names.
+"""The decoder: the Llama skeleton with the parts that its config names.
 
-Llama, SmolLM, Mistral, Qwen2, Qwen3. Parameters are matrices as the backend wants them and plain
-vectors; `weights` fills them and knows the checkpoint's names. What a step needs comes in as
-arguments, nothing is kept between steps.
+Llama, SmolLM, Mistral, Qwen2, Qwen3; Mixtral, and Qwen's with experts. Parameters are matrices as
+the backend wants them and plain vectors; `weights` fills them and knows the checkpoint's names.
+What a step needs comes in as arguments, nothing is kept between steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.rope import Rope
-from slipstream.kernels.ops import Backend, ForwardBatch, Heads, Ops, Value, Weights
+from slipstream.kernels.ops import Backend, Experts, ForwardBatch, Heads, Ops, Value, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,9 @@ class LayerWeights:
     output: Weights
     mlp_norm: Tensor
     gate_up: Weights
-    """Gate and up projections, packed: [2 * intermediate, hidden]"""
+    """Gate and up projections, packed: [2 * intermediate, hidden]; None: there are experts"""
     down: Weights
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,16 @@ class DecoderWeights:
 
 
 class Decoder:
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, backend: Backend) -> None:
-        self._config, self._weights = config, weights
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        backend: Backend,
+        reduce: Callable[[Value], Value] = lambda partial: partial,
+    ) -> None:
+        """`config`: of this rank's part. `reduce`: sums what the ranks have of a layer's output;
+        the backend is one that computes at once, unless there is one rank."""
+        self._config, self._weights, self._reduce = config, weights, reduce
         self._rope = Rope(config.rope, config.head_dim, weights.norm.device)
         self.program = backend.compile(self._logits)
 
@@ -70,8 +80,11 @@ class Decoder:
             attended = ops.attention(qkv, heads, index, layer.head_norms, epsilon)
             if index == len(weights.layers) - 1:  # behind its keys and values samples alone count
                 attended, stream = ops.take(attended), ops.take(stream)
-            delta = ops.linear(attended, layer.output)
+            delta = self._reduce(ops.linear(attended, layer.output))
             x = ops.rms_norm(delta, layer.mlp_norm, epsilon, stream)
-            delta = ops.linear(ops.gated(x, layer.gate_up), layer.down)
+            if layer.experts is not None:
+                delta = self._reduce(ops.moe(x, layer.experts))
+            else:
+                delta = self._reduce(ops.linear(ops.gated(x, layer.gate_up), layer.down))
         x = ops.rms_norm(delta, weights.norm, epsilon, stream)
         return ops.linear(x, weights.lm_head, wide=True)

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from slipstream.core.machine import (
     BatchDone,
@@ -18,26 +17,22 @@ from slipstream.core.machine import (
     LoadBlocks,
     PublishKvEvents,
     PullBlocks,
-    RowOutput,
     RunBatch,
     SaveBlocks,
 )
-from slipstream.engine.effect_threads import EffectThreads, one_line
+from slipstream.engine.effect_threads import one_line
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.offload import Offload
+from slipstream.engine.step_loop import Outputs, StepLoop, StepRunner
+from slipstream.engine.team import Team, TeamTransfers
 from slipstream.engine.transfers import Transfers
-from slipstream.grammar import STACK_BYTES
 from slipstream.kv.choice import Transports
+from slipstream.kv.device import PoolBlocks
 from slipstream.kv.digest import block_digests
-from slipstream.kv.segment import Blocks
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
 
 COUNTED_PERIOD_S = 0.5
-
-
-class StepRunner(Protocol):
-    def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]: ...
 
 
 class WorkerExecutor:
@@ -46,19 +41,22 @@ class WorkerExecutor:
     def __init__(
         self,
         runner: StepRunner,
-        blocks: Blocks,
+        blocks: PoolBlocks,
         transports: Transports,
         directory: Callable[[], Mapping[NodeId, NodeInfo]],
         offload: Offload | None = None,
         kv_events: KvEventPublisher | None = None,
+        team: Team | None = None,
     ):
         """`blocks`: the runner's pool as bytes. `directory`: who is there now. `offload`,
-        `kv_events`: where the machine's settings have them."""
+        `kv_events`: where the machine's settings have them. `team`: the worker's other ranks."""
         self._offload, self._kv_events = offload, kv_events
-        self._runner, self._blocks = runner, blocks
-        self._transfers = Transfers(blocks, transports, directory)
-        self._compute = EffectThreads(1, "compute", STACK_BYTES)  # follows grammars
+        self._blocks = blocks
+        self._team = team
+        own = Transfers(blocks, transports, directory)
+        self._transfers = own if team is None else TeamTransfers(own, team, directory)
         self._post: Callable[[Event], None] = lambda event: None
+        self._steps = StepLoop(runner, lambda event: self._post(event), self._done, self._failed)
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
         self._telling: asyncio.Task[None] | None = None
@@ -73,11 +71,7 @@ class WorkerExecutor:
     def execute(self, effect: Effect) -> None:
         match effect:
             case RunBatch(plan):
-                self._compute.submit(
-                    *(self._post, f"step {plan.step}"),
-                    work=lambda: self._run(plan),
-                    failed=lambda error: self._failed(plan, error),
-                )
+                self._steps.submit(plan)
             case PullBlocks() | DigestBlocks():
                 self._transfers.execute(effect)
             case SaveBlocks() | LoadBlocks() if self._offload is not None:
@@ -93,7 +87,7 @@ class WorkerExecutor:
         if self._telling is not None:
             self._telling.cancel()
         await self._transfers.close()
-        await asyncio.to_thread(self._compute.close)
+        await asyncio.to_thread(self._steps.close)
         if self._offload is not None:
             await asyncio.to_thread(self._offload.close)
 
@@ -113,10 +107,10 @@ class WorkerExecutor:
             await asyncio.sleep(COUNTED_PERIOD_S)
             self._post(Counted(self.statistics()))
 
-    def _run(self, plan: BatchPlan) -> BatchDone:
-        began_s = time.monotonic()
-        outputs = self._runner.run(plan)
+    def _done(self, plan: BatchPlan, outputs: Outputs, began_s: float) -> BatchDone:
         digests = block_digests(self._blocks, plan.digest_blocks)
+        if self._team is not None:
+            digests = self._team.digests(digests, plan.digest_blocks)
         elapsed_s = time.monotonic() - began_s
         self._count("steps_total")
         self._count("step_rows_total", len(plan.rows))

@@ -7,7 +7,7 @@ import numpy as np
 from slipstream.core.machine import Admission
 from slipstream.engine.drafts import Drafts
 from slipstream.engine.guide import Guide
-from slipstream.engine.shaping import Ids, Shaping
+from slipstream.engine.shaping import Ids, Shaping, is_plain
 from slipstream.types import SamplingParams
 
 
@@ -25,6 +25,7 @@ class History:
         self.drafts = Drafts()
         self.guide = guide
         self.shaping = Shaping.of(self.sampling, self.num_prompt, guide)
+        self.plain = is_plain(self.sampling)
 
     @property
     def num_output(self) -> int:

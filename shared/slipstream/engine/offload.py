@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from slipstream.core.blocks import Named
 from slipstream.core.machine import (
     BlockMove,
@@ -17,8 +19,9 @@ from slipstream.core.machine import (
     SaveBlocks,
 )
 from slipstream.engine.effect_threads import EffectThreads
-from slipstream.kv.segment import Blocks
+from slipstream.kv.device import DeviceBlocks, PoolBlocks, load, store
 from slipstream.kv.tier import Moved, TierStore
+from slipstream.types import BlockHash, BlockId
 
 NAME = "tier"
 """As a transport, in samples and counters."""
@@ -31,7 +34,7 @@ class Offload:
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: PoolBlocks,
         kv_layout_id: str,
         *,
         folder: Path | None,
@@ -78,18 +81,28 @@ class Offload:
     def _save(self, effect: SaveBlocks, saved: BlocksSaved) -> BlocksSaved:
         deadline_s = time.monotonic() + SAVE_TIMEOUT_S
         for block in effect.blocks:
-            named, data = Named(block.block_hash, block.position), self._blocks[block.block]
+            named = Named(block.block_hash, block.position)
+            (data,) = load(self._blocks, [block.block])
             if not self.store.save(named, data, block.digest, deadline_s - time.monotonic()):
                 break  # the rest may come again, if it is hit again
         return saved
 
     def _load(self, effect: LoadBlocks, digests: list[bytes], began_s: float) -> PullDone:
         for block_hash, local in zip(effect.block_hashes, effect.local_blocks, strict=True):
-            digest = self.store.load(block_hash, self._blocks[local])
+            digest = self._load_one(block_hash, local)
             if digest is None:
                 break
             digests.append(digest)
         return _loaded(effect, digests, began_s)
+
+    def _load_one(self, block_hash: BlockHash, local: BlockId) -> bytes | None:
+        if not isinstance(self._blocks, DeviceBlocks):
+            return self.store.load(block_hash, self._blocks[local])
+        read = np.empty((1, self._blocks.shape[1]), np.uint8)
+        if self.store.load(block_hash, read[0]) is None:
+            return None
+        (digest,) = store(read, [0], self._blocks, [local], True)
+        return digest
 
     def _tell(self, moved: Sequence[Moved]) -> None:
         """The store's thread; what an earlier process left is there before anybody listens."""

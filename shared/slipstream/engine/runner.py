@@ -2,72 +2,86 @@
 
 import logging
 import os
-import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
-from slipstream.engine.batch import Inputs, build_batch, num_samples
-from slipstream.engine.decoder import Decoder, DecoderWeights
+from slipstream.engine.batch import (
+    Inputs,
+    Sizes,
+    build_batch,
+    num_samples,
+    pack_batch,
+    packed,
+    unpacked,
+)
 from slipstream.engine.guide import Guides
 from slipstream.engine.history import History
-from slipstream.engine.model_config import ModelConfig
-from slipstream.engine.packed_file import file_name, shared_weights
-from slipstream.engine.sampler import RowError, Sample, sample, score
-from slipstream.engine.weights import Progress, load_weights
+from slipstream.engine.launched import Launched
+from slipstream.engine.model_config import ModelConfig, ServedModel
+from slipstream.engine.models import Loading, load_model, read_model
+from slipstream.engine.ranks import Ranks
+from slipstream.engine.readback import Readback
+from slipstream.engine.sampler import RowError, Sample, judged, sample, score, wanted
+from slipstream.engine.shaping import is_plain
+from slipstream.engine.step_loop import Made, Outputs, Step
 from slipstream.errors import Problem
 from slipstream.kernels import cpu
+from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Backend
 from slipstream.kernels.program import PANEL, CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvDtype, KvLayout
-from slipstream.types import RequestId, TokenLogprobs
+from slipstream.types import RequestId, SamplingParams, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
-SAID_EVERY_S = 2.0
+Tell: TypeAlias = Callable[[Sizes], None]
+"""Says to the ranks above 0 that a batch of these sizes follows."""
+_NO_INPUTS = Inputs((), 0)
 _DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def allocate_pool(layout: KvLayout, num_blocks: int) -> Tensor:
+def allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device | None = None) -> Tensor:
     """A pool of zeros in private memory, `[num_blocks, *layout.block_shape]`."""
-    return torch.zeros((num_blocks, *layout.block_shape), dtype=_DTYPES[layout.dtype])
+    shape = (num_blocks, *layout.block_shape)
+    return torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
 
 
 def choose_backend(
-    config: ModelConfig,
+    config: ServedModel,
     dtype: torch.dtype,
     device: torch.device,
     int8: bool = False,
     threads: int = 0,
+    ranks: bool = False,
 ) -> Backend:
-    """Compiled kernels where they are, built now if they are not yet; else plain torch.
+    """Compiled kernels where they are, built now if they are not yet; else plain torch. A foreign
+    model only has its tokens drawn by it.
 
-    `threads`: of compiled kernels, 0 for one on each core.
+    `threads`: of compiled kernels, 0 for one on each core. `ranks`: several hold the model.
     """
+    if ranks and device.type == "cpu":
+        _LOG.warning("SLOW: CPU kernels do not work in ranks; plain torch serves instead")
+        return Reference(int8)
     library = cpu.kernels() if device.type == "cpu" else None
     if library is None:
         return Reference(int8)
-    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-    if any(size % PANEL for size in sizes):
-        _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
+    if isinstance(config, ModelConfig) and config.experts is not None:
+        _LOG.warning("SLOW: no CPU kernels for experts; plain torch serves instead")
         return Reference(int8)
+    if isinstance(config, ModelConfig):
+        sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+        if any(size % PANEL for size in sizes):
+            _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
+            return Reference(int8)
     return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, int8)
-
-
-def _said_now_and_then() -> Progress:
-    """In the log, where `slipstream serve` finds it; of a model that is there at once nothing."""
-    said_s = time.monotonic()
-
-    def progress(done: int, layers: int) -> None:
-        nonlocal said_s
-        if time.monotonic() - said_s >= SAID_EVERY_S:
-            said_s = time.monotonic()
-            _LOG.info("weights: %d of %d layers", done, layers)
-
-    return progress
 
 
 class Runner:
@@ -81,49 +95,99 @@ class Runner:
         self,
         model_path: str | Path,
         dtype: KvDtype,
-        pool: Tensor,
+        pool: Tensor | torch.device,
         threads: int = 0,
         int8: bool = False,
         packed_dir: Path | None = None,
+        dummy: bool = False,
+        ranks: Ranks | None = None,
+        tell: Tell = lambda sizes: None,
+        config: ServedModel | None = None,
     ) -> None:
-        """`threads`: CPU threads, 0 for one on each core. The model lives where the pool does.
-        `int8`: of the weights of matrix products. `packed_dir`: where packed weights are kept.
+        """`pool`: or the device where one will be, to be said by `attach`; the model lives there.
+        `threads`: CPU threads, 0 for one on each core. `int8`: of the weights of matrix products.
+        `packed_dir`: where packed weights are kept. `dummy`: random weights. `ranks`: those that
+        compute with this one; `tell`: of rank 0, so that they `follow`. `config`: what `read_model`
+        said of the model, if it has been asked.
 
-        ModelError: see `ModelConfig.read` and `load_weights`. ValueError: the pool has another
-        layout.
+        ModelError: see `read_model` and `load_model`. ValueError: the pool has another layout.
         """
-        self.config = ModelConfig.read(model_path)
-        self.layout = self.config.kv_layout(dtype)
-        if pool.shape[1:] != self.layout.block_shape or pool.dtype != _DTYPES[dtype]:
-            raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
+        self.config = config or read_model(model_path, dummy=dummy)
+        own = self.config.part(ranks.size) if ranks else self.config
+        self.layout, self._dtype = own.kv_layout(dtype), _DTYPES[dtype]
+        self._device = pool.device if isinstance(pool, Tensor) else pool
+        if isinstance(pool, Tensor):
+            self.attach(pool)
         if threads:
             torch.set_num_threads(threads)
-        self._pool = pool
         self._guides = Guides(model_path, self.config)
-        backend = choose_backend(self.config, pool.dtype, pool.device, int8, threads)
-
-        def load() -> DecoderWeights:
-            how = self.config, pool.dtype, pool.device, backend
-            return load_weights(model_path, *how, _said_now_and_then())
-
-        if packed_dir is None or not isinstance(backend, CpuBackend):
-            weights = load()
-        else:
-            name = file_name(model_path, self.config, pool.dtype, int8)
-            weights = shared_weights(packed_dir / name, load)
-        if isinstance(backend, CpuBackend):
-            # What is left for torch is small. Its threads would wait for each other at every
-            # operation, on cores that others share for as long as the kernel lets those run.
-            torch.set_num_threads(1)
-        self._backend = backend
-        self.decoder = Decoder(self.config, weights, backend)
+        backend = choose_backend(own, self._dtype, self._device, int8, threads, bool(ranks))
+        self._backend, self._ranks, self._tell = backend, ranks, tell
+        how = Loading(self._dtype, self._device, backend, packed_dir, dummy, ranks)
+        self.decoder = load_model(model_path, self.config, how)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: dict[tuple[RequestId, int], Problem | None] = {}
         """No tokens come any more, and why."""
+        self._flying: Launched | None = None
+        """The step launched last, while what it drew is on its way."""
         self._guides.wait()
 
-    def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
+    def attach(self, pool: Tensor) -> None:
+        """From now on this is the pool. ValueError: it has another layout, or is elsewhere."""
+        fits = (pool.dtype, pool.device) == (self._dtype, self._device)
+        if pool.shape[1:] != self.layout.block_shape or not fits:
+            raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
+        self._pool = pool
+
+    def prepare(self, rows: int) -> None:
+        """What steps of up to so many streams need and the first ones would wait for: graphs, where
+        the backend has any. Of the pool that is attached."""
+        prepare = getattr(getattr(self.decoder, "program", None), "prepare", None)
+        if prepare is not None:
+            with self._on_device(), torch.inference_mode():
+                prepare(self._pool, self.config.head_dim, rows)
+
+    def rehearse(self, rows: Sequence[Row]) -> None:
+        """Computes a step, in blocks that are thrown away; of its logits tokens are drawn. So what
+        such a step takes of the device's memory has been taken once."""
+        blocks = 1 + max(block for row in rows for block in row.block_ids)
+        pool = allocate_pool(self.layout, blocks, self._device)
+        inputs = [Inputs(row.tokens, row.start) for row in rows]
+        with self._on_device(), torch.inference_mode():
+            batch = build_batch(rows, inputs, self._device)
+            logits = self.decoder.forward(batch, pool)
+            draws = [Draw(index, 1.0, 40, 0.9, 0.0, 0.5) for index in range(len(logits))]
+            Readback(*self._backend.draw_async(logits, draws)).values()
+
+    def follow(self, sizes: Sizes) -> None:
+        """Above rank 0: computes the batch that rank 0 computes now."""
+        assert self._ranks is not None
+        with self._on_device(), torch.inference_mode():
+            memory = torch.empty(sizes.num_bytes, dtype=torch.uint8, device=self._device)
+            batch = unpacked(self._ranks.broadcast(memory), sizes)
+            self.decoder.forward(batch, self._pool)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Each thread has a current GPU of its own, the first one until it says otherwise."""
+        on_gpu = self._device.type == "cuda"
+        return torch.cuda.device(self._device) if on_gpu else nullcontext()
+
+    def run(self, plan: BatchPlan) -> Outputs:
+        """One step, waited for: see `launch`."""
+        return self.launch(plan).finish()
+
+    def waits(self, plan: BatchPlan) -> bool:
+        """Whether the host has to know what the step before it drew: some row draws by more than
+        its logits, or proposes, or scores a prompt."""
+        new = {(each.request_id, each.attempt): each.sampling for each in plan.admitted}
+        return not all(self._is_plain(row, new) for row in plan.rows)
+
+    def launch(self, plan: BatchPlan) -> Step:
         """One step: forget `dropped`, learn `admitted`, run all rows, sample.
+
+        Where all rows are plain nothing is waited for: what they draw stays on the device, where
+        the next step finds it. So the next one may be launched before this one is finished, unless
+        that `waits`.
 
         One output for each row that samples or scores, in order of the rows. A row whose logits are
         no numbers, or that lets no token be drawn, yields none but a problem (it is logged, with
@@ -140,23 +204,94 @@ class Runner:
             self._histories[key] = self._history(admission)
             self._failed.pop(key, None)
         if not plan.rows:
-            return ()
+            return Made(())
+        with self._failing(plan), torch.inference_mode():
+            inputs = [self._inputs(row) for row in plan.rows]
+            memory, sizes = pack_batch(plan.rows, inputs, self._device)
+            batch = unpacked(memory, sizes)
+            self._fill(batch.tokens, plan.rows, inputs)
+            if self._ranks is not None:
+                self._tell(sizes)
+                self._ranks.broadcast(memory)
+            logits = self.decoder.forward(batch, self._pool)
+            sampling = [
+                (row, each)
+                for row, each in zip(plan.rows, inputs, strict=True)
+                if num_samples(row, each)
+            ]
+            if self.waits(plan):
+                return Made(self._sample(logits, sampling))
+            rows = [row for row, _ in sampling]
+            self._flying = Launched(self._finished, plan, rows, *self._draw(logits, rows))
+            return self._flying
+
+    @contextmanager
+    def _failing(self, plan: BatchPlan) -> Iterator[None]:
+        """The step after this one may be on its way, with rows that count on this one's tokens."""
         try:
-            with torch.inference_mode():
-                inputs = [self._inputs(row) for row in plan.rows]
-                batch = build_batch(plan.rows, inputs, self._pool.device)
-                logits = self.decoder.forward(batch, self._pool)
-                sampling = [
-                    (row, each)
-                    for row, each in zip(plan.rows, inputs, strict=True)
-                    if num_samples(row, each)
-                ]
-                return self._sample(logits, sampling)
+            with self._on_device():
+                yield
         except BaseException:
-            # The step after this one may be on its way, with rows that count on this one's tokens.
             for row in plan.rows:
                 self._failed.setdefault((row.request_id, row.attempt))
             raise
+
+    def _is_plain(self, row: Row, new: Mapping[tuple[RequestId, int], SamplingParams]) -> bool:
+        if row.drafts or row.prompt_logprobs or not row.sample:
+            return not row.drafts and not row.prompt_logprobs
+        key = (row.request_id, row.attempt)
+        if key in new:
+            return is_plain(new[key])
+        return key in self._histories and self._histories[key].plain
+
+    def _drawn_unseen(self, key: tuple[RequestId, int]) -> int:
+        """Tokens, none or one, that the step in flight draws for it."""
+        return self._flying is not None and key in self._flying.places
+
+    def _fill(self, tokens: Tensor, rows: Sequence[Row], inputs: Sequence[Inputs]) -> None:
+        """Input tokens that the step in flight draws, put where they belong on the device."""
+        if self._flying is None:
+            return
+        into, places, end = [], [], 0
+        for row, each in zip(rows, inputs, strict=True):
+            place = self._flying.places.get((row.request_id, row.attempt))
+            if row.after_previous and place is not None:
+                into.append(end)
+                places.append(place)
+            end += len(each.tokens) + len(each.drafts)
+        if into:
+            where = packed(np.asarray([into, places]), pinned=tokens.is_cuda)
+            to, source = where.view(torch.int64).view(2, -1).to(tokens.device, non_blocking=True)
+            tokens.index_copy_(0, to, self._flying.tokens.index_select(0, source))
+
+    def _draw(self, logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        draws = []
+        for index, row in enumerate(rows):
+            key = (row.request_id, row.attempt)
+            history = self._histories[key]
+            position = history.num_output + self._drawn_unseen(key)
+            draws.append(wanted(index, history.sampling, position))
+        return self._backend.draw_async(logits, draws)
+
+    def _finished(self, step: Launched) -> Outputs:
+        """What it drew; as `_sample`, of plain rows."""
+        with self._failing(step.plan):
+            tokens, tops = step.readback.values()
+        if self._flying is step:
+            self._flying = None
+        outputs = []
+        for row, token, top in zip(step.rows, tokens, tops, strict=True):
+            key = (row.request_id, row.attempt)
+            history, samples = self._histories[key], list[Sample]()
+            result = judged(history, int(token), top)
+            if isinstance(result, RowError):
+                self._failed.setdefault(key, result.problem)
+                _LOG.warning("no token: %s", result)
+            elif key not in self._failed:
+                history.append(result.token)
+                samples.append(result)
+            outputs.append(self._output(key, _NO_INPUTS, samples, ()))
+        return tuple(outputs)
 
     def _history(self, admission: Admission) -> History:
         grammar = admission.sampling.grammar
@@ -171,20 +306,23 @@ class Runner:
         if row.after_previous and row.tokens:
             raise ValueError(f"{row.request_id}: {len(row.tokens)} tokens behind a sample")
         if row.sample and key not in self._failed:
-            if row.position > history.num_output:
+            outputs = history.num_output + self._drawn_unseen(key)
+            if row.position > outputs:
                 raise ValueError(
-                    f"{row.request_id}: position {row.position} after {history.num_output} outputs"
+                    f"{row.request_id}: position {row.position} after {outputs} outputs"
                 )
             if not row.after_previous:
                 history.truncate(row.position)
         drafts: tuple[int, ...] = ()
         if row.drafts and key not in self._failed:
             drafts = history.drafts.propose(history.tokens, row.drafts)
+        if row.after_previous and self._drawn_unseen(key):
+            return Inputs((0,), len(history.tokens))  # `_fill` has the token
         if row.after_previous:
             return Inputs((history.tokens[-1],), len(history.tokens) - 1, drafts)
         return Inputs(row.tokens, row.start, drafts)
 
-    def _sample(self, logits: Tensor, sampling: list[tuple[Row, Inputs]]) -> tuple[RowOutput, ...]:
+    def _sample(self, logits: Tensor, sampling: list[tuple[Row, Inputs]]) -> Outputs:
         """A token for each row, then one more for each row whose draft was that token, and so on:
         each is drawn as if it were the only one of its step. What a row drew before it failed
         counts: its request may end with that."""

@@ -22,7 +22,7 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.grammar import GrammarError
 from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Backend
-from slipstream.types import TokenLogprobs
+from slipstream.types import SamplingParams, TokenLogprobs
 
 SCORED_AT_A_TIME = 32
 """Rows: each is a copy of the vocabulary."""
@@ -75,18 +75,25 @@ def sample(
         except GrammarError as error:
             errors[row] = _ungrammatical(history, error)
         _penalize(logits[row], history)
-    draws = [_wanted(row, history) for row, history in zip(rows, histories, strict=True)]
+    draws = [
+        wanted(row, history.sampling, history.num_output)
+        for row, history in zip(rows, histories, strict=True)
+    ]
     drawn = backend.draw(logits, draws)
     results: list[Sample | RowError] = []
     for (token, top), row, history in zip(drawn, rows, histories, strict=True):
-        if row in errors or not math.isfinite(top):
-            results.append(errors.get(row) or _undrawable(history, top))
-            continue
         logprobs = None
-        if row in raw:
+        if row in raw and row not in errors and math.isfinite(top):
             logprobs = _report(raw[row], token, history.sampling.logprobs or 0)
-        results.append(Sample(token, logprobs))
+        results.append(errors.get(row) or judged(history, token, top, logprobs))
     return results
+
+
+def judged(
+    history: History, token: int, top: float, logprobs: TokenLogprobs | None = None
+) -> Sample | RowError:
+    """What was drawn, unless the row's largest logit is no finite number."""
+    return Sample(token, logprobs) if math.isfinite(top) else _undrawable(history, top)
 
 
 def _undrawable(history: History, top: float) -> RowError:
@@ -122,8 +129,8 @@ def _ungrammatical(history: History, error: GrammarError) -> RowError:
     return RowError(f"{history.request_id}: grammar: {error}", problem)
 
 
-def _wanted(row: int, history: History) -> Draw:
-    params = history.sampling
+def wanted(row: int, params: SamplingParams, position: int) -> Draw:
+    """Out of row `row` of the logits, for output position `position`."""
     if params.greedy:
         return Draw(row)
     return Draw(
@@ -132,7 +139,7 @@ def _wanted(row: int, history: History) -> Draw:
         params.top_k,
         params.top_p,
         params.min_p,
-        uniform(params.seed, params.choice, history.num_output),
+        uniform(params.seed, params.choice, position),
     )
 
 

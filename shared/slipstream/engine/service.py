@@ -1,37 +1,37 @@
 """A worker process from its settings to its end: model, pool, transports, machine, shell."""
 
 import logging
-import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from slipstream import curve
 from slipstream.config import SetupError, StartError, WorkerConfig, format_bytes
-from slipstream.core.job import blocks_for
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.core.worker_spans import WorkerSpans
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.kv_events import KvEventPublisher
-from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.model_config import ForeignModel, ModelError, ServedModel
+from slipstream.engine.models import read_model
 from slipstream.engine.offload import Offload
-from slipstream.engine.runner import Runner
-from slipstream.errors import ExitCode
-from slipstream.kv.bus import bus_address
-from slipstream.kv.choice import Transports
-from slipstream.kv.layout import KvDtype, KvLayout
-from slipstream.kv.offers import Pool, offer
-from slipstream.kv.segment import (
-    Segment,
-    SegmentHeader,
-    create_segment,
-    free_bytes,
-    remove_dead_segments,
-    segment_path,
+from slipstream.engine.ranks import Ranks
+from slipstream.engine.runner import Runner, Tell
+from slipstream.engine.sizing import Size, size_pool
+from slipstream.engine.team import Team, end_worker
+from slipstream.engine.worker_parts import (
+    WorkerPlan,
+    computes_with,
+    load_runner,
+    make_pool,
+    make_transports,
+    plan_of,
+    pool_tensor,
+    room_of,
+    what_computes,
 )
+from slipstream.errors import ExitCode
+from slipstream.kv.choice import Transports
+from slipstream.kv.device import DeviceSegment
+from slipstream.kv.segment import Segment, remove_dead_segments
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.log import set_up
@@ -39,26 +39,8 @@ from slipstream.runtime.memory import available_memory, require_host_tiers
 from slipstream.runtime.priority import stand_back
 from slipstream.runtime.shell import run_service
 from slipstream.runtime.wall import wall_offset_ns
-from slipstream.types import Epoch
-
-MEMORY_SHARE = 0.125
-SHM_SHARE = 0.5
-USUAL_TOKENS = 1024
-"""Tokens of a request that an unasked-for pool is sized for."""
-_NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 _LOG = logging.getLogger(__name__)
-
-
-class _Plan(NamedTuple):
-    """What the settings come to for this model on this machine."""
-
-    model: ModelConfig
-    dtype: KvDtype
-    layout: KvLayout
-    max_model_len: int
-    num_blocks: int
-    threads: int
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -72,19 +54,32 @@ def run_worker(config: WorkerConfig) -> int:
     signal.signal(signal.SIGTERM, _leave_in_order)
     remove_dead_segments(config.shm_dir, config.run_dir, config.node_id)
     try:
-        plan = _plan(config, ModelConfig.read(config.model))
+        plan = plan_of(
+            config, read_model(config.model, config.model_impl, config.load_format == "dummy")
+        )
         with ExitStack() as stack:
             epoch = new_epoch(config)
-            segment = _segment(config, plan, epoch)
+            runner, team = None, None
+            if config.tensor_parallel_size > 1:
+                team = Team(config, epoch, plan.device, end_worker)
+                stack.callback(team.close)
+            if plan.share or team is not None:  # what is left shows when the model is there
+                runner = load_runner(config, plan, plan.device, *_ways_to(team))
+            size = _size(config, plan, runner, team)
+            segment = make_pool(config, plan, epoch, size.num_blocks)
             stack.callback(segment.close)
-            transports = _transports(config, segment)
+            transports = make_transports(config, segment)
             stack.callback(transports.close)
-            node = _node(config, plan, segment, transports)
+            rank_transports = team.make_pools(size.num_blocks) if team is not None else ()
+            node = _node(config, plan, size, segment, transports, rank_transports)
             machine = WorkerMachine(node, _settings(config, plan.model))
-            pool = torch.frombuffer(segment.blocks, dtype=getattr(torch, plan.dtype))
-            shape = (plan.num_blocks, *plan.layout.block_shape)
-            runner = _runner(config, plan, pool.view(shape))
-            _announce(config, plan, segment, transports)
+            pool = pool_tensor(plan, segment)
+            if runner is None:
+                runner = load_runner(config, plan, pool)
+            else:
+                runner.attach(pool)
+                runner.prepare(config.max_num_seqs)
+            _announce(config, plan, size, segment, transports)
             kv_events = _kv_events(config, node)
             if kv_events is not None:
                 stack.callback(kv_events.close)
@@ -92,6 +87,7 @@ def run_worker(config: WorkerConfig) -> int:
                 *(runner, segment.blocks, transports, lambda: machine.membership.nodes),
                 offload=_offload(config, segment),
                 kv_events=kv_events,
+                team=team,
             )
             spans = WorkerSpans(node, wall_offset_ns, machine.batcher)
             return run_service(config, node, machine, executor, spans=spans)
@@ -99,12 +95,8 @@ def run_worker(config: WorkerConfig) -> int:
         raise StartError(f"slipstream {config.role}: {error}", ExitCode.MODEL) from None
 
 
-def _runner(config: WorkerConfig, plan: _Plan, pool: torch.Tensor) -> Runner:
-    return Runner(
-        *(config.model, plan.dtype, pool, plan.threads),
-        int8=config.quantization == "int8",
-        packed_dir=None if config.packed_weights_dir == "none" else Path(config.packed_weights_dir),
-    )
+def _ways_to(team: Team | None) -> tuple[Ranks, Tell] | tuple[()]:
+    return () if team is None else (team.ranks, team.tell)
 
 
 def _leave_in_order(number: int, _frame: object) -> None:
@@ -112,90 +104,27 @@ def _leave_in_order(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def choose_dtype(wanted: str, checkpoint: str, cpu_flags: frozenset[str]) -> KvDtype:
-    """`auto`: bfloat16 for a half-precision checkpoint, where the CPU computes with it natively."""
-    if wanted != "auto":
-        return "bfloat16" if wanted == "bfloat16" else "float32"
-    half = checkpoint in ("bfloat16", "float16")
-    return "bfloat16" if half and cpu_flags & _NATIVE_BFLOAT16 else "float32"
-
-
-def choose_model_len(config: WorkerConfig, model: ModelConfig) -> int:
-    longest = model.max_position_embeddings
-    if config.max_model_len > longest:
-        raise SetupError(
-            f"slipstream {config.role}: --max-model-len {config.max_model_len}: "
-            f"the model has {longest}; give that or less"
+def _size(config: WorkerConfig, plan: WorkerPlan, runner: Runner | None, team: Team | None) -> Size:
+    """Of the pool. StartError: it is too small for anything."""
+    room = room_of(config, plan, runner)
+    if team is not None:
+        room = room._replace(num_bytes=team.least_room(room.num_bytes))
+    size = size_pool(config, plan.layout.block_bytes, plan.max_model_len, room)
+    if size.lowered_from:
+        _LOG.warning(
+            "context %d instead of the model's %d: the pool holds no more (--max-model-len, "
+            "--kv-cache-bytes)",
+            size.max_model_len,
+            size.lowered_from,
         )
-    return config.max_model_len or longest
+    if not plan.share:
+        pool_bytes = size.num_blocks * plan.layout.block_bytes * config.tensor_parallel_size
+        who, free = f"slipstream {config.role}", available_memory()
+        require_host_tiers(who, [config.offload_host_bytes], [pool_bytes], free)
+    return size
 
 
-def choose_num_blocks(
-    config: WorkerConfig, block_bytes: int, max_model_len: int, memory_free: int, shm_free: int
-) -> int:
-    """Blocks of the pool; at least one request of `max_model_len` fits. StartError if it cannot.
-
-    `memory_free`, `shm_free`: bytes that nobody uses on this host, in the segments' folder.
-    """
-    needed = blocks_for(max_model_len)
-    if config.kv_cache_bytes:
-        num_blocks = config.kv_cache_bytes // block_bytes
-        why = f"--kv-cache-bytes {format_bytes(config.kv_cache_bytes)}"
-    else:
-        limit = min(int(memory_free * MEMORY_SHARE), int(shm_free * SHM_SHARE))
-        usual = blocks_for(min(USUAL_TOKENS, max_model_len)) * config.max_num_seqs
-        num_blocks = min(max(usual, needed), limit // block_bytes)
-        why = (
-            f"{format_bytes(limit)} for KV blocks (sized automatically: an eighth of "
-            f"{format_bytes(memory_free)} free memory, half of {format_bytes(shm_free)} free in "
-            f"{config.shm_dir})"
-        )
-    if num_blocks < needed:
-        raise StartError(
-            f"slipstream {config.role}: {why} is too little: one request of {max_model_len} tokens "
-            f"needs {format_bytes(needed * block_bytes)}; lower --max-model-len or raise "
-            "--kv-cache-bytes",
-            ExitCode.MEMORY,
-        )
-    return num_blocks
-
-
-def cpu_flags() -> frozenset[str]:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
-def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
-    dtype = choose_dtype(config.dtype, model.dtype, cpu_flags())
-    layout = model.kv_layout(dtype)
-    max_model_len = choose_model_len(config, model)
-    try:
-        shm_free = free_bytes(config.shm_dir)
-    except OSError as error:
-        line = f"slipstream {config.role}: --shm-dir {config.shm_dir}: {error.strerror}"
-        raise SetupError(line) from None
-    memory_free = available_memory()
-    num_blocks = choose_num_blocks(config, layout.block_bytes, max_model_len, memory_free, shm_free)
-    pool_bytes, who = num_blocks * layout.block_bytes, f"slipstream {config.role}"
-    require_host_tiers(who, [config.offload_host_bytes], [pool_bytes], memory_free)
-    threads = config.threads or len(os.sched_getaffinity(0))
-    return _Plan(model, dtype, layout, max_model_len, num_blocks, threads)
-
-
-def _segment(config: WorkerConfig, plan: _Plan, epoch: Epoch) -> Segment:
-    header = SegmentHeader(
-        kv_layout_id=plan.layout.layout_id(plan.model.fingerprint, config.quantization),
-        epoch=epoch,
-        num_blocks=plan.num_blocks,
-        block_bytes=plan.layout.block_bytes,
-    )
-    path = segment_path(config.shm_dir, config.run_dir, config.node_id, epoch)
-    return create_segment(path, header)
-
-
-def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
+def _offload(config: WorkerConfig, segment: Segment | DeviceSegment) -> Offload | None:
     """What is below the pool, if the settings give it room."""
     if not config.offloads:
         return None
@@ -227,16 +156,14 @@ def _offload(config: WorkerConfig, segment: Segment) -> Offload | None:
     return offload
 
 
-def _transports(config: WorkerConfig, segment: Segment) -> Transports:
-    bind = bus_address(config.listen, config.run_dir, config.node_id)
-    keys = curve.load(config.keys_dir, config.role)
-    pool = Pool(segment, config.node_id, bind, config.advertise, keys=keys)
-    transports, absent = offer(config.transports, pool)
-    header, host = segment.header, host_identity(config.shm_dir)
-    return Transports(transports, header.kv_layout_id, header.block_bytes, host, absent)
-
-
-def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> NodeInfo:
+def _node(
+    config: WorkerConfig,
+    plan: WorkerPlan,
+    size: Size,
+    segment: Segment | DeviceSegment,
+    transports: Transports,
+    rank_transports: tuple[dict[str, str], ...],
+) -> NodeInfo:
     return NodeInfo(
         node_id=config.node_id,
         role=config.role,
@@ -246,16 +173,17 @@ def _node(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Trans
         worker=WorkerInfo(
             model=config.served_model_name or Path(config.model).resolve().name,
             kv_layout_id=segment.header.kv_layout_id,
-            num_blocks=plan.num_blocks,
+            num_blocks=size.num_blocks,
             block_bytes=plan.layout.block_bytes,
-            max_model_len=plan.max_model_len,
+            max_model_len=size.max_model_len,
             vocab_size=plan.model.vocab_size,
             max_num_seqs=config.max_num_seqs,
             prefill_budget_tokens=config.prefill_budget_tokens,
             accept_decode=config.accept_decode,
             transports=transports.advertise(),
             quantization=config.quantization,
-            device=_device(plan.threads),
+            device=what_computes(plan),
+            rank_transports=rank_transports,
         ),
     )
 
@@ -271,20 +199,7 @@ def _kv_events(config: WorkerConfig, node: NodeInfo) -> KvEventPublisher | None:
     )
 
 
-def _device(threads: int) -> str:
-    """Named if it takes all of its cores: whoever has the same ones competes for them."""
-    cores = sorted(os.sched_getaffinity(0))
-    return f"cpu {','.join(map(str, cores))}" if threads >= len(cores) else ""
-
-
-def _computes_with(threads: int) -> str:
-    """For the log."""
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    how = "all" if _device(threads) else "any"
-    return f"{threads} thread{'s' * (threads > 1)} on {how} of the cores {cores}"
-
-
-def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
+def _settings(config: WorkerConfig, model: ServedModel) -> WorkerSettings:
     return WorkerSettings(
         eos_token_ids=tuple(sorted(model.eos_token_ids)),
         lease_s=config.lease_s,
@@ -299,19 +214,35 @@ def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
     )
 
 
-def _announce(config: WorkerConfig, plan: _Plan, segment: Segment, transports: Transports) -> None:
+def _how_made(config: WorkerConfig) -> str:
+    """For the log: the weights, if they are not just those of the files."""
+    dummy = ", dummy weights" if config.load_format == "dummy" else ""
+    parts = config.tensor_parallel_size
+    ranks = f", {parts} ranks" if parts > 1 else ""
+    made = "" if config.quantization == "none" else f", {config.quantization} weights"
+    return dummy + made + ranks
+
+
+def _announce(
+    config: WorkerConfig,
+    plan: WorkerPlan,
+    size: Size,
+    segment: Segment | DeviceSegment,
+    transports: Transports,
+) -> None:
     _LOG.info(
-        "model %s, %s%s, context %d, %d KV blocks of %s (%s in %s), transports %s, %s",
+        "model %s%s, %s%s, context %d, %d KV blocks of %s (%s in %s), transports %s, %s",
         config.model,
+        " (by Transformers)" if isinstance(plan.model, ForeignModel) else "",
         plan.dtype,
-        "" if config.quantization == "none" else f", {config.quantization} weights",
-        plan.max_model_len,
-        plan.num_blocks,
+        _how_made(config),
+        size.max_model_len,
+        size.num_blocks,
         format_bytes(plan.layout.block_bytes),
         format_bytes(segment.header.file_bytes),
         segment.pages,
         ",".join(transports.advertise()),
-        _computes_with(plan.threads),
+        computes_with(plan),
     )
     for name, reason in transports.absent.items():
         _LOG.info("no transport %s: %s", name, reason)

@@ -40,14 +40,17 @@ class Shaping:
     @classmethod
     def of(cls, sampling: SamplingParams, num_prompt: int, guide: Guide | None) -> "Shaping | None":
         """None where there is nothing to do, ever."""
-        wanted = (
-            guide is not None
+        return cls(sampling, num_prompt, guide) if cls.wanted(sampling) else None
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return bool(
+            sampling.grammar
             or sampling.min_tokens
             or sampling.logit_bias
             or sampling.allowed_token_ids
             or sampling.bad_tokens
         )
-        return cls(sampling, num_prompt, guide) if wanted else None
 
     def apply(self, logits: Tensor, tokens: Sequence[int], eos_token_ids: frozenset[int]) -> None:
         """Changes one row, `[vocab]`, in place; `tokens` are prompt and output.
@@ -90,6 +93,16 @@ class Shaping:
         if (early or endless) if held else (early and not endless):
             ends |= eos_token_ids
         return _sorted_ids(ends)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether its draws need the logits alone: neither the tokens before, nor the host."""
+    return (
+        params.logprobs is None
+        and params.repetition_penalty == 1.0
+        and params.frequency_penalty == params.presence_penalty == 0.0
+        and not Shaping.wanted(params)
+    )
 
 
 def _sorted_ids(ids: Iterable[int]) -> Ids:

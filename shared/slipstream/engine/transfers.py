@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from slipstream.core.machine import BlocksDigested, DigestBlocks, Event, PullBlocks, PullDone
 from slipstream.engine.effect_threads import EffectThreads, one_line
 from slipstream.kv.choice import Transports
+from slipstream.kv.device import PoolBlocks
 from slipstream.kv.digest import block_digests
-from slipstream.kv.segment import Blocks
 from slipstream.kv.transport import Digests, Read, TransferError, Transport
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
@@ -30,7 +30,7 @@ class Transfers:
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: PoolBlocks,
         transports: Transports,
         directory: Callable[[], Mapping[NodeId, NodeInfo]],
     ):

@@ -23,8 +23,8 @@ from slipstream.kv.bus_wire import (
     Refusal,
     blocks_per_reply,
 )
+from slipstream.kv.device import PoolBlocks, load
 from slipstream.kv.read_thread import ReadThread
-from slipstream.kv.segment import Blocks
 from slipstream.kv.transport import Read, TransferError
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
@@ -45,7 +45,7 @@ class BusServer:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         bind: str,
-        blocks: Blocks,
+        blocks: PoolBlocks,
         epoch: int,
         keys: Keys | None,
     ):
@@ -105,11 +105,9 @@ class BusServer:
             return None
         error = self._refusal(request)
         head = _encode(ReadReply(request.read_id, request.part, self._epoch, error))
-        return (
-            [head]
-            if error
-            else [head, *(memoryview(self._blocks[block]) for block in request.blocks)]
-        )
+        if error:
+            return [head]
+        return [head, *(block.data for block in load(self._blocks, request.blocks))]
 
     def _refusal(self, request: ReadRequest) -> Refusal | Literal[""]:
         count, block_bytes = self._blocks.shape
@@ -129,7 +127,7 @@ class BusTransport:
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: PoolBlocks,
         epoch: int,
         bind: str,
         advertise: str = "",

@@ -16,7 +16,6 @@ import numpy as np
 import zmq
 
 from slipstream.curve import Keys
-from slipstream.kernels.verified_copy import verified_copy
 from slipstream.kv.bus_wire import (
     NAME,
     REQUEST_BYTES_MAX,
@@ -24,6 +23,8 @@ from slipstream.kv.bus_wire import (
     ReadRequest,
     blocks_per_reply,
 )
+from slipstream.kv.cuda_driver import CudaError
+from slipstream.kv.device import store
 from slipstream.kv.read_thread import Command, Commands
 from slipstream.kv.transport import (
     Digests,
@@ -126,6 +127,8 @@ class BusReads:
             self._end(connection, error)
         except zmq.ZMQError as error:
             self._end(connection, TransferError("socket", str(error)))
+        except CudaError as error:
+            self._end(connection, TransferError("device", str(error)))
         except Exception as error:  # noqa: BLE001 every other READ would end with this thread
             _LOG.exception("READ from %s", flight.read.peer.node_id)
             self._end(connection, TransferError("internal", str(error)))
@@ -206,7 +209,7 @@ class _Flight:
             raise TransferError("malformed", "blocks of another size or number")
         for local, frame in zip(self._locals[part], frames[1:], strict=True):
             row = np.frombuffer(frame.buffer, np.uint8).reshape(1, block_bytes)
-            self.digests += verified_copy(row, (0,), read.into, (local,), read.verify)
+            self.digests += store(row, (0,), read.into, (local,), read.verify)
         self._answered += 1
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from slipstream.kv.device import DeviceBlocks
 from slipstream.kv.transport import TransferError, Transport, read_now
 from slipstream.messages import NodeInfo
 from slipstream.types import Epoch, NodeId
@@ -61,12 +62,14 @@ class Transports:
         block_bytes: int,
         host: str,
         absent: Mapping[str, str] | None = None,
+        scratch: DeviceBlocks | None = None,
     ):
         """`host`: as in our own `NodeInfo`; a detour to a peer on the same host is worth a
-        warning. `absent`: transports that cannot work here, and why."""
+        warning. `absent`: transports that cannot work here, and why. `scratch`: where READs that
+        are timed land; none: in the host's memory, as our pool does."""
         self._transports = tuple(transports)
         self._kv_layout_id, self._block_bytes, self._host = kv_layout_id, block_bytes, host
-        self.absent = dict(absent or {})
+        self.absent, self._scratch = dict(absent or {}), scratch
         self._known: dict[NodeId, _Known] = {}
         self._lock = threading.Lock()
 
@@ -204,14 +207,14 @@ class Transports:
         """GB/s of verified READs into memory that is nobody's."""
         assert peer.worker is not None
         count = min(max(1, PROBE_BYTES // self._block_bytes), peer.worker.num_blocks)
-        scratch = np.empty((count, self._block_bytes), np.uint8)
+        scratch = self._scratch or np.empty((count, self._block_bytes), np.uint8)
         times_s = []
         for _ in range(PROBE_READS):
             began_s = time.monotonic()
             rows = range(count)
             read_now(transport, peer, rows, scratch, rows, PROBE_TIMEOUT_S)
             times_s.append(time.monotonic() - began_s)
-        return scratch.nbytes / min(times_s) / 1e9
+        return count * self._block_bytes / min(times_s) / 1e9
 
     def _tell(
         self, peer: NodeInfo, transport: Transport, error: TransferError, known: _Known

@@ -9,15 +9,16 @@ import base64
 import logging
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
-from slipstream.kernels.verified_copy import digests
+from slipstream.kv import device
 from slipstream.kv.cuda_driver import CudaError
-from slipstream.kv.segment import Blocks
+from slipstream.kv.device import Copy, DeviceBlocks, Lane
+from slipstream.kv.digest import block_digests
 from slipstream.kv.transport import Digests, PeerPool, Read, TransferError, check_read, pool_of
 from slipstream.messages import NodeInfo
 from slipstream.types import Epoch, NodeId
@@ -25,28 +26,16 @@ from slipstream.types import Epoch, NodeId
 _LOG = logging.getLogger(__name__)
 
 CARD_BYTES = 32
-STAGING_BYTES = 4 << 20
-"""Read back at a time for the digests, unless a single block is larger."""
 
 
-class Driver(Protocol):
-    """`cuda_driver.CudaDriver`, or its stand-in in tests. Raises CudaError."""
+class Driver(device.Driver, Protocol):
+    """With what moves between processes."""
 
     def allocate(self, content: bytes) -> int: ...
     def export(self, pointer: int) -> bytes: ...
     def open(self, handle: bytes) -> int: ...
     def shut(self, pointer: int) -> None: ...
-    def copy(self, target: int, source: int, num_bytes: int) -> None: ...
-    def wait(self) -> None: ...
-
-
-class DevicePool(NamedTuple):
-    """A pool in device memory."""
-
-    pointer: int
-    """Of an allocation that begins here."""
-    name: Blocks
-    """What a `Read` has as `into` when it means this pool; only its shape is looked at."""
+    def gpu_of(self, pointer: int) -> int: ...
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):
@@ -60,6 +49,8 @@ class _Peer(NamedTuple):
     epoch: Epoch
     told: PeerPool
     pool: int
+    gpu: int
+    """Where it lies. From another GPU the driver copies, which asks no multiprocessor of ours."""
 
 
 class CudaIpcTransport:
@@ -67,9 +58,11 @@ class CudaIpcTransport:
 
     name = "cuda_ipc"
 
-    def __init__(self, driver: Driver, pool: DevicePool, host: str):
-        """`host`: as in our `NodeInfo`. CudaError: the pool cannot be exported."""
-        self._driver, self._pool, self._host = driver, pool, host
+    def __init__(self, driver: Driver, pool: DeviceBlocks, host: str):
+        """`driver`: of a stream of our own. `pool`: an allocation of its own. `host`: as in our
+        `NodeInfo`. CudaError: the pool cannot be exported."""
+        self._driver, self._lane, self._host = driver, Lane(driver), host
+        self._block_bytes = pool.shape[1]
         nonce = secrets.token_bytes(CARD_BYTES)
         card = driver.export(driver.allocate(nonce))
         address = _Address(host, driver.export(pool.pointer), card, nonce)
@@ -78,8 +71,6 @@ class CudaIpcTransport:
         self._lock = threading.Lock()
         """Held while the stream is used: a peer's memory is not let go under a copy."""
         self._closed = False
-        self._lost: CudaError | None = None
-        """The device's last word: nobody can say what becomes of copies."""
 
     def advertise(self) -> str:
         return self._address
@@ -117,7 +108,7 @@ class CudaIpcTransport:
                 self._shut(node_id)
 
     def _open(self, peer: NodeInfo) -> _Peer:
-        told = pool_of(peer, self.name, int(self._pool.name.shape[1]))
+        told = pool_of(peer, self.name, self._block_bytes)
         try:
             packed = base64.b64decode(told.address, validate=True)
             address = msgspec.msgpack.decode(packed, type=_Address)
@@ -128,12 +119,13 @@ class CudaIpcTransport:
         card = self._driver.open(address.card)
         try:
             found = np.zeros(CARD_BYTES, np.uint8)
-            self._carry_out([(int(found.ctypes.data), card, CARD_BYTES)])
+            self._lane.carry_out([(int(found.ctypes.data), card, CARD_BYTES)])
         finally:
             self._driver.shut(card)
         if found.tobytes() != address.nonce:
             raise TransferError("attach", f"{peer.node_id}: the handle leads to other memory")
-        return _Peer(peer.epoch, told, self._driver.open(address.pool))
+        pool = self._driver.open(address.pool)
+        return _Peer(peer.epoch, told, pool, self._driver.gpu_of(pool))
 
     def _shut(self, node_id: NodeId) -> None:
         peer = self._peers.pop(node_id, None)
@@ -146,8 +138,8 @@ class CudaIpcTransport:
     def _check_open(self) -> None:
         if self._closed:
             raise TransferError("closed")
-        if self._lost is not None:
-            raise TransferError("device", f"is lost: {self._lost}")
+        if self._lane.lost is not None:
+            raise TransferError("device", f"is lost: {self._lane.lost}")
 
     def _copy(self, read: Read) -> Digests:
         self._check_open()
@@ -155,41 +147,23 @@ class CudaIpcTransport:
         if peer is None or peer.epoch != read.peer.epoch:
             raise TransferError("epoch", f"{read.peer.node_id} is not attached")
         check_read(read, peer.told)
-        here = read.into is self._pool.name
-        base = self._pool.pointer if here else int(read.into.ctypes.data)
-        size = int(read.into.shape[1])
-        pairs = zip(read.source_blocks, read.local_blocks, strict=True)
-        self._carry_out((base + b * size, peer.pool + a * size, size) for a, b in pairs)
-        if not read.verify:
-            return ()
-        return self._digests(read) if here else digests(read.into, read.local_blocks)
+        into, size = read.into, self._block_bytes
+        if isinstance(into, DeviceBlocks) and into.kernels is not None and peer.gpu == into.gpu:
+            words = peer.pool, peer.told.num_blocks, read.source_blocks
+            return into.kernels.copy(*words, into, read.local_blocks, read.verify)
+        base = into.pointer if isinstance(into, DeviceBlocks) else int(into.ctypes.data)
+        self._lane.carry_out(_runs(peer.pool, read.source_blocks, base, read.local_blocks, size))
+        return block_digests(into, read.local_blocks) if read.verify else ()
 
-    def _digests(self, read: Read) -> Digests:
-        """Of the device's blocks as stored, read back: the link to the host sets the pace."""
-        size = int(read.into.shape[1])
-        step = max(1, STAGING_BYTES // size)
-        staging = np.empty((step, size), np.uint8)
-        here, there = int(staging.ctypes.data), self._pool.pointer
-        made: list[bytes] = []
-        for start in range(0, len(read.local_blocks), step):
-            part = read.local_blocks[start : start + step]
-            self._carry_out((here + i * size, there + b * size, size) for i, b in enumerate(part))
-            made += digests(staging, range(len(part)))
-        return tuple(made)
 
-    def _carry_out(self, copies: Iterable[tuple[int, int, int]]) -> None:
-        """Copies (target, source, bytes) to their end. Whatever goes wrong meanwhile, nothing is
-        being copied any more when this returns: targets are given to others then.
-
-        CudaError: some of it was not copied. A device that cannot even say when it is at rest
-        computes nothing further for this process, by CUDA's rules, and is not asked again.
-        """
-        try:
-            for target, source, num_bytes in copies:
-                self._driver.copy(target, source, num_bytes)
-        finally:
-            try:
-                self._driver.wait()
-            except CudaError as error:
-                self._lost = error
-                raise
+def _runs(
+    theirs: int, sources: Sequence[int], ours: int, locals_: Sequence[int], size: int
+) -> Iterator[Copy]:
+    """One copy for blocks that follow each other on both sides: each costs a call."""
+    first, count = 0, len(sources)
+    for end in range(1, count + 1):
+        along = end < count and all(x[end] == x[end - 1] + 1 for x in (sources, locals_))
+        if not along:
+            target, source = ours + locals_[first] * size, theirs + sources[first] * size
+            yield target, source, (end - first) * size
+            first = end

@@ -3,17 +3,18 @@
 from collections.abc import Iterable
 
 from slipstream.kernels.verified_copy import DIGEST_BYTES, digests
-from slipstream.kv.segment import Blocks
+from slipstream.kv.device import DeviceBlocks, PoolBlocks
 from slipstream.types import BlockId
 
 __all__ = ["DIGEST_BYTES", "block_digests"]
 
 
-def block_digests(blocks: Blocks, ids: Iterable[BlockId]) -> tuple[bytes, ...]:
+def block_digests(blocks: PoolBlocks, ids: Iterable[BlockId]) -> tuple[bytes, ...]:
     """XXH3-128 over all bytes of each block, 16 bytes a block. IndexError: no such block.
 
     Not cryptographic: it guards against torn, late, misplaced and flipped bytes, not against a
     forger. Readers compute it while they copy (`kernels.verified_copy`), where it costs nothing
     that can be measured; alone it runs at the speed of memory. The GIL is released.
     """
-    return digests(blocks, tuple(ids))
+    rows = tuple(ids)
+    return blocks.digests(rows) if isinstance(blocks, DeviceBlocks) else digests(blocks, rows)

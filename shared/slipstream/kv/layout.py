@@ -32,12 +32,14 @@ class KvLayout(msgspec.Struct, frozen=True):
         elements = self.num_layers * 2 * self.num_kv_heads * BLOCK_TOKENS * self.head_dim
         return elements * ELEMENT_BYTES[self.dtype]
 
-    def layout_id(self, model_fingerprint: str, quantization: str = "none") -> str:
+    def layout_id(self, model_fingerprint: str, quantization: str = "none", ranks: int = 1) -> str:
         """Equal on two workers exactly if a block's bytes mean the same on both.
 
         Names the model, the dtype, the layout, and what the weights were made into, for keys and
-        values come out of them: `1f0c6e2d9a7b4c55/bfloat16/l30.h3.t16.d64`, with `/int8` behind it.
+        values come out of them: `1f0c6e2d9a7b4c55/bfloat16/l30.h3.t16.d64`, with `/int8` behind it,
+        and `/tp2` where a block is one of two ranks' part of it.
         """
         shape = f"l{self.num_layers}.h{self.num_kv_heads}.t{BLOCK_TOKENS}.d{self.head_dim}"
         plain = f"{model_fingerprint[:16]}/{self.dtype}/{shape}"
-        return plain if quantization == "none" else f"{plain}/{quantization}"
+        made = plain if quantization == "none" else f"{plain}/{quantization}"
+        return made if ranks == 1 else f"{made}/tp{ranks}"

@@ -1,13 +1,14 @@
 """Transport `nixl`: UCX, through NIXL: RDMA where there is some, else TCP."""
 
 import base64
+import math
 
 import msgspec
 
+from slipstream.kv.device import DeviceBlocks, PoolBlocks
 from slipstream.kv.nixl_agent import NixlAgent
 from slipstream.kv.nixl_reads import NAME, Address, NixlReads
 from slipstream.kv.read_thread import ReadThread
-from slipstream.kv.segment import Blocks
 from slipstream.kv.transport import Read, TransferError
 from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
@@ -20,12 +21,16 @@ class NixlTransport:
 
     name = NAME
 
-    def __init__(self, agent: NixlAgent, blocks: Blocks):
+    def __init__(self, agent: NixlAgent, blocks: PoolBlocks):
         """NixlError: the pool cannot be registered."""
         self._agent: NixlAgent | None = agent
         self._pool = blocks
-        agent.serve(blocks)
-        address = Address(agent.metadata(), blocks.ctypes.data)
+        if isinstance(blocks, DeviceBlocks):
+            base, gpu = blocks.pointer, blocks.gpu
+        else:
+            base, gpu = int(blocks.ctypes.data), None
+        agent.serve(base, math.prod(blocks.shape), gpu)
+        address = Address(agent.metadata(), base, gpu)
         self._address = base64.b64encode(msgspec.msgpack.encode(address)).decode()
         block_bytes = int(blocks.shape[1])
         self._thread = ReadThread(NAME, lambda: NixlReads(agent.reader(), block_bytes))

@@ -44,9 +44,9 @@ class NixlAgent:
         self._nixl, self._name = _bindings(), name
         self._agent, self._backend = _create(self._nixl, name, progress=True)
 
-    def serve(self, memory: Blocks) -> None:
-        """Peers may read it."""
-        region = _region(self._nixl, memory)
+    def serve(self, base: int, num_bytes: int, gpu: int | None = None) -> None:
+        """Peers may read these bytes of the host's memory, or of a GPU's."""
+        region = _region(self._nixl, base, num_bytes, gpu)
         _call(self._agent.registerMem, region, [self._backend])
 
     def metadata(self) -> bytes:
@@ -71,7 +71,7 @@ class NixlReader:
 
     def register(self, memory: Blocks) -> None:
         """READs may write to it."""
-        region = _region(self._nixl, memory)
+        region = _region(self._nixl, memory.ctypes.data, memory.nbytes, None)
         _call(self._agent.registerMem, region, [self._backend])
 
     def add(self, metadata: bytes) -> str:
@@ -82,15 +82,17 @@ class NixlReader:
     def remove(self, name: str) -> None:
         _call(self._agent.invalidateRemoteMD, name)
 
-    def prepare(self, name: str, base: int, count: int, row_bytes: int) -> int:
+    def prepare(
+        self, name: str, base: int, count: int, row_bytes: int, gpu: int | None = None
+    ) -> int:
         """A list of `count` adjacent blocks at an address of the agent `name`; empty: of ours.
 
         NixlError: some of them are in no memory that the agent has registered.
         """
         rows = np.zeros((count, 3), np.uint64)
         rows[:, 0] = np.uint64(base) + np.arange(count, dtype=np.uint64) * np.uint64(row_bytes)
-        rows[:, 1] = row_bytes
-        descriptors = self._nixl.nixlXferDList(self._nixl.DRAM_SEG, rows)
+        rows[:, 1], rows[:, 2] = row_bytes, gpu or 0
+        descriptors = self._nixl.nixlXferDList(_kind(self._nixl, gpu), rows)
         return int(_call(self._agent.prepXferDlist, name, descriptors, []))
 
     def release_list(self, handle: int) -> None:
@@ -134,9 +136,12 @@ def _create(nixl: ModuleType, name: str, progress: bool) -> tuple[Any, Any]:
     return agent, _call(agent.createBackend, "UCX", {"engine_config": UCX_CONFIG})
 
 
-def _region(nixl: ModuleType, memory: Blocks) -> Any:
-    rows = [(memory.ctypes.data, memory.nbytes, 0, "")]
-    return nixl.nixlRegDList(nixl.DRAM_SEG, rows)
+def _region(nixl: ModuleType, base: int, num_bytes: int, gpu: int | None) -> Any:
+    return nixl.nixlRegDList(_kind(nixl, gpu), [(base, num_bytes, gpu or 0, "")])
+
+
+def _kind(nixl: ModuleType, gpu: int | None) -> Any:
+    return nixl.DRAM_SEG if gpu is None else nixl.VRAM_SEG
 
 
 def _call(function: Any, *arguments: Any) -> Any:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from slipstream.kernels.verified_copy import verified_copy
+from slipstream.kv.cuda_driver import CudaError
+from slipstream.kv.device import store
 from slipstream.kv.huge_pages import HUGE_BYTES, Mapping
 from slipstream.kv.nixl_agent import NixlError, NixlReader
 from slipstream.kv.read_thread import Command, Commands
@@ -45,6 +46,8 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
     metadata: bytes
     base: int
     """Where the pool begins, in its process."""
+    gpu: int | None = None
+    """In the memory of which of its GPUs; none: in the host's."""
 
 
 class _Slab:
@@ -132,7 +135,9 @@ class NixlReads:
         agent = None
         try:
             agent = self._agent.add(address.metadata)
-            rows = self._agent.prepare(agent, address.base, told.num_blocks, told.block_bytes)
+            rows = self._agent.prepare(
+                agent, address.base, told.num_blocks, told.block_bytes, address.gpu
+            )
         except NixlError as error:
             if agent is not None:
                 self._disown(agent)
@@ -264,9 +269,12 @@ class NixlReads:
             return
         local: Sequence[int] = read.local_blocks[flight.chunks[chunk.index]]
         rows = range(len(local))
-        flight.digests[chunk.index] = verified_copy(
-            chunk.slab.memory, rows, read.into, local, read.verify
-        )
+        try:
+            made = store(chunk.slab.memory, rows, read.into, local, read.verify)
+        except CudaError as failure:
+            self._end(flight, TransferError("device", str(failure)))
+            return
+        flight.digests[chunk.index] = made
         self._finish(flight)
 
     def _finish(self, flight: _Flight) -> None:

@@ -7,7 +7,8 @@ from slipstream.config import AUTO_TRANSPORTS, SetupError
 from slipstream.curve import Keys
 from slipstream.kv.bus import BusTransport
 from slipstream.kv.cuda_driver import CudaDriver, CudaError
-from slipstream.kv.cuda_ipc import CudaIpcTransport, DevicePool
+from slipstream.kv.cuda_ipc import CudaIpcTransport
+from slipstream.kv.device import DeviceBlocks, DeviceSegment
 from slipstream.kv.nixl import NixlTransport
 from slipstream.kv.nixl_agent import NOT_INSTALLED, NixlAgent, NixlError, nixl_installed
 from slipstream.kv.segment import Segment
@@ -16,20 +17,18 @@ from slipstream.kv.transport import Transport
 from slipstream.types import TRANSPORTS
 
 _HOST_POOL = "the pool is in host memory"
-"""True of every worker's so far: `engine.service` makes no other ones."""
+_GPU_POOL = "the pool is in a GPU's memory"
 
 
 class Pool(NamedTuple):
     """What a worker's transports serve from, and where."""
 
-    segment: Segment
+    segment: Segment | DeviceSegment
     node_id: str
     bus_bind: str
     """Where the KV socket listens: `kv.bus.bus_address`."""
     advertise: str
     """Our bus address, for the host in it."""
-    device: DevicePool | None = None
-    """The pool, where it is in the memory of a CUDA device."""
     host: str = ""
     """As in our `NodeInfo`."""
     keys: Keys | None = None
@@ -69,14 +68,16 @@ def offer(names: str, pool: Pool) -> Offers:
     return offers
 
 
-def require_possible(names: str) -> None:
-    """What is known before there is a pool. SetupError: a transport was asked for by name, and
-    cannot work on this machine."""
+def require_possible(names: str, on_gpu: bool | None) -> None:
+    """What is known before there is a pool, in a GPU's memory, the host's, or one of the two.
+    SetupError: a transport was asked for by name, and cannot work on this machine."""
     wanted = [] if names == AUTO_TRANSPORTS else names.split(",")
     if "nixl" in wanted and not nixl_installed():
         raise _refusal("nixl", NOT_INSTALLED)
-    if "cuda_ipc" in wanted:
+    if "cuda_ipc" in wanted and on_gpu is False:
         raise _refusal("cuda_ipc", _HOST_POOL)
+    if "shm" in wanted and on_gpu:
+        raise _refusal("shm", _GPU_POOL)
 
 
 def _refusal(name: str, reason: str) -> SetupError:
@@ -86,12 +87,19 @@ def _refusal(name: str, reason: str) -> SetupError:
 
 
 def _cuda_ipc(pool: Pool) -> Transport:
-    if pool.device is None:
+    blocks = pool.segment.blocks
+    if not isinstance(blocks, DeviceBlocks):
         raise _Absent(_HOST_POOL)
     try:
-        return CudaIpcTransport(CudaDriver(), pool.device, pool.host)
+        return CudaIpcTransport(CudaDriver(blocks.gpu), blocks, pool.host)
     except CudaError as error:
         raise _Absent(str(error)) from None
+
+
+def _shm(pool: Pool) -> Transport:
+    if isinstance(pool.segment, DeviceSegment):
+        raise _Absent(_GPU_POOL)
+    return ShmTransport(pool.segment)
 
 
 def _nixl(pool: Pool) -> Transport:
@@ -112,7 +120,7 @@ def _bus(pool: Pool) -> Transport:
 
 _MAKERS: dict[str, Callable[[Pool], Transport]] = {
     "cuda_ipc": _cuda_ipc,
-    "shm": lambda pool: ShmTransport(pool.segment),
+    "shm": _shm,
     "nixl": _nixl,
     "bus": _bus,
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slipstream.kernels.verified_copy import verified_copy
+from slipstream.kv.device import DeviceBlocks
 from slipstream.kv.segment import Blocks, Segment, SegmentError, SegmentHeader, attach_segment
 from slipstream.kv.transport import Digests, PeerPool, Read, TransferError, check_read, pool_of
 from slipstream.messages import NodeInfo
@@ -78,6 +79,7 @@ class ShmTransport:
         if peer is None or peer.epoch != read.peer.epoch:
             raise TransferError("epoch", f"{read.peer.node_id} is not attached")
         check_read(read, peer.told)
+        assert not isinstance(read.into, DeviceBlocks), "pools on GPUs do without this transport"
         return verified_copy(
             peer.blocks, read.source_blocks, read.into, read.local_blocks, read.verify
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-from slipstream.kv.segment import Blocks
+from slipstream.kv.device import PoolBlocks
 from slipstream.messages import NodeInfo
 from slipstream.types import BlockId, NodeId
 
@@ -43,7 +43,7 @@ class Read:
 
     peer: NodeInfo
     source_blocks: Sequence[BlockId]
-    into: Blocks
+    into: PoolBlocks
     local_blocks: Sequence[BlockId]
     deadline_s: float
     """On this host's monotonic clock. A READ ends with cause `timeout` soon after it."""
@@ -88,7 +88,7 @@ def read_now(
     transport: Transport,
     peer: NodeInfo,
     source_blocks: Sequence[BlockId],
-    into: Blocks,
+    into: PoolBlocks,
     local_blocks: Sequence[BlockId],
     timeout_s: float,
     verify: bool = True,
