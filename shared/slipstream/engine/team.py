@@ -2,7 +2,6 @@
 model's other heads, a pool of their own with the same blocks, and transports of their own."""
 
 import itertools
-import logging
 import os
 import queue
 import socket
@@ -47,7 +46,6 @@ DIGEST_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 
 _Said = TypeVar("_Said", Room, Ready)
-_LOG = logging.getLogger(__name__)
 
 
 class Team:
@@ -62,7 +60,7 @@ class Team:
     ) -> None:
         """Starts them, and joins them. `lost`: told why the worker has to end, and its exit code;
         does not return. RuntimeError: somebody did not come."""
-        self._lost, self._closing = lost, False
+        self._who, self._lost, self._closing = f"slipstream {config.role}", lost, False
         self._said: dict[int, queue.SimpleQueue[FromRank]] = {}
         self._waiting: dict[tuple[str, int], Future[PullDone | BlocksDigested]] = {}
         self._lock, self._ids = threading.Lock(), itertools.count(1)
@@ -153,8 +151,7 @@ class Team:
 
     def _gone(self, rank: int) -> None:
         if not self._closing:
-            line = f"rank {rank} is gone, so this worker ends; what it says stands above"
-            self._lost(line, ExitCode.FAULT)
+            self._lost(f"{self._who}: rank {rank} is gone, and with it this worker", ExitCode.FAULT)
 
     def _next(self, rank: "_Rank", kind: type[_Said]) -> _Said:
         message = self._said[rank.number].get()
@@ -290,6 +287,5 @@ def as_seen_by(rank: int, node: NodeInfo) -> NodeInfo:
 
 def end_worker(line: str, code: int) -> None:
     """The last word of a worker that has lost a rank: nothing of it can go on."""
-    _LOG.critical("%s", line)
-    logging.shutdown()
+    print(line, file=sys.stderr, flush=True)
     os._exit(code)
