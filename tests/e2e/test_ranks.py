@@ -71,7 +71,7 @@ async def test_ranks_answer_as_one_process_does(ranks: tuple[Stack, PreTrainedMo
         os.kill(follower, signal.SIGKILL)
         until(lambda: stack.pids().get("decode-0") not in (None, decode), "another decode-0")
         stack.until_whole()
-        assert "rank 1 is gone, so this worker ends" in stack.log
+        assert "slipstream decode: rank 1 is gone, and with it this worker" in stack.log
         prompt = prompt_of(50, 4)
         answer = await client.complete(list(prompt), **body)
         assert stack.answer_tokens(answer.id) == expected(model, prompt)

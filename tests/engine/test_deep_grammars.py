@@ -19,16 +19,19 @@ SYSTEM_STACK_KB = 1024
 FOLLOW = """
 import ctypes, sys, threading
 from unittest.mock import Mock
+from slipstream.core.machine import BatchPlan, RunBatch
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.guide import Guides
 from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.step_loop import Made
 
 folder, tokens, grammar = sys.argv[1], [int(token) for token in sys.argv[2].split(",")], sys.argv[3]
-executor, done = WorkerExecutor(Mock(), Mock(), Mock(), dict), threading.Event()
+runner, done = Mock(), threading.Event()
+executor = WorkerExecutor(runner, Mock(), Mock(), dict)
 guide = Guides(folder, ModelConfig.read(folder)).guide(grammar, 1)
 guide.settle([guide])
 
-def step():
+def step(plan):
     for end in range(1, len(tokens) + 1):
         guide.biases(tokens[:end])
     thread, pthreads, size = ctypes.create_string_buffer(256), ctypes.CDLL(None), ctypes.c_size_t()
@@ -36,8 +39,11 @@ def step():
     pthreads.pthread_getattr_np(ctypes.c_ulong(pthreads.pthread_self()), thread)
     pthreads.pthread_attr_getstacksize(thread, ctypes.byref(size))
     print("followed on", size.value >> 20)
+    done.set()
+    return Made(())
 
-executor._compute.submit(lambda event: done.set(), "step", step, print)
+runner.launch = step
+executor.execute(RunBatch(BatchPlan(1, ())))
 assert done.wait(60)
 """
 

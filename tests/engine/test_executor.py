@@ -31,6 +31,7 @@ from slipstream.decode.config import DecodeConfig
 from slipstream.engine import executor as executor_module
 from slipstream.engine import transfers as transfers_module
 from slipstream.engine.executor import WorkerExecutor
+from slipstream.engine.gpu import choose_device
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
 from slipstream.engine.sizing import (
@@ -535,6 +536,25 @@ def test_a_gpu_is_divided_by_configuration() -> None:
     with pytest.raises(StartError, match=r"0B of cuda:0 .* is too little"):
         size_pool(given, MIB, 1600, full)
     assert isinstance(full, Room) and full.num_bytes == 0
+
+
+def test_a_worker_names_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(wanted: str, rank: int = 0, **changes: object) -> str:
+        return str(choose_device(config(device=wanted, **changes), rank))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device(x) for x in ("auto", "cuda", "cuda:1", "auto:1", "cpu")] == [
+        *("cuda:0", "cuda:0", "cuda:1", "cuda:1", "cpu")
+    ]
+    assert device("cuda", 1, tensor_parallel_size=2) == "cuda:1"
+    words = r"--device cuda:1 with --tensor-parallel-size 2: torch sees 2 GPUs; give a number below"
+    with pytest.raises(StartError, match=words):
+        device("cuda:1", 1, tensor_parallel_size=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device("auto:1") == "cpu"
+    with pytest.raises(StartError, match=r"--device cuda: torch sees no GPUs; give cpu, or see"):
+        device("cuda")
 
 
 def test_both_roles_run_the_same_program() -> None:

@@ -237,7 +237,7 @@ def test_a_rank_that_dies_ends_the_worker(saved: Saved, worker: Callable[[Path],
     while not made.lost and time.monotonic() < until_s:
         time.sleep(0.01)
     (line,) = made.lost
-    assert line.startswith("rank 1 is gone")
+    assert line == "slipstream decode: rank 1 is gone, and with it this worker"
 
 
 def test_ends_of_parts_come_to_one() -> None:

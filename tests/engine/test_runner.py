@@ -325,10 +325,10 @@ def test_a_model_that_takes_long_to_load_says_how_far_it_is(
     folder, _ = saved("llama")
     config = ModelConfig.read(folder)
     pool = allocate_pool(config.kv_layout("float32"), 4)
-    caplog.set_level(logging.INFO, "slipstream.engine.runner")
+    caplog.set_level(logging.INFO, "slipstream.engine.weights")
     Runner(folder, "float32", pool)
     assert "weights:" not in caplog.text, "not of one that is there at once"
-    monkeypatch.setattr("slipstream.engine.runner.SAID_EVERY_S", 0.0)
+    monkeypatch.setattr("slipstream.engine.weights.SAID_EVERY_S", 0.0)
     Runner(folder, "float32", pool)
     said = [record.message for record in caplog.records if "weights:" in record.message]
     layers = config.num_layers

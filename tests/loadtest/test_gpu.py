@@ -2,6 +2,7 @@
 and its steps, on a CPU."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -9,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +21,7 @@ from tokenizers import Tokenizer
 from slipstream.core.machine import Row as StepRow
 from slipstream.engine.model_config import ModelConfig
 from slipstream.loadtest.gpu import __main__ as command
+from slipstream.loadtest.gpu import floors as measured
 from slipstream.loadtest.gpu import steps
 from slipstream.loadtest.gpu.results import Phase, Results, Row, rate_row, time_row
 from slipstream.loadtest.gpu.shapes import EIGHT_B, Shape
@@ -101,6 +106,29 @@ def test_budgets_fit_into_ten_minutes() -> None:
     for each in command.PHASES:
         module, _, function = each.where.partition(":")
         assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+def test_kernels_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels' own walk, one seed after the other, until there is no time left."""
+
+    class Checked(NamedTuple):
+        kernel: str
+        error: float
+        ok: bool
+
+    def check(device: torch.device, seeds: range) -> list[Checked]:
+        (seed,) = seeds
+        return [Checked("norm", 0.5, True), Checked("draw", math.inf if seed else 0.0, not seed)]
+
+    module = SimpleNamespace(check=check)
+    monkeypatch.setattr(measured.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(measured, "SEEDS_MAX", 2)
+    told: list[Row] = []
+    measured.check(tmp_path, {}, told.append)
+    norm, draw = told
+    assert (norm.verdict, norm.note) == ("met", "2 shapes, 0 wrong")
+    assert (draw.verdict, draw.note) == ("missed: 100% wanted", "2 shapes, 1 wrong")
+    assert msgspec.json.decode(msgspec.json.encode(draw), type=Row) == draw
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

@@ -1,6 +1,5 @@
 """A batch plan as tensors."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,32 +103,32 @@ class Sizes(NamedTuple):
 def packed(*arrays: np.ndarray, pinned: bool) -> Tensor:
     """Of `ForwardBatch`, in the order of `unpacked`: bytes of one tensor, for one copy to the
     device, which nobody waits for if its memory is pinned."""
-    kinds = [np.int64 if index < _WIDE else np.int32 for index in range(len(arrays))]
-    sizes = [x.size * np.dtype(kind).itemsize for x, kind in zip(arrays, kinds, strict=True)]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
-    into, start = memory.numpy(), 0
-    for array, kind, size in zip(arrays, kinds, sizes, strict=True):
-        into[start : start + size].view(kind)[:] = array.reshape(-1)
-        start += size
+    wide, narrow = arrays[:_WIDE], arrays[_WIDE:]
+    middle = 8 * sum(array.size for array in wide)
+    size = middle + 4 * sum(array.size for array in narrow)
+    memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    into = memory.numpy()
+    np.concatenate(wide, axis=None, out=into[:middle].view(np.int64))
+    if narrow:
+        parts = into[middle:].view(np.int32)
+        np.concatenate(narrow, axis=None, out=parts, casting="same_kind")
     return memory
 
 
 def unpacked(memory: Tensor, sizes: Sizes) -> ForwardBatch:
     """Views of it."""
     count, samples, rows, longest = sizes
-    shapes = ((count,), (count,), (count,), (samples,), (rows, longest), (rows + 1,), (rows,))
-    parts, start = [], 0
-    for index, shape in enumerate(shapes):
-        dtype = torch.int64 if index < _WIDE else torch.int32
-        size = math.prod(shape) * dtype.itemsize
-        parts.append(memory[start : start + size].view(dtype).view(shape))
-        start += size
-    tokens, positions, slots, sample_indices, block_tables, query_starts, context_lengths = parts
+    middle = 8 * (3 * count + samples)
+    wide, narrow = memory[:middle].view(torch.int64), memory[middle:].view(torch.int32)
+    tokens, positions, slots, sample_indices = wide.split_with_sizes([count] * 3 + [samples])
+    block_tables, query_starts, context_lengths = narrow.split_with_sizes(
+        [rows * longest, rows + 1, rows]
+    )
     return ForwardBatch(
         tokens=tokens,
         positions=positions,
         slots=slots,
-        block_tables=block_tables,
+        block_tables=block_tables.view(rows, longest),
         query_starts=query_starts,
         context_lengths=context_lengths,
         sample_indices=sample_indices,

@@ -44,7 +44,6 @@ from slipstream.types import RequestId, SamplingParams, TokenLogprobs
 _LOG = logging.getLogger(__name__)
 Tell: TypeAlias = Callable[[Sizes], None]
 """Says to the ranks above 0 that a batch of these sizes follows."""
-_NO_INPUTS = Inputs((), 0)
 _DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -282,15 +281,16 @@ class Runner:
         outputs = []
         for row, token, top in zip(step.rows, tokens, tops, strict=True):
             key = (row.request_id, row.attempt)
-            history, samples = self._histories[key], list[Sample]()
+            history = self._histories[key]
             result = judged(history, int(token), top)
             if isinstance(result, RowError):
                 self._failed.setdefault(key, result.problem)
                 _LOG.warning("no token: %s", result)
             elif key not in self._failed:
                 history.append(result.token)
-                samples.append(result)
-            outputs.append(self._output(key, _NO_INPUTS, samples, ()))
+                outputs.append(RowOutput(*key, (result.token,)))
+                continue
+            outputs.append(RowOutput(*key, (), problem=self._failed[key]))
         return tuple(outputs)
 
     def _history(self, admission: Admission) -> History:

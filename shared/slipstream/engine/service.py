@@ -117,10 +117,10 @@ def _size(config: WorkerConfig, plan: WorkerPlan, runner: Runner | None, team: T
             size.max_model_len,
             size.lowered_from,
         )
-    if not plan.share:
-        pool_bytes = size.num_blocks * plan.layout.block_bytes * config.tensor_parallel_size
-        who, free = f"slipstream {config.role}", available_memory()
-        require_host_tiers(who, [config.offload_host_bytes], [pool_bytes], free)
+    pool_bytes = size.num_blocks * plan.layout.block_bytes * config.tensor_parallel_size
+    beside = 0 if plan.share else pool_bytes
+    who, free = f"slipstream {config.role}", available_memory()
+    require_host_tiers(who, [config.offload_host_bytes], [beside], free)
     return size
 
 

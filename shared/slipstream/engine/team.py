@@ -2,7 +2,6 @@
 model's other heads, a pool of their own with the same blocks, and transports of their own."""
 
 import itertools
-import logging
 import os
 import queue
 import socket
@@ -47,7 +46,6 @@ DIGEST_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 
 _Said = TypeVar("_Said", Room, Ready)
-_LOG = logging.getLogger(__name__)
 
 
 class Team:
@@ -62,7 +60,7 @@ class Team:
     ) -> None:
         """Starts them, and joins them. `lost`: told why the worker has to end, and its exit code;
         does not return. RuntimeError: somebody did not come."""
-        self._lost, self._closing = lost, False
+        self._who, self._lost, self._closing = f"slipstream {config.role}", lost, False
         self._said: dict[int, queue.SimpleQueue[FromRank]] = {}
         self._waiting: dict[tuple[str, int], Future[PullDone | BlocksDigested]] = {}
         self._lock, self._ids = threading.Lock(), itertools.count(1)
@@ -153,8 +151,7 @@ class Team:
 
     def _gone(self, rank: int) -> None:
         if not self._closing:
-            line = f"rank {rank} is gone, so this worker ends; what it says stands above"
-            self._lost(line, ExitCode.FAULT)
+            self._lost(f"{self._who}: rank {rank} is gone, and with it this worker", ExitCode.FAULT)
 
     def _next(self, rank: "_Rank", kind: type[_Said]) -> _Said:
         message = self._said[rank.number].get()
@@ -206,29 +203,28 @@ class TeamTransfers:
         directory: Callable[[], Mapping[NodeId, NodeInfo]],
     ) -> None:
         self._own, self._team, self._directory = transfers, team, directory
-        self._asked: dict[str, list[Future[PullDone | BlocksDigested]]] = {}
+        self._asked: dict[str, _Gathering] = {}
         self._met: tuple[NodeInfo, ...] = ()
         self._post: Callable[[Event], None] = lambda event: None
-        self._combining = queue.SimpleQueue[PullDone | BlocksDigested | None]()
-        self._thread = threading.Thread(target=self._combine, name="ranks", daemon=True)
 
     def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
-        self._thread.start()
         self._own.start(self._ended)
 
     def execute(self, effect: PullBlocks | DigestBlocks) -> None:
         self._introduce()
         if isinstance(effect, PullBlocks):
-            asked = self._team.pull(effect, self._directory().get(effect.peer))
-            self._asked[effect.pull_id] = asked
+            name, peer = effect.pull_id, self._directory().get(effect.peer)
+            asked = self._team.pull(effect, peer)
         else:
-            self._asked[effect.op_id] = self._team.digest(effect)
+            name, asked = effect.op_id, self._team.digest(effect)
+        gathering = self._asked[name] = _Gathering(1 + len(asked), self._post)
+        for rank, each in enumerate(asked, 1):
+            each.add_done_callback(lambda done, rank=rank: gathering.put(rank, done.result()))  # type: ignore[misc]
         self._own.execute(effect)
 
     async def close(self) -> None:
         await self._own.close()
-        self._combining.put(None)
 
     def statistics(self) -> dict[str, float]:
         """Of rank 0's parts."""
@@ -243,12 +239,23 @@ class TeamTransfers:
     def _ended(self, event: Event) -> None:
         """Any thread."""
         assert isinstance(event, PullDone | BlocksDigested)
-        self._combining.put(event)
+        name = event.pull_id if isinstance(event, PullDone) else event.op_id
+        self._asked.pop(name).put(0, event)
 
-    def _combine(self) -> None:
-        while (event := self._combining.get()) is not None:
-            name = event.pull_id if isinstance(event, PullDone) else event.op_id
-            self._post(combined([event, *(each.result() for each in self._asked.pop(name))]))
+
+class _Gathering:
+    """Ends of one effect, in whatever order the ranks come to theirs; nobody waits for them."""
+
+    def __init__(self, count: int, post: Callable[[Event], None]) -> None:
+        self._ends: list[PullDone | BlocksDigested | None] = [None] * count
+        self._post, self._lock = post, threading.Lock()
+
+    def put(self, rank: int, end: PullDone | BlocksDigested) -> None:
+        with self._lock:
+            self._ends[rank] = end
+            ends = [each for each in self._ends if each is not None]
+        if len(ends) == len(self._ends):
+            self._post(combined(ends))
 
 
 def combined(events: Sequence[PullDone | BlocksDigested]) -> PullDone | BlocksDigested:
@@ -290,6 +297,5 @@ def as_seen_by(rank: int, node: NodeInfo) -> NodeInfo:
 
 def end_worker(line: str, code: int) -> None:
     """The last word of a worker that has lost a rank: nothing of it can go on."""
-    _LOG.critical("%s", line)
-    logging.shutdown()
+    print(line, file=sys.stderr, flush=True)
     os._exit(code)

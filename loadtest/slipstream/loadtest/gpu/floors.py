@@ -2,6 +2,7 @@
 
 import importlib
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -14,7 +15,10 @@ from slipstream.loadtest.gpu.results import Row
 BANDWIDTH, MATRICES = "memory, read and written", "bfloat16 products"
 DEVICE = torch.device("cuda", 0)
 CHECK = "slipstream.kernels.gpu.check"
-"""The kernels' own: `check(device)` yields what each kernel came to."""
+"""The kernels' own: `check(device, seeds)` yields what each came to: kernel, error, ok."""
+CHECK_S, SEEDS_MAX = 70.0, 8
+LOST = 1e9
+"""An error that is no number, or too large to be one."""
 
 
 def median_ms(work: Callable[[], object], times: int = 20, warm: int = 3) -> float:
@@ -44,12 +48,16 @@ def measure(folder: Path, floors: dict[str, float], tell: Callable[[Row], None])
 
 def check(folder: Path, floors: dict[str, float], tell: Callable[[Row], None]) -> None:
     """One row a kernel: the largest error of those drawn, and how many were wrong."""
+    end_s = time.monotonic() + CHECK_S
     found: dict[str, list[tuple[float, bool]]] = {}
-    for each in importlib.import_module(CHECK).check(DEVICE):
-        found.setdefault(each.kernel, []).append((float(each.error), bool(each.ok)))
+    for seed in range(SEEDS_MAX):
+        for each in importlib.import_module(CHECK).check(DEVICE, range(seed, seed + 1)):
+            found.setdefault(each.kernel, []).append((min(each.error, LOST), each.ok))
+        if time.monotonic() > end_s:
+            break
     for kernel, tried in found.items():
         wrong = sum(not ok for _, ok in tried)
         worst = max(error for error, _ in tried)
         share = 1 - wrong / len(tried)
         note = f"{len(tried)} shapes, {wrong} wrong"
-        tell(Row(f"{kernel}, largest error", worst, "", 0.0, share, 1.0, note))
+        tell(Row(f"{kernel}, largest error", worst, "tolerances", 0.0, share, 1.0, note))

@@ -48,7 +48,7 @@ class Shape:
         attention = 2 * self.layers * self.heads * self.head_dim * tokens**2
         return 2 * (self.layer_weights * tokens + self.head_weights) + attention
 
-    def write(self, folder: Path, max_position_embeddings: int = 131_072) -> None:
+    def write(self, folder: Path, max_position_embeddings: int = 40_960) -> None:
         """What serving it with dummy weights needs: config.json and a tokenizer of bytes, which has
         a text for every id, so that each token is streamed."""
         config = {

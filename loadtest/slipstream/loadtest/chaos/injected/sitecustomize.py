@@ -77,6 +77,7 @@ def spoil_reads() -> None:
     from slipstream.engine import transfers
     from slipstream.kernels.verified_copy import verified_copy
     from slipstream.kv import bus_reader, nixl_reads, shm
+    from slipstream.kv.device import store
     from slipstream.kv.transport import Read, TransferError
 
     class Doomed(np.ndarray):
@@ -84,7 +85,8 @@ def spoil_reads() -> None:
 
         fault = ""
 
-    modules: list[Any] = [shm, bus_reader, nixl_reads]
+    places: list[tuple[Any, str]] = [(shm, "verified_copy")]
+    places += [(bus_reader, "store"), (nixl_reads, "store")]
     real_read, real_copy = Read, verified_copy
     rng = random.Random(NODE_ID)
 
@@ -122,9 +124,9 @@ def spoil_reads() -> None:
         return real_copy(source, rows, plain, targets, digest)
 
     replace(transfers, Read=read)
-    for module in modules:
-        assert module.verified_copy is real_copy
-        replace(module, verified_copy=copy)
+    for module, name in places:
+        assert getattr(module, name) in (real_copy, store)
+        replace(module, **{name: copy})
 
 
 def restrict_transports() -> None:
@@ -180,9 +182,9 @@ def spoil_steps() -> None:
     from slipstream.engine.decoder import Decoder
     from slipstream.engine.runner import Runner
 
-    real_run, real_forward = Runner.run, Decoder.forward
+    real_launch, real_forward = Runner.launch, Decoder.forward
 
-    def run(self: Any, plan: Any) -> Any:
+    def launch(self: Any, plan: Any) -> Any:
         poison = switched("poison")
         if poison and any(int(poison) in admitted.tokens for admitted in plan.admitted):
             commit("poisoned")
@@ -194,10 +196,10 @@ def spoil_steps() -> None:
             wait_for_gate()
         if plan.rows and commit("step_hold"):
             wait_for_gate()
-        outputs = real_run(self, plan)
+        step = real_launch(self, plan)
         if switched("slow"):
             time.sleep((SLOWNESS - 1) * (time.monotonic() - began_s))
-        return outputs
+        return step
 
     def forward(self: Any, batch: Any, pool: Any) -> Any:
         logits = real_forward(self, batch, pool)
@@ -205,7 +207,7 @@ def spoil_steps() -> None:
             logits[0] = float("nan")
         return logits
 
-    replace(Runner, run=run)
+    replace(Runner, launch=launch)
     replace(Decoder, forward=forward)
 
 
