@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
+from slipstream.kernels.ops import (
+    Forward,
+    ForwardBatch,
+    Heads,
+    Model,
+    Quantization,
+    quantize,
+    rotation_block,
+)
 
 PANEL = 16
 """Outputs of a matrix that lie side by side; all dimensions are multiples of it, or padded."""
@@ -323,9 +331,15 @@ class CpuBackend:
     """Programs that share one team of threads."""
 
     def __init__(
-        self, library: ctypes.CDLL, threads: int, dtype: torch.dtype, int8: bool = False
+        self,
+        library: ctypes.CDLL,
+        threads: int,
+        dtype: torch.dtype,
+        quantization: Quantization = "none",
     ) -> None:
-        self.library, self.dtype, self.int8 = library, dtype, int8
+        """Of `quantization` not fp8: the reference serves that on a CPU."""
+        assert quantization != "fp8"
+        self.library, self.dtype, self.quantization = library, dtype, quantization
         self.team = library.team_new(threads, MAX_OPS)
 
     def __del__(self) -> None:
@@ -337,7 +351,7 @@ class CpuBackend:
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
         outputs, inputs = weight.shape
-        if not self.int8:
+        if self.quantization == "none":
             return Packed(in_panels(weight), bias, outputs, inputs)
         padded = -(-outputs // PANEL) * PANEL
         levels = torch.zeros(padded, inputs, dtype=torch.int8)

@@ -9,7 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn, draw
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
+from slipstream.kernels.ops import (
+    FLOAT8,
+    VALUE_LIFT,
+    Forward,
+    ForwardBatch,
+    Heads,
+    Model,
+    Quantization,
+    keys_turned,
+    quantize,
+    quantize_float8,
+    rotation_block,
+    stored,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +35,7 @@ class Matrix:
     def times(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return F.linear(x, self.weight, self.bias)
-        levels, scale = quantize(x)
+        levels, scale = (quantize if self.weight.dtype == torch.int8 else quantize_float8)(x)
         out = F.linear(levels.float(), self.weight.float()) * scale * self.scale
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
@@ -30,15 +43,18 @@ class Matrix:
 class Reference:
     """A backend that computes at once."""
 
-    def __init__(self, int8: bool = False) -> None:
-        self.int8 = int8
+    def __init__(self, quantization: Quantization = "none") -> None:
+        self.quantization = quantization
 
     def table(self, weight: Tensor) -> Matrix:
         return Matrix(weight)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
-        if not self.int8:
+        if self.quantization == "none":
             return Matrix(weight, bias)
+        if self.quantization == "fp8":
+            levels, scale = quantize_float8(weight)
+            return Matrix(levels, bias, scale.flatten())
         levels, scale = quantize(weight)
         return Matrix(levels, bias, scale.flatten() / rotation_block(weight.shape[1]))
 
@@ -98,11 +114,18 @@ class ReferenceOps:
             query = self.rms_norm(query, norms[0], epsilon)
             key = self.rms_norm(key, norms[1], epsilon)
         query, key = self._rotated(query), self._rotated(key)
-        block_tokens = self._pool.shape[4]
-        block, offset = self._batch.slots // block_tokens, self._batch.slots % block_tokens
-        self._pool[block, layer, 0, :, offset] = key
-        self._pool[block, layer, 1, :, offset] = value
+        if self._pool.dtype == FLOAT8:
+            query, key = keys_turned(query.float()).to(qkv.dtype), keys_turned(key.float())
+            value = value.float() * VALUE_LIFT
+        self._write(key, value, layer)
         return self._attend(query, layer).flatten(1)
+
+    def _write(self, key: Tensor, value: Tensor, layer: int) -> None:
+        real = self._batch.slots >= 0
+        slots, pool = self._batch.slots[real], _bits(self._pool)
+        block, offset = slots // pool.shape[4], slots % pool.shape[4]
+        for kind, rows in enumerate((key, value)):
+            pool[block, layer, kind, :, offset] = _bits(stored(rows[real], self._pool.dtype))
 
     def _rotated(self, x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
@@ -119,22 +142,32 @@ class ReferenceOps:
         starts = batch.query_starts.tolist()
         for row, length in enumerate(batch.context_lengths.tolist()):
             first, end = starts[row], starts[row + 1]
+            if not length:  # padding
+                out[first:end] = 0
+                continue
             num_blocks = -(-length // pool.shape[4])
             key, value = _gather(pool, layer, batch.block_tables[row, :num_blocks].long(), length)
             positions = torch.arange(length - (end - first), length, device=query.device)
             visible = torch.arange(length, device=query.device) <= positions[:, None]
             attended = F.scaled_dot_product_attention(
                 query[first:end].transpose(0, 1)[None],
-                key.repeat_interleave(group, 0)[None],
-                value.repeat_interleave(group, 0)[None],
+                key.repeat_interleave(group, 0)[None].to(query.dtype),
+                value.repeat_interleave(group, 0)[None].to(query.dtype),
                 attn_mask=visible,
             )
             out[first:end] = attended[0].transpose(0, 1)
-        return out
+        return out / VALUE_LIFT if pool.dtype == FLOAT8 else out
+
+
+def _bits(x: Tensor) -> Tensor:
+    """float8 as its bits, which can be indexed everywhere."""
+    return x.view(torch.uint8) if x.dtype == FLOAT8 else x
 
 
 def _gather(pool: Tensor, layer: int, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Key and value `[kv_heads, length, head_dim]` of one request's context."""
-    blocks = pool[block_ids, layer]  # [blocks, 2, kv_heads, block_tokens, head_dim]
+    blocks = _bits(pool)[block_ids, layer].view(
+        pool.dtype
+    )  # [blocks, 2, kv_heads, block_tokens, head_dim]
     key, value = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length].unbind(0)
     return key, value

@@ -9,6 +9,7 @@ from slipstream.config import (
     Dtype,
     JournalTtl,
     KvCacheBytes,
+    KvCacheDtype,
     LogLevel,
     MaxModelLen,
     MaxNumSeqs,
@@ -66,6 +67,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
     quantization: Quantization = "none"
+    kv_cache_dtype: KvCacheDtype = "auto"
     packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0

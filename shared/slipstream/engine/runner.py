@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slipstream.config import SetupError
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.engine.batch import Inputs, build_batch, num_samples
 from slipstream.engine.decoder import Decoder, DecoderWeights
@@ -20,15 +21,20 @@ from slipstream.engine.sampler import RowError, Sample, sample, score
 from slipstream.engine.weights import Progress, load_weights
 from slipstream.errors import Problem
 from slipstream.kernels import cpu
-from slipstream.kernels.ops import Backend
+from slipstream.kernels.build import interpreted
+from slipstream.kernels.ops import FLOAT8, Backend, Quantization
 from slipstream.kernels.program import PANEL, CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvDtype, KvLayout
-from slipstream.types import RequestId, TokenLogprobs
+from slipstream.types import BLOCK_TOKENS, RequestId, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
 SAID_EVERY_S = 2.0
-_DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[KvDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 
 
 def allocate_pool(layout: KvLayout, num_blocks: int) -> Tensor:
@@ -40,21 +46,47 @@ def choose_backend(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
-    int8: bool = False,
+    quantization: Quantization = "none",
     threads: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> Backend:
     """Compiled kernels where they are, built now if they are not yet; else plain torch.
 
-    `threads`: of compiled kernels, 0 for one on each core.
+    `threads`: of compiled kernels, 0 for one on each core. `kv_dtype`: of the pool, if it is not
+    `dtype`. SetupError: this device cannot do that.
     """
-    library = cpu.kernels() if device.type == "cpu" else None
+    if device.type == "cuda" or interpreted():
+        return _triton(config, dtype, device, quantization, kv_dtype)
+    library = cpu.kernels()
     if library is None:
-        return Reference(int8)
+        return Reference(quantization)
+    if quantization == "fp8" or kv_dtype == FLOAT8:
+        _LOG.warning("SLOW: no CPU kernels for float8; give --quantization int8, or no fp8 at all")
+        return Reference(quantization)
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
     if any(size % PANEL for size in sizes):
         _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
-        return Reference(int8)
-    return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, int8)
+        return Reference(quantization)
+    return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, quantization)
+
+
+def _triton(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization,
+    kv_dtype: torch.dtype | None,
+) -> Backend:
+    try:
+        # Imported here: who computes on a CPU needs no Triton.
+        from slipstream.kernels.gpu.backend import TritonBackend
+    except ImportError as error:
+        raise SetupError(f"no GPU without Triton: {error}; install slipstream[gpu]") from None
+    longest = -(-config.max_position_embeddings // BLOCK_TOKENS)
+    try:
+        return TritonBackend(dtype, device, quantization, kv_dtype or dtype, max_blocks=longest)
+    except ValueError as error:
+        raise SetupError(str(error)) from None
 
 
 def _said_now_and_then() -> Progress:
@@ -83,33 +115,35 @@ class Runner:
         dtype: KvDtype,
         pool: Tensor,
         threads: int = 0,
-        int8: bool = False,
+        quantization: Quantization = "none",
         packed_dir: Path | None = None,
     ) -> None:
         """`threads`: CPU threads, 0 for one on each core. The model lives where the pool does.
-        `int8`: of the weights of matrix products. `packed_dir`: where packed weights are kept.
+        `packed_dir`: where packed weights are kept. A pool of float8 is one for any `dtype`.
 
-        ModelError: see `ModelConfig.read` and `load_weights`. ValueError: the pool has another
-        layout.
+        ModelError: see `ModelConfig.read` and `load_weights`. SetupError: see `choose_backend`.
+        ValueError: the pool has another layout.
         """
         self.config = ModelConfig.read(model_path)
-        self.layout = self.config.kv_layout(dtype)
-        if pool.shape[1:] != self.layout.block_shape or pool.dtype != _DTYPES[dtype]:
+        kept: KvDtype = "float8_e4m3fn" if pool.dtype == FLOAT8 else dtype
+        self.layout = self.config.kv_layout(kept)
+        if pool.shape[1:] != self.layout.block_shape or pool.dtype != _DTYPES[kept]:
             raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
         if threads:
             torch.set_num_threads(threads)
         self._pool = pool
         self._guides = Guides(model_path, self.config)
-        backend = choose_backend(self.config, pool.dtype, pool.device, int8, threads)
+        wide, device = _DTYPES[dtype], pool.device
+        backend = choose_backend(self.config, wide, device, quantization, threads, pool.dtype)
 
         def load() -> DecoderWeights:
-            how = self.config, pool.dtype, pool.device, backend
+            how = self.config, wide, device, backend
             return load_weights(model_path, *how, _said_now_and_then())
 
         if packed_dir is None or not isinstance(backend, CpuBackend):
             weights = load()
         else:
-            name = file_name(model_path, self.config, pool.dtype, int8)
+            name = file_name(model_path, self.config, wide, quantization)
             weights = shared_weights(packed_dir / name, load)
         if isinstance(backend, CpuBackend):
             # What is left for torch is small. Its threads would wait for each other at every

@@ -81,7 +81,7 @@ def run_worker(config: WorkerConfig) -> int:
             stack.callback(transports.close)
             node = _node(config, plan, segment, transports)
             machine = WorkerMachine(node, _settings(config, plan.model))
-            pool = torch.frombuffer(segment.blocks, dtype=getattr(torch, plan.dtype))
+            pool = torch.frombuffer(segment.blocks, dtype=getattr(torch, plan.layout.dtype))
             shape = (plan.num_blocks, *plan.layout.block_shape)
             runner = _runner(config, plan, pool.view(shape))
             _announce(config, plan, segment, transports)
@@ -102,7 +102,7 @@ def run_worker(config: WorkerConfig) -> int:
 def _runner(config: WorkerConfig, plan: _Plan, pool: torch.Tensor) -> Runner:
     return Runner(
         *(config.model, plan.dtype, pool, plan.threads),
-        int8=config.quantization == "int8",
+        quantization=config.quantization,
         packed_dir=None if config.packed_weights_dir == "none" else Path(config.packed_weights_dir),
     )
 
@@ -169,7 +169,7 @@ def _cpu_flags() -> frozenset[str]:
 
 def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
     dtype = choose_dtype(config.dtype, model.dtype, _cpu_flags())
-    layout = model.kv_layout(dtype)
+    layout = model.kv_layout("float8_e4m3fn" if config.kv_cache_dtype == "fp8" else dtype)
     max_model_len = choose_model_len(config, model)
     try:
         shm_free = free_bytes(config.shm_dir)
@@ -186,7 +186,7 @@ def _plan(config: WorkerConfig, model: ModelConfig) -> _Plan:
 
 def _segment(config: WorkerConfig, plan: _Plan, epoch: Epoch) -> Segment:
     header = SegmentHeader(
-        kv_layout_id=plan.layout.layout_id(plan.model.fingerprint, config.quantization),
+        kv_layout_id=plan.layout.layout_id(plan.model.fingerprint, config.quantization, plan.dtype),
         epoch=epoch,
         num_blocks=plan.num_blocks,
         block_bytes=plan.layout.block_bytes,
