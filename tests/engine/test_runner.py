@@ -15,6 +15,7 @@ from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner, allocate_pool
 from slipstream.errors import ErrorCode, Problem
 from slipstream.kernels import cpu
+from slipstream.kernels.build import VARIABLE
 from slipstream.kernels.ops import Quantization
 from slipstream.types import SamplingParams
 
@@ -47,9 +48,20 @@ def expected(model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> tup
     return tuple(made[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("case", ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "llama_yarn"])
-def test_greedy_tokens_equal_generate(saved: Saved, case: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        *((case, "") for case in ("llama", "llama_tied", "mistral", "qwen2", "qwen3")),
+        *(("llama_yarn", ""), ("llama_tied", "triton"), ("qwen3", "triton")),
+    ],
+)
+def test_greedy_tokens_equal_generate(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, case: str, kernels: str
+) -> None:
     """Three requests, chunked differently, one joining late, decoding together."""
+    if kernels:  # a GPU's, interpreted
+        pytest.importorskip("triton")
+        monkeypatch.setenv(VARIABLE, kernels)
     folder, model = saved(case)
     runner = runner_for(folder)
     prompts = {"a": prompt_of(75, 1), "b": prompt_of(40, 2), "c": prompt_of(16, 3)}
@@ -74,7 +86,7 @@ def test_greedy_tokens_equal_generate(saved: Saved, case: str) -> None:
     run(prefill("a", 48, 75), prefill("b", 16, 40))
     run(decode("a"), decode("b"))
     run(decode("b"), prefill("c", 0, 16), decode("a"), admit=("c",))
-    while len(made["c"]) < 20:
+    while len(made["c"]) < (4 if kernels else 20):
         run(*(decode(name) for name in ("c", "a", "b")))
     for name, prompt in prompts.items():
         assert tuple(made[name]) == expected(model, prompt, len(made[name]))

@@ -3,6 +3,11 @@
 The same walk over the same drawn shapes that a card is checked with (`gpu.check`).
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -54,3 +59,20 @@ def test_draws_agree_with_the_reference(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_blocks_are_copied_and_digested(seed: int) -> None:
     assert (found := check.check_blocks(seed, DEVICE)).ok, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_all_compile_for_cards_that_are_not_here(capability: int) -> None:
+    """For NVIDIA's by compute capability; each with the shared memory that a program may take."""
+    room = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}[capability]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = ":".join(sys.path)
+    script = str(Path(__file__).with_name("compiled_for.py"))
+    command = [sys.executable, script, str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = dict(line.split() for line in done.stdout.splitlines())
+    wanted = {"_chunks", "_splits", "_merge", "_rotate", "_rms_norm", "_gate", "_draw"}
+    assert {*kernels} - {"_quantize"} == wanted | {"_segments", "_chain"}
+    assert max(map(int, kernels.values())) <= room, kernels

@@ -339,7 +339,8 @@ class CpuBackend:
     ) -> None:
         """Of `quantization` not fp8: the reference serves that on a CPU."""
         assert quantization != "fp8"
-        self.library, self.dtype, self.quantization = library, dtype, quantization
+        self.library, self.dtype = library, dtype
+        self.quantization: Quantization = quantization
         self.team = library.team_new(threads, MAX_OPS)
 
     def __del__(self) -> None:

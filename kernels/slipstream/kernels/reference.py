@@ -17,6 +17,7 @@ from slipstream.kernels.ops import (
     Heads,
     Model,
     Quantization,
+    fitted_float8,
     keys_turned,
     quantize,
     quantize_float8,
@@ -53,7 +54,7 @@ class Reference:
         if self.quantization == "none":
             return Matrix(weight, bias)
         if self.quantization == "fp8":
-            levels, scale = quantize_float8(weight)
+            levels, scale = fitted_float8(weight)
             return Matrix(levels, bias, scale.flatten())
         levels, scale = quantize(weight)
         return Matrix(levels, bias, scale.flatten() / rotation_block(weight.shape[1]))

@@ -222,7 +222,8 @@ def _merge(
 
 def few_queries(group: int) -> int:
     """As many queries of one row as the smallest tile has room for."""
-    return max(1, max(_LEAST_M, triton.next_power_of_2(group)) // group)
+    tile: int = max(_LEAST_M, triton.next_power_of_2(group))
+    return tile // group
 
 
 def num_splits(rows: int, kv_heads: int, programs: int) -> int:
@@ -231,7 +232,8 @@ def num_splits(rows: int, kv_heads: int, programs: int) -> int:
     Known from shapes alone: a graph that was captured serves contexts of any length.
     """
     wanted = max(1, programs // max(1, rows * kv_heads))
-    return min(SPLITS_MAX, triton.next_power_of_2(wanted))
+    splits: int = triton.next_power_of_2(wanted)
+    return min(SPLITS_MAX, splits)
 
 
 def attention(

@@ -20,7 +20,7 @@ from slipstream.kernels.ops import (
     Heads,
     Model,
     Quantization,
-    quantize_float8,
+    fitted_float8,
 )
 
 _ALIGNED = 16
@@ -44,8 +44,10 @@ class Matrix:
             return F.linear(x, self.weight, self.bias)
         levels, scale = rows.quantize(x, self.weight.shape[1])
         if x.is_cuda and x.dtype == torch.bfloat16:
-            how = {"scale_a": scale, "scale_b": self.scale, "out_dtype": x.dtype}
-            out = torch._scaled_mm(levels, self.weight.t(), bias=self.bias, **how)
+            scales = scale, self.scale
+            out = torch._scaled_mm(
+                levels, self.weight.t(), *scales, bias=self.bias, out_dtype=x.dtype
+            )
         else:
             wide = F.linear(levels.float(), self.weight.float()) * scale * self.scale
             out = (wide if self.bias is None else wide + self.bias).to(x.dtype)
@@ -145,7 +147,8 @@ class TritonBackend:
             raise ValueError("int8 weights are for CPUs; give --quantization fp8 on a GPU")
         if (quantization == "fp8" or kv_dtype == FLOAT8) and not has_float8(device):
             raise ValueError("this GPU has no float8 (compute capability 8.9 or more); give no fp8")
-        self.dtype, self.quantization = dtype, quantization
+        self.dtype = dtype
+        self.quantization: Quantization = quantization
         self._tuning = tuning or Tuning.of(device, dtype)
         self._max_blocks = max_blocks if device.type == "cuda" else 0
 
@@ -161,7 +164,7 @@ class TritonBackend:
         scale = torch.ones(1, padded[0], device=weight.device)
         for first in range(0, outputs, _ROWS_AT_A_TIME):
             part = slice(first, min(first + _ROWS_AT_A_TIME, outputs))
-            levels[part, :inputs], of_rows = quantize_float8(weight[part])
+            levels[part, :inputs], of_rows = fitted_float8(weight[part])
             scale[0, part] = of_rows[:, 0]
         if bias is not None:
             bias = F.pad(bias, (0, padded[0] - outputs))

@@ -7,7 +7,7 @@ graph does not look at the context's length, so one serves all.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -131,10 +131,11 @@ class CudaCapture:
     """CUDA graphs that share their memory: the result of one lives until the next is launched."""
 
     def __init__(self) -> None:
-        self._memory: tuple[int, int] | None = None
+        self._memory: Any = None
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        here: Any = torch.cuda.current_stream()
+        beside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
             run()  # kernels are compiled and libraries have their handles before they are recorded
