@@ -19,6 +19,10 @@ from slipstream.kernels.ops import FLOAT8, Quantization
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 SEEDS = range(6)
+UGLY = (5, 6, 32)
+"""Of attention: contexts of one token beside longer ones; one token in one block, seven heads to a
+KV head; one KV head of 64. Dimensions of heads that are no power of two are in `MORE`."""
+MORE = (3, 7, 8, 11)
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", FLOAT8: "float8"}
 
 
@@ -38,8 +42,14 @@ def test_operations_agree_with_the_reference(
 ) -> None:
     if dtypes[1] == FLOAT8 and name not in check.OF_FLOAT8_POOLS:
         pytest.skip("has no pool")
-    for seed in SEEDS:
+    seeds = UGLY if name in check.OF_FLOAT8_POOLS else SEEDS
+    for seed in seeds if dtypes[1] == FLOAT8 or name == "padding" else {*seeds, *MORE}:
         assert (found := check.check_operation(name, seed, DEVICE, *dtypes)).ok, found
+
+
+@pytest.mark.slow
+def test_all_agree_over_more_shapes() -> None:
+    assert not [found for found in check.check(DEVICE, range(12)) if not found.ok]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=KINDS.get)

@@ -113,8 +113,6 @@ RedisUrl: TypeAlias = Annotated[
         extra={"secret": True},
     ),
 ]
-
-
 JournalTtl: TypeAlias = Annotated[
     float,
     Meta(
@@ -142,8 +140,6 @@ Speculative: TypeAlias = Annotated[
         "earlier in a request, and computes them in one step; answers stay the same; empty: off.",
     ),
 ]
-
-
 RecoveryWait: TypeAlias = Annotated[
     float,
     Meta(

@@ -84,7 +84,7 @@ def check_operation(
 def check_draw(seed: int, device: torch.device) -> Checked:
     """A draw is right or not: no tolerances, or too many."""
     logits, draws = logits_and_draws(seed, VOCABS)
-    draws = draws[:10]
+    draws = draws[: 40 if logits.shape[1] < 10_000 else 5]  # for the interpreter's sake
     drawn = TritonBackend(torch.float32, device).draw(logits.to(device), draws)
     pairs = zip(draws, reference_draw(logits, draws), drawn, strict=True)
     right = all(agree(logits, wanted, one, other) for wanted, one, other in pairs)
