@@ -9,7 +9,7 @@ once. The pool may be float8 instead.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -205,6 +205,14 @@ Forward: TypeAlias = Callable[[ForwardBatch, Tensor, Tensor, Tensor], Tensor]
 The pool is `[blocks, layers, 2, kv_heads, block_tokens, head_dim]` in the weights' dtype, or
 `FLOAT8`.
 """
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A `Forward` that has something to make before its first step."""
+
+    def prepare(self, pool: Tensor, head_dim: int, rows: int) -> None:
+        """What steps of up to `rows` would wait for; the pool stays as it is."""
 
 
 class Backend(Protocol):

@@ -22,7 +22,7 @@ from slipstream.engine.weights import Progress, load_weights
 from slipstream.errors import Problem
 from slipstream.kernels import cpu
 from slipstream.kernels.build import interpreted
-from slipstream.kernels.ops import FLOAT8, Backend, Quantization
+from slipstream.kernels.ops import FLOAT8, Backend, Prepared, Quantization
 from slipstream.kernels.program import PANEL, CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvDtype, KvLayout
@@ -81,12 +81,13 @@ def _triton(
         # Imported here: who computes on a CPU needs no Triton.
         from slipstream.kernels.gpu.backend import TritonBackend
     except ImportError as error:
-        raise SetupError(f"no GPU without Triton: {error}; install slipstream[gpu]") from None
+        line = f"slipstream: a GPU needs Triton: {error}; install slipstream[gpu]"
+        raise SetupError(line) from None
     longest = -(-config.max_position_embeddings // BLOCK_TOKENS)
     try:
         return TritonBackend(dtype, device, quantization, kv_dtype or dtype, max_blocks=longest)
     except ValueError as error:
-        raise SetupError(str(error)) from None
+        raise SetupError(f"slipstream: {error}") from None
 
 
 def _said_now_and_then() -> Progress:
@@ -155,6 +156,13 @@ class Runner:
         self._failed: dict[tuple[RequestId, int], Problem | None] = {}
         """No tokens come any more, and why."""
         self._guides.wait()
+
+    def prepare(self, rows: int) -> None:
+        """What the first steps of up to `rows` requests would wait for: graphs, on a GPU."""
+        program: object = self.decoder.program
+        if isinstance(program, Prepared):
+            with torch.inference_mode():
+                program.prepare(self._pool, self.config.head_dim, rows)
 
     def run(self, plan: BatchPlan) -> tuple[RowOutput, ...]:
         """One step: forget `dropped`, learn `admitted`, run all rows, sample.

@@ -84,6 +84,7 @@ def run_worker(config: WorkerConfig) -> int:
             pool = torch.frombuffer(segment.blocks, dtype=getattr(torch, plan.layout.dtype))
             shape = (plan.num_blocks, *plan.layout.block_shape)
             runner = _runner(config, plan, pool.view(shape))
+            runner.prepare(config.max_num_seqs)
             _announce(config, plan, segment, transports)
             kv_events = _kv_events(config, node)
             if kv_events is not None:

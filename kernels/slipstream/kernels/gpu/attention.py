@@ -229,7 +229,8 @@ def few_queries(group: int) -> int:
 def num_splits(rows: int, kv_heads: int, programs: int) -> int:
     """Shares of a context that give the card `programs`, a power of two; short contexts use fewer.
 
-    Known from shapes alone: a graph that was captured serves contexts of any length.
+    Some for each place on the card, so that the last round of them is not nearly empty. Known from
+    shapes alone: a graph that was captured serves contexts of any length.
     """
     wanted = max(1, programs // max(1, rows * kv_heads))
     splits: int = triton.next_power_of_2(wanted)

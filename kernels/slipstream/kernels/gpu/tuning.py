@@ -20,13 +20,12 @@ Entries: TypeAlias = dict[str, list[dict[str, Launch]]]
 
 USUAL: dict[str, list[Launch]] = {
     "splits": [
+        {"N": 64, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 3},
         {"N": 64, "LEAST": 128, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3},
-        {"N": 128, "LEAST": 128, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3},
-        {"N": 64, "LEAST": 128, "PROGRAMS": 4, "num_warps": 4, "num_stages": 4},
-        {"N": 64, "LEAST": 256, "PROGRAMS": 8, "num_warps": 4, "num_stages": 3},
+        {"N": 64, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 4},
+        {"N": 128, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 3},
+        {"N": 128, "LEAST": 256, "PROGRAMS": 4, "num_warps": 8, "num_stages": 3},
         {"N": 32, "LEAST": 128, "PROGRAMS": 8, "num_warps": 2, "num_stages": 4},
-        {"N": 128, "LEAST": 256, "PROGRAMS": 2, "num_warps": 8, "num_stages": 3},
-        {"N": 64, "LEAST": 128, "PROGRAMS": 2, "num_warps": 4, "num_stages": 2},
     ],
     "chunks": [
         {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3},
