@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.tiny import CASES, Bench, prompt_of
+from slipstream.kernels.ops import Quantization
 from slipstream.kernels.reference import Reference
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -110,14 +111,14 @@ def test_a_block_table_that_is_too_short_is_refused(saved: Saved) -> None:
         bench.logits((prompt_of(17), 0, (3,)))
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["llama", "llama_tied", "qwen2", "qwen3", "llama_yarn_factors"])
 def test_a_row_does_not_depend_on_batch_or_chunks(
-    saved: Saved, case: str, dtype: torch.dtype, int8: bool
+    saved: Saved, case: str, dtype: torch.dtype, quantization: Quantization
 ) -> None:
     """Bit by bit, so that a stream goes on elsewhere as it would have gone on here."""
-    bench = Bench(saved(case)[0], dtype, int8=int8)
+    bench = Bench(saved(case)[0], dtype, quantization=quantization)
     if isinstance(bench.backend, Reference):
         pytest.skip("holds for compiled kernels alone")
     tokens, other = prompt_of(150), prompt_of(70, 1)

@@ -18,6 +18,7 @@ from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.packed_file import FILES_MAX, BrokenFile, file_name, read, shared_weights
 from slipstream.engine.runner import Runner, allocate_pool, choose_backend
 from slipstream.engine.weights import load_weights
+from slipstream.kernels.ops import Quantization
 from slipstream.kernels.program import CpuBackend, Packed
 
 Saved = Callable[[str], tuple[Path, object]]
@@ -34,17 +35,22 @@ def compiled(saved: Saved) -> None:
 class Counted:
     """Packs, and counts how often."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, int8: bool = False):
-        self.folder, self.dtype, self.int8, self.times = folder, dtype, int8, 0
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        quantization: Quantization = "none",
+    ):
+        self.folder, self.dtype, self.quantization, self.times = folder, dtype, quantization, 0
         self.config = ModelConfig.read(folder)
 
     def __call__(self) -> DecoderWeights:
         self.times += 1
-        backend = choose_backend(self.config, self.dtype, CPU, self.int8)
+        backend = choose_backend(self.config, self.dtype, CPU, self.quantization)
         return load_weights(self.folder, self.config, self.dtype, CPU, backend)
 
     def name(self) -> str:
-        return file_name(self.folder, self.config, self.dtype, self.int8)
+        return file_name(self.folder, self.config, self.dtype, self.quantization)
 
 
 def tensors(weights: DecoderWeights) -> list[Tensor]:
@@ -63,7 +69,7 @@ def equal(one: DecoderWeights, other: DecoderWeights) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["llama", "llama_tied", "llama_biases", "qwen3"])
 def test_what_is_mapped_is_what_was_packed(
@@ -72,9 +78,9 @@ def test_what_is_mapped_is_what_was_packed(
     caplog: pytest.LogCaptureFixture,
     case: str,
     dtype: torch.dtype,
-    int8: bool,
+    quantization: Quantization,
 ) -> None:
-    pack = Counted(saved(case)[0], dtype, int8)
+    pack = Counted(saved(case)[0], dtype, quantization)
     path = tmp_path / "deep" / pack.name()
     first, second = (shared_weights(path, pack) for _ in range(2))
     assert pack.times == 1 and not caplog.text
@@ -86,16 +92,16 @@ def test_what_is_mapped_is_what_was_packed(
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_model_from_the_file_answers_as_one_that_was_packed(
-    saved: Saved, tmp_path: Path, int8: bool
+    saved: Saved, tmp_path: Path, quantization: Quantization
 ) -> None:
     folder, _ = saved("qwen3")
     layout = ModelConfig.read(folder).kv_layout("float32")
 
     def answer(packed_dir: Path | None) -> tuple[int, ...]:
         pool = allocate_pool(layout, 40)
-        runner = Runner(folder, "float32", pool, int8=int8, packed_dir=packed_dir)
+        runner = Runner(folder, "float32", pool, quantization=quantization, packed_dir=packed_dir)
         return generate(runner, prompt_of(50), greedy(), 12)
 
     assert answer(None) == answer(tmp_path) == answer(tmp_path)
@@ -129,9 +135,9 @@ def test_a_damaged_file_is_noticed_and_made_again(
 def test_the_name_says_what_is_in_it(tmp_path: Path, saved: Saved) -> None:
     folder, _ = saved("llama")
     names = {
-        Counted(folder, dtype, int8).name()
+        Counted(folder, dtype, quantization).name()
         for dtype in (torch.float32, torch.bfloat16)
-        for int8 in (False, True)
+        for quantization in ("none", "int8")
     }
     assert len(names) == 4
     save_model(tmp_path, "llama")

@@ -30,6 +30,7 @@ from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner, allocate_pool, choose_backend
 from slipstream.engine.weights import load_weights
+from slipstream.kernels.ops import Quantization
 from slipstream.types import BLOCK_TOKENS, SamplingParams
 from tokenizer.models import byte_level
 
@@ -169,11 +170,11 @@ class Bench:
         folder: Path,
         dtype: torch.dtype = torch.float32,
         blocks: int = 64,
-        int8: bool = False,
+        quantization: Quantization = "none",
     ) -> None:
         self.config = ModelConfig.read(folder)
         device = torch.device("cpu")
-        self.backend = choose_backend(self.config, dtype, device, int8)
+        self.backend = choose_backend(self.config, dtype, device, quantization)
         weights = load_weights(folder, self.config, dtype, device, self.backend)
         self.decoder = Decoder(self.config, weights, self.backend)
         name: Any = str(dtype).removeprefix("torch.")

@@ -2,17 +2,15 @@
 
 import ctypes
 import os
-import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from slipstream.kernels import cpu
 from slipstream.kernels.build import (
@@ -20,42 +18,21 @@ from slipstream.kernels.build import (
     VARIABLE,
     chosen_level,
 )
-from slipstream.kernels.ops import Backend, ForwardBatch, Heads, Model
+from slipstream.kernels.drawn import (
+    BLOCK_TOKENS,
+    CASES,
+    EPSILON,
+    TOLERANCE,
+    Shapes,
+    batch_of,
+    outcome,
+)
+from slipstream.kernels.ops import Backend, Heads, Model, Quantization
 from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 1.6e-2)}
 SEEDS = range(15)
-BLOCK_TOKENS = 16
-EPSILON = 1e-5
-
-Case: TypeAlias = tuple[Callable[[Backend], Model], ForwardBatch, Tensor, Tensor, Tensor]
-"""A model on a backend, and one step's arguments: batch, cosine, sine, pool."""
-
-
-def batch_of(num_tokens: int, samples: list[int], **tensors: Tensor) -> ForwardBatch:
-    """The i-th token is i, so that `embed` of any matrix brings it in."""
-    one_row = {
-        "positions": torch.arange(num_tokens),
-        "slots": torch.arange(num_tokens),
-        "block_tables": torch.zeros(1, 1, dtype=torch.int32),
-        "query_starts": torch.tensor([0, num_tokens], dtype=torch.int32),
-        "context_lengths": torch.tensor([num_tokens], dtype=torch.int32),
-    }
-    return ForwardBatch(
-        tokens=torch.arange(num_tokens),
-        sample_indices=torch.tensor(samples, dtype=torch.int64),
-        **{**one_row, **tensors},
-    )
-
-
-def brought_in(x: Tensor, then: Callable[[Any, Any], Any]) -> Callable[[Backend], Model]:
-    def build(backend: Backend) -> Model:
-        packed = backend.table(x)
-        return lambda ops: then(ops, ops.embed(packed))
-
-    return build
 
 
 @pytest.fixture(autouse=True)
@@ -67,145 +44,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Shapes:
-    """A small model around one operation, and random arguments, from one seed."""
-
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
-        self.random = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.dtype = dtype
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
-
-    def tokens(self) -> int:
-        return self.random.choice([1, 2, 3, 7, 8, 9, 33, 65, 130])
-
-    def size(self) -> int:
-        return self.random.choice([16, 32, 48, 64, 80, 576, 1024])
-
-    def plain(self, build: Callable[[Backend], Model], num_tokens: int) -> Case:
-        order = self.random.sample(range(num_tokens), self.random.randint(0, num_tokens))
-        nothing = torch.zeros(num_tokens, 8)
-        pool = torch.zeros(1, 1, 2, 1, BLOCK_TOKENS, 16, dtype=self.dtype)
-        return build, batch_of(num_tokens, order), nothing, nothing, pool
-
-    def embed(self) -> Case:
-        count, width = self.tokens(), self.size()
-        table = self.normal(count + 5, width)
-        return self.plain(brought_in(table, lambda ops, x: x), count)
-
-    def take(self) -> Case:
-        count, width = self.tokens(), self.size()
-        table = self.normal(count, width)
-        return self.plain(brought_in(table, lambda ops, x: ops.take(x)), count)
-
-    def rms_norm(self) -> Case:
-        count, width = self.tokens(), self.size()
-        x, weight = self.normal(count, width), self.normal(width)
-        model = brought_in(x, lambda ops, x: ops.rms_norm(x, weight, EPSILON))
-        return self.plain(model, count)
-
-    def rms_norm_of_a_sum(self) -> Case:
-        """And the sum stays in the residual."""
-        count, width = self.tokens(), self.size()
-        x, y, weight = self.normal(count, width), self.normal(count, width), self.normal(width)
-        wants_sum = self.random.random() < 0.5
-
-        def build(backend: Backend) -> Model:
-            packed = backend.table(x), backend.table(y)
-
-            def model(ops: Any) -> Any:
-                delta, stream = map(ops.embed, packed)
-                normed = ops.rms_norm(delta, weight, EPSILON, stream)
-                return stream if wants_sum else normed
-
-            return model
-
-        return self.plain(build, count)
-
-    def linear(self) -> Case:
-        count, inputs = self.tokens(), self.size()
-        outputs = self.random.choice([1, 15, 16, 17, 48, 49, 96, 199, 576])
-        x, weight = self.normal(count, inputs), self.normal(outputs, inputs) / inputs**0.5
-        bias = self.normal(outputs) if self.random.random() < 0.5 else None
-        wide = self.random.random() < 0.3
-
-        def build(backend: Backend) -> Model:
-            packed = backend.table(x), backend.pack(weight, bias)
-            return lambda ops: ops.linear(ops.embed(packed[0]), packed[1], wide)
-
-        return self.plain(build, count)
-
-    def gated(self) -> Case:
-        count, inputs, outputs = self.tokens(), self.size(), self.size()
-        x, weight = self.normal(count, inputs), self.normal(2 * outputs, inputs) / inputs**0.5
-        bias = self.normal(2 * outputs) if self.random.random() < 0.5 else None
-
-        def build(backend: Backend) -> Model:
-            packed = backend.table(x), backend.pack_gated(weight, bias)
-            return lambda ops: ops.gated(ops.embed(packed[0]), packed[1])
-
-        return self.plain(build, count)
-
-    def attention(self) -> Case:
-        kv_heads = self.random.choice([1, 2, 3, 5])
-        group = self.random.choice([1, 2, 3, 7, 40])
-        heads = Heads(kv_heads * group, kv_heads, self.random.choice([16, 32, 64, 80, 96, 128]))
-        rows = self.random.choice([1, 2, 5])
-        contexts = [self.random.choice([1, 2, 15, 16, 17, 63, 64, 65, 150]) for _ in range(rows)]
-        counts = [min(self.random.choice([1, 1, 2, 99, c // 2 + 1]), c) for c in contexts]
-        width = -(-max(contexts) // BLOCK_TOKENS) + self.random.choice([0, 2])
-        tables = torch.randperm(rows * width, generator=self.generator).int().view(rows, width)
-        layer = self.random.randrange(2)
-        pool = self.normal(rows * width, 2, 2, kv_heads, BLOCK_TOKENS, heads.dim)
-        slots = []
-        for row, (count, context) in enumerate(zip(counts, contexts, strict=True)):
-            at = [int(tables[row, i // 16]) * 16 + i % 16 for i in range(width * BLOCK_TOKENS)]
-            slots += at[context - count : context]
-            for slot in at[context - count :]:  # what is not yet written may be anything
-                pool[slot // 16, :, :, :, slot % 16] = torch.nan
-        norms = (self.normal(heads.dim), self.normal(heads.dim))
-        chosen = norms if self.random.random() < 0.5 else None
-        x = self.normal(sum(counts), (heads.query + 2 * kv_heads) * heads.dim)
-        angles = 7 * torch.randn(sum(counts), heads.dim // 2, generator=self.generator)
-        batch = batch_of(
-            sum(counts),
-            [],
-            slots=torch.tensor(slots),
-            block_tables=tables,
-            query_starts=torch.tensor([0, *counts]).cumsum(0).int(),
-            context_lengths=torch.tensor(contexts, dtype=torch.int32),
-        )
-
-        build = brought_in(x, lambda ops, x: ops.attention(x, heads, layer, chosen, EPSILON))
-        return build, batch, angles.cos(), angles.sin(), pool
-
-
-CASES = [name for name in vars(Shapes) if name not in ("normal", "tokens", "size", "plain")]
-CASES = [name for name in CASES if not name.startswith("_")]
-
-
-def outcome(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
-    """The result, and the pool afterwards."""
-    build, batch, cosine, sine, pool = case
-    pool = pool.clone()
-    result = backend.compile(build(backend))(batch, cosine, sine, pool)
-    return result.clone(), pool
-
-
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_operations_agree_with_the_reference(
-    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, threads: int, int8: bool
+    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, threads: int, quantization: Quantization
 ) -> None:
     relative, absolute = TOLERANCE[dtype]
-    backend = CpuBackend(compiled, threads, dtype, int8)
+    backend = CpuBackend(compiled, threads, dtype, quantization)
     for seed in SEEDS:
         case = getattr(Shapes(seed, dtype), name)()
-        expected, actual = outcome(Reference(int8), case), outcome(backend, case)
+        expected, actual = outcome(Reference(quantization), case), outcome(backend, case)
         for one, other in zip(expected, actual, strict=True):
             torch.testing.assert_close(
                 other,
@@ -227,7 +77,7 @@ def test_int8_products_are_near_the_plain_ones(inputs: int) -> None:
     for outliers in ([], [3], [inputs - 1, inputs // 2]):
         x[:, outliers] *= 100
         exact = Reference().pack(weight).times(x)
-        error = Reference(int8=True).pack(weight).times(x) - exact
+        error = Reference("int8").pack(weight).times(x) - exact
         assert error.norm() < 0.02 * exact.norm(), outliers
 
 
@@ -241,19 +91,19 @@ def test_int8_does_not_hide_what_is_no_number(compiled: ctypes.CDLL, number: flo
         return lambda ops: ops.linear(ops.embed(packed[0]), packed[1])
 
     case = Shapes(0, torch.float32).plain(build, 2)
-    for backend in (CpuBackend(compiled, 1, torch.float32, True), Reference(True)):
+    for backend in (CpuBackend(compiled, 1, torch.float32, "int8"), Reference("int8")):
         result, _ = outcome(backend, case)
         assert result[0].isfinite().all() and not result[1].isfinite().any()
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["linear", "gated", "rms_norm"])
 def test_a_row_does_not_depend_on_its_neighbours(
-    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, int8: bool
+    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, quantization: Quantization
 ) -> None:
     """Bit by bit, alone and in the batch."""
-    backend = CpuBackend(compiled, 2, dtype, int8)
+    backend = CpuBackend(compiled, 2, dtype, quantization)
     for seed in SEEDS:
         build, batch, *rest = getattr(Shapes(seed, dtype), name)()
         forward = backend.compile(build(backend))
@@ -383,7 +233,7 @@ def test_a_level_that_this_cpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(cpu.BuildError, match=r"has no avx512_bf16$"):
         chosen_level()
     monkeypatch.setenv(VARIABLE, "avx1024")
-    with pytest.raises(cpu.BuildError, match="'avx1024'; it can be 0, avx512-bf16"):
+    with pytest.raises(cpu.BuildError, match="'avx1024'; it can be 0, triton, avx512-bf16"):
         chosen_level()
 
 

@@ -12,7 +12,7 @@ from slipstream.loadtest.steps import Machine, Part, Shape, Steps, table
 @pytest.mark.skipif(cpu.kernels() is None, reason="no compiled kernels here")
 def test_each_part_has_its_time_and_its_floor(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
-    steps = Steps(tmp_path, "float32", threads=2, int8=False, tokens=256)
+    steps = Steps(tmp_path, "float32", threads=2, quantization="none", tokens=256)
     config = steps.config
     parts = steps.run(Shape(rows=3, tokens=1, context=20), times=3)
     hidden, vocabulary = config.hidden_size, config.vocab_size

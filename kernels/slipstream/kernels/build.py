@@ -14,7 +14,9 @@ from typing import NamedTuple
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-strict-aliasing")
 """Words of several numbers are stored as one type of vector and read as another."""
 VARIABLE = "SLIPSTREAM_CPU_KERNELS"
-"""In the environment: the name of a level instead of the best one; 0: no compiled kernels."""
+"""In the environment: the name of a level instead of the best one; 0: no compiled kernels; triton:
+the GPU's kernels in Triton's interpreter, for tests."""
+_INTERPRETED = "triton"
 _TIMEOUT_S = 120
 
 
@@ -53,12 +55,12 @@ def chosen_level() -> Level:
     """
     here = cpu_features()
     name = os.environ.get(VARIABLE)
-    if not name or not wanted():
+    if not name or not wanted() or interpreted():
         return next(level for level in LEVELS if level.features <= here)
     level = next((level for level in LEVELS if level.name == name), None)
     if level is None:
         names = ", ".join(level.name for level in LEVELS)
-        raise BuildError(f"{VARIABLE} is {name!r}; it can be 0, {names}")
+        raise BuildError(f"{VARIABLE} is {name!r}; it can be 0, triton, {names}")
     if missing := sorted(level.features - here):
         raise BuildError(f"{VARIABLE} is {name!r}, but this CPU has no {', '.join(missing)}")
     return level
@@ -78,6 +80,14 @@ def cpu_features() -> frozenset[str]:
 def wanted() -> bool:
     """Not with `SLIPSTREAM_CPU_KERNELS=0`."""
     return os.environ.get(VARIABLE) != "0"
+
+
+def interpreted() -> bool:
+    """With `SLIPSTREAM_CPU_KERNELS=triton`. Triton, which asks when it is imported, is told so."""
+    if os.environ.get(VARIABLE) != _INTERPRETED:
+        return False
+    os.environ["TRITON_INTERPRET"] = "1"
+    return True
 
 
 def default_cache_dir() -> Path:

@@ -1,13 +1,15 @@
 """What a model is written in: a handful of operations, each with one meaning and several makers.
 
 `reference` computes them at once in plain torch; that is the specification, and what serves where
-nothing faster does. `program` writes them down once and has them run by compiled kernels. Tensors
-are float32 or bfloat16 throughout; sums are float32, and each result is rounded once.
+nothing faster does. `program` writes them down once and has them run by compiled kernels; `gpu` has
+Triton's. Tensors are float32 or bfloat16 throughout; sums are float32, and each result is rounded
+once. The pool may be float8 instead.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,11 +20,22 @@ Value: TypeAlias = Any
 """What an operation yields: a tensor, or the promise of one; rows are tokens or samples."""
 Weights: TypeAlias = Any
 """A matrix as its backend wants it."""
+Quantization: TypeAlias = Literal["none", "int8", "fp8"]
+"""What matrices that are multiplied with are made into."""
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
+NO_SLOT = -1
+"""Of a row of padding: nothing is written for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """Rows one after another; T tokens, R rows, S of them sample."""
+    """Rows one after another; T tokens, R rows, S of them sample.
+
+    A row of padding has one token, the slot `NO_SLOT` and a context of 0: it is computed like any
+    other, its attention is 0, and the pool does not see it. Only graphs on a GPU need such rows;
+    the reference takes them, the CPU program is not given any.
+    """
 
     tokens: Tensor
     """int64 [T]"""
@@ -70,6 +83,62 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = hadamard(x.float())
     scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return (wide * (1 / scale)).round().to(torch.int8), scale
+
+
+def quantize_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `[rows, dim]` as float8, the largest of each as float8's largest, and their scales,
+    float32 `[rows, 1]`.
+
+    Nothing is rotated: what float8 rounds off is a share of each number, not of the largest one.
+    """
+    wide = x.float()
+    scale = scale_of(wide)
+    return stored(wide / scale, FLOAT8), scale
+
+
+def fitted_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantize_float8`, with the scale of an octave that loses least of each row.
+
+    Steps of float8 double with each power of two: where those lie among a row's numbers is what a
+    scale decides. Worth its time once, for weights.
+    """
+    wide = weight.float()
+    levels, scale = quantize_float8(wide)
+    least = (levels.float() * scale - wide).square().sum(1, keepdim=True)
+    for eighth in range(1, 8):
+        other = scale_of(wide) * 2 ** (eighth / 8)
+        made = stored(wide / other, FLOAT8).float()
+        lost = (made * other - wide).square().sum(1, keepdim=True)
+        better = lost < least
+        levels = torch.where(better, made, levels.float()).to(FLOAT8)
+        scale, least = torch.where(better, other, scale), torch.where(better, lost, least)
+    return levels, scale
+
+
+def scale_of(wide: Tensor) -> Tensor:
+    """float32 `[rows, 1]` by which a row's largest number is float8's largest."""
+    return wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / FLOAT8_MAX
+
+
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the pool's dtype; what float8 cannot hold becomes its largest number."""
+    return (x.float().clamp(-FLOAT8_MAX, FLOAT8_MAX) if dtype == FLOAT8 else x).to(dtype)
+
+
+def keys_turned(x: Tensor) -> Tensor:
+    """Keys, or queries, `[..., dim]` float32, as they meet in a float8 pool: both halves turned by
+    `hadamard`, which leaves their products what they are.
+
+    Some channels of keys and queries are large together, and what is rounded off there is most of
+    what is rounded off at all; turned, no channel stands out.
+    """
+    half = x.shape[-1] // 2
+    turned = hadamard(x.reshape(-1, half)).view(x.shape)
+    return turned / math.sqrt(rotation_block(half))
+
+
+VALUE_LIFT = 8.0
+"""Values of some layers are so small that float8 has few bits for them."""
 
 
 class Heads(NamedTuple):
@@ -168,7 +237,8 @@ class Ops(Protocol):
         token's angles: dimension i pairs with i + dim / 2, as in checkpoints of Hugging Face. Keys
         and values are written to the batch's slots; then each query attends to its request's
         context up to itself, scaled by dim ** -0.5. Slots beyond a context may hold anything, NaN
-        too. Returns `[T, query * dim]`.
+        too. In a float8 pool keys, and the queries with them, are `keys_turned`, and
+        values times `VALUE_LIFT`. Returns `[T, query * dim]`.
         Source: Su et al., "RoFormer", 2021; Kwon et al., "PagedAttention", 2023; online softmax:
         Dao et al., "FlashAttention", 2022.
         """
@@ -178,21 +248,31 @@ Model: TypeAlias = Callable[[Ops], Value]
 Forward: TypeAlias = Callable[[ForwardBatch, Tensor, Tensor, Tensor], Tensor]
 """Of a batch, cosine and sine (float32 `[T, head_dim / 2]`) and the pool: the model's result.
 
-The pool is `[blocks, layers, 2, kv_heads, block_tokens, head_dim]` in the weights' dtype.
+The pool is `[blocks, layers, 2, kv_heads, block_tokens, head_dim]` in the weights' dtype, or
+`FLOAT8`.
 """
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A `Forward` that has something to make before its first step."""
+
+    def prepare(self, pool: Tensor, head_dim: int, rows: int) -> None:
+        """What steps of up to `rows` would wait for; the pool stays as it is."""
 
 
 class Backend(Protocol):
     """A maker of the operations, with its own form of weights.
 
     With `int8` matrices that are multiplied with go through `quantize`, one scale for each output,
-    and what they are multiplied with as well, one scale for each row, at each step.
+    and what they are multiplied with as well, one scale for each row, at each step; with `fp8`
+    through `fitted_float8` and `quantize_float8`.
     """
 
-    int8: bool
+    quantization: Quantization
 
     def table(self, weight: Tensor) -> Weights:
-        """`[vocab, dim]` for `embed`; for `linear` too unless `int8`."""
+        """`[vocab, dim]` for `embed`, and for `linear` as it is."""
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Weights:
         """`[out, in]` and `[out]`. The tensors are not needed any more."""

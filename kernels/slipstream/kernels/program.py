@@ -20,6 +20,7 @@ from slipstream.kernels.ops import (
     ForwardBatch,
     Heads,
     Model,
+    Quantization,
     quantize,
     rotation_block,
 )
@@ -334,9 +335,16 @@ class CpuBackend:
     """Programs that share one team of threads."""
 
     def __init__(
-        self, library: ctypes.CDLL, threads: int, dtype: torch.dtype, int8: bool = False
+        self,
+        library: ctypes.CDLL,
+        threads: int,
+        dtype: torch.dtype,
+        quantization: Quantization = "none",
     ) -> None:
-        self.library, self.dtype, self.int8 = library, dtype, int8
+        """Of `quantization` not fp8: the reference serves that on a CPU."""
+        assert quantization != "fp8"
+        self.library, self.dtype = library, dtype
+        self.quantization: Quantization = quantization
         self.team = library.team_new(threads, MAX_OPS)
 
     def __del__(self) -> None:
@@ -348,7 +356,7 @@ class CpuBackend:
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
         outputs, inputs = weight.shape
-        if not self.int8:
+        if self.quantization == "none":
             return Packed(in_panels(weight), bias, outputs, inputs)
         padded = -(-outputs // PANEL) * PANEL
         levels = torch.zeros(padded, inputs, dtype=torch.int8)

@@ -10,14 +10,21 @@ from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn, as_tensors, draw
 from slipstream.kernels.ops import (
+    FLOAT8,
+    VALUE_LIFT,
     Experts,
     Forward,
     ForwardBatch,
     Heads,
     Model,
+    Quantization,
     Scoring,
+    fitted_float8,
+    keys_turned,
     quantize,
+    quantize_float8,
     rotation_block,
+    stored,
 )
 
 
@@ -31,7 +38,7 @@ class Matrix:
     def times(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return F.linear(x, self.weight, self.bias)
-        levels, scale = quantize(x)
+        levels, scale = (quantize if self.weight.dtype == torch.int8 else quantize_float8)(x)
         out = F.linear(levels.float(), self.weight.float()) * scale * self.scale
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
@@ -39,15 +46,18 @@ class Matrix:
 class Reference:
     """A backend that computes at once."""
 
-    def __init__(self, int8: bool = False) -> None:
-        self.int8 = int8
+    def __init__(self, quantization: Quantization = "none") -> None:
+        self.quantization = quantization
 
     def table(self, weight: Tensor) -> Matrix:
         return Matrix(weight)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
-        if not self.int8:
+        if self.quantization == "none":
             return Matrix(weight, bias)
+        if self.quantization == "fp8":
+            levels, scale = fitted_float8(weight)
+            return Matrix(levels, bias, scale.flatten())
         levels, scale = quantize(weight)
         return Matrix(levels, bias, scale.flatten() / rotation_block(weight.shape[1]))
 
@@ -113,8 +123,20 @@ class ReferenceOps:
             query = self.rms_norm(query, norms[0], epsilon)
             key = self.rms_norm(key, norms[1], epsilon)
         query, key = self._rotated(query), self._rotated(key)
+        narrow = self._pool.dtype == FLOAT8
+        if narrow:
+            query, key = keys_turned(query.float()).to(qkv.dtype), keys_turned(key.float())
+            value = value.float() * VALUE_LIFT
         scoring = Scoring(heads.dim**-0.5)
-        return attend(self._batch, query, key, value, self._pool, layer, scoring).flatten(1)
+        out = attend(self._batch, query, key, value, self._pool, layer, scoring)
+        return (out / VALUE_LIFT if narrow else out).flatten(1)
+
+    def _write(self, key: Tensor, value: Tensor, layer: int) -> None:
+        real = self._batch.slots >= 0
+        slots, pool = self._batch.slots[real], _bits(self._pool)
+        block, offset = slots // pool.shape[4], slots % pool.shape[4]
+        for kind, rows in enumerate((key, value)):
+            pool[block, layer, kind, :, offset] = _bits(stored(rows[real], self._pool.dtype))
 
     def _rotated(self, x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
@@ -168,6 +190,9 @@ def attend(
     starts, block_tokens = batch.query_starts.tolist(), pool.shape[4]
     for row, length in enumerate(batch.context_lengths.tolist()):
         first, end = starts[row], starts[row + 1]
+        if not length:  # padding
+            out[first:end] = 0
+            continue
         seen = _first_seen(length - (end - first), scoring) // block_tokens
         table = batch.block_tables[row, seen : -(-length // block_tokens)].long()
         seen *= block_tokens
@@ -196,7 +221,7 @@ def _weighed(
 ) -> Tensor:
     """Of one row: `[heads, queries, head_dim]`."""
     group = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    key, value = (x.repeat_interleave(group, 0).to(query.dtype) for x in (key, value))
     if not scoring.softcap and scoring.sinks is None:
         attended = F.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=visible, scale=scoring.scale
@@ -214,14 +239,22 @@ def _weighed(
 
 
 def _write(batch: ForwardBatch, key: Tensor, value: Tensor, pool: Tensor, layer: int) -> None:
-    block_tokens = pool.shape[4]
-    block, offset = batch.slots // block_tokens, batch.slots % block_tokens
-    pool[block, layer, 0, :, offset] = key
-    pool[block, layer, 1, :, offset] = value
+    real, bits = batch.slots >= 0, _bits(pool)
+    slots = batch.slots[real]
+    block, offset = slots // pool.shape[4], slots % pool.shape[4]
+    for kind, rows in enumerate((key, value)):
+        bits[block, layer, kind, :, offset] = _bits(stored(rows[real], pool.dtype))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """float8 as its bits, which can be indexed everywhere."""
+    return x.view(torch.uint8) if x.dtype == FLOAT8 else x
 
 
 def _gather(pool: Tensor, layer: int, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Key and value `[kv_heads, length, head_dim]` of one request's context."""
-    blocks = pool[block_ids, layer]  # [blocks, 2, kv_heads, block_tokens, head_dim]
+    blocks = _bits(pool)[block_ids, layer].view(
+        pool.dtype
+    )  # [blocks, 2, kv_heads, block_tokens, head_dim]
     key, value = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length].unbind(0)
     return key, value

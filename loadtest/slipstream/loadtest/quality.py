@@ -1,6 +1,7 @@
-"""What int8 weights cost in quality: one text, its next tokens predicted with and without.
+"""What int8 or fp8 costs in quality: one text, its next tokens predicted with and without.
 
     python -m slipstream.loadtest.quality [--model demo] [--dtype bfloat16] [--text FILE]
+        [--quantization int8] [--kv-cache-dtype auto]
 
 Perplexity is of the whole text as one sequence. Agreement is how often both take the same token to
 be the likeliest. Wanted: perplexity at most 1.02 times, agreement at least 95 %; the exit code is 1
@@ -27,6 +28,7 @@ from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import allocate_pool, choose_backend
 from slipstream.engine.weights import load_weights
+from slipstream.kernels.ops import Quantization
 from slipstream.kv.layout import KvDtype
 from slipstream.types import BLOCK_TOKENS
 
@@ -53,32 +55,45 @@ class Predictions:
 @dataclass(frozen=True)
 class Quality:
     plain: Predictions
-    int8: Predictions
+    quantized: Predictions
 
     @property
     def perplexity_ratio(self) -> float:
-        return self.int8.perplexity / self.plain.perplexity
+        return self.quantized.perplexity / self.plain.perplexity
 
     @property
     def agreement(self) -> float:
-        return float((self.int8.likeliest == self.plain.likeliest).float().mean())
+        return float((self.quantized.likeliest == self.plain.likeliest).float().mean())
 
     @property
     def good(self) -> bool:
         return self.perplexity_ratio <= PERPLEXITY_RATIO_MAX and self.agreement >= AGREEMENT_MIN
 
 
-def measure(folder: Path, dtype: KvDtype, tokens: Sequence[int]) -> Quality:
+def measure(
+    folder: Path,
+    dtype: KvDtype,
+    tokens: Sequence[int],
+    quantization: Quantization = "int8",
+    kv_dtype: KvDtype | None = None,
+) -> Quality:
     """Both predictions of `tokens`, which have to fit into the model's context."""
-    return Quality(predict(folder, dtype, tokens, False), predict(folder, dtype, tokens, True))
+    plain = predict(folder, dtype, tokens)
+    return Quality(plain, predict(folder, dtype, tokens, quantization, kv_dtype))
 
 
-def predict(folder: Path, dtype: KvDtype, tokens: Sequence[int], int8: bool) -> Predictions:
-    config = ModelConfig.read(folder)
+def predict(
+    folder: Path,
+    dtype: KvDtype,
+    tokens: Sequence[int],
+    quantization: Quantization = "none",
+    kv_dtype: KvDtype | None = None,
+) -> Predictions:
+    config, wide = ModelConfig.read(folder), getattr(torch, dtype)
     blocks = tuple(range(-(-len(tokens) // BLOCK_TOKENS)))
-    pool = allocate_pool(config.kv_layout(dtype), len(blocks))
-    backend = choose_backend(config, pool.dtype, pool.device, int8)
-    weights = load_weights(folder, config, pool.dtype, pool.device, backend)
+    pool = allocate_pool(config.kv_layout(kv_dtype or dtype), len(blocks))
+    backend = choose_backend(config, wide, pool.device, quantization, kv_dtype=pool.dtype)
+    weights = load_weights(folder, config, wide, pool.device, backend)
     decoder = Decoder(config, weights, backend)
     known, likeliest = [], []
     for start in range(0, len(tokens) - 1, _CHUNK):
@@ -114,19 +129,22 @@ def main() -> int:
     )
     parser.add_argument("--model", default="demo", help="as for slipstream serve")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="int8")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--json", action="store_true", help="both numbers as JSON, no more")
     options = parser.parse_args()
     folder = prepared(options.model)
     tokens = encode(folder, options.text.read_text(encoding="utf-8"))
-    quality = measure(folder, options.dtype, tokens)
+    kv_dtype: KvDtype | None = "float8_e4m3fn" if options.kv_cache_dtype == "fp8" else None
+    quality = measure(folder, options.dtype, tokens, options.quantization, kv_dtype)
     if options.json:
         numbers = {"perplexity_ratio": quality.perplexity_ratio, "agreement": quality.agreement}
         print(json.dumps(numbers))
         return 0 if quality.good else 1
     print(f"{folder.name}, {options.text.name}, {len(tokens)} tokens")
     print(f"perplexity {options.dtype:<9}{quality.plain.perplexity:9.4f}")
-    print(f"perplexity {'int8':<9}{quality.int8.perplexity:9.4f}", end="")
+    print(f"perplexity {'quantized':<9}{quality.quantized.perplexity:9.4f}", end="")
     print(f"  {quality.perplexity_ratio:.4f} times, wanted: at most {PERPLEXITY_RATIO_MAX}")
     print(f"agreement           {quality.agreement:9.2%}  wanted: at least {AGREEMENT_MIN:.0%}")
     return 0 if quality.good else 1

@@ -25,6 +25,7 @@ from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
+from slipstream.kernels.ops import Quantization
 from slipstream.kernels.program import Kind, Program, Rows
 from slipstream.kv.layout import ELEMENT_BYTES, KvDtype
 from slipstream.kv.segment import SegmentHeader, create_segment
@@ -75,10 +76,10 @@ def best_s(work: Callable[[], object], times: int = 7) -> float:
     return min(once() for _ in range(times))
 
 
-def measure_machine(dtype: KvDtype, int8: bool) -> Machine:
+def measure_machine(dtype: KvDtype, quantization: Quantization) -> Machine:
     memory = torch.ones(1 << 27)
     size = 2048
-    if int8:
+    if quantization == "int8":
         left, right = (torch.ones(size, size, dtype=torch.int8) for _ in range(2))
         product_s = best_s(lambda: torch._int_mm(left, right))
     else:
@@ -90,10 +91,12 @@ def measure_machine(dtype: KvDtype, int8: bool) -> Machine:
 class Steps:
     """A model, and steps of it, timed."""
 
-    def __init__(self, folder: Any, dtype: KvDtype, threads: int, int8: bool, tokens: int):
+    def __init__(
+        self, folder: Any, dtype: KvDtype, threads: int, quantization: Quantization, tokens: int
+    ):
         """`tokens`: room for so many in the pool, over all rows."""
         self.config = ModelConfig.read(folder)
-        self.runner = Runner(folder, dtype, self._pool(dtype, tokens), threads, int8)
+        self.runner = Runner(folder, dtype, self._pool(dtype, tokens), threads, quantization)
         self.number = 0
 
     def _pool(self, dtype: KvDtype, tokens: int) -> torch.Tensor:
@@ -235,8 +238,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=21)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    int8 = options.quantization == "int8"
-    machine = measure_machine(options.dtype, int8)
+    machine = measure_machine(options.dtype, options.quantization)
     print(
         f"{options.threads} threads: {machine.bytes_per_s / 1e9:.1f} GB/s read, "
         f"{machine.operations_per_s / 1e9:.0f} GFLOP/s in products\n"
@@ -246,7 +248,8 @@ def main() -> None:
     room = max(
         shape.rows * (shape.context + shape.tokens + BLOCK_TOKENS) for shape in decodes + prompts
     )
-    steps = Steps(prepared(options.model), options.dtype, options.threads, int8, room)
+    how = options.dtype, options.threads, options.quantization
+    steps = Steps(prepared(options.model), *how, room)
     for shape in decodes:
         title = f"decode, {shape.rows} rows, context {shape.context}"
         print(table(title, steps.run(shape, options.times), machine), end="\n\n", flush=True)

@@ -11,6 +11,7 @@ from slipstream.config import (
     GpuMemoryShare,
     JournalTtl,
     KvCacheBytes,
+    KvCacheDtype,
     LoadFormat,
     LogLevel,
     MaxModelLen,
@@ -76,6 +77,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     device: Device = "auto"
     gpu_memory_share: GpuMemoryShare = 0.0
     tensor_parallel_size: TensorParallelSize = 1
+    kv_cache_dtype: KvCacheDtype = "auto"
     packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0

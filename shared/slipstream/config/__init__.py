@@ -16,6 +16,7 @@ from slipstream.config.rules import AUTO_TRANSPORTS, is_loopback, make_folder, r
 from slipstream.config.service import (
     Dtype,
     KvCacheBytes,
+    KvCacheDtype,
     LogLevel,
     MaxModelLen,
     MaxNumSeqs,
@@ -56,6 +57,7 @@ __all__ = [
     "Device",
     "Dtype",
     "GpuMemoryShare",
+    "KvCacheDtype",
     "HelpRequested",
     "KeysDir",
     "JournalTtl",

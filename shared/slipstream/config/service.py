@@ -36,10 +36,17 @@ Dtype: TypeAlias = Annotated[
     Meta(description="Type of weights and KV blocks; auto: the checkpoint's."),
 ]
 Quantization: TypeAlias = Annotated[
-    Literal["none", "int8"],
+    Literal["none", "int8", "fp8"],
     Meta(
-        description="Weights of matrix products; none: of type --dtype; int8: made at load time, "
-        "one scale for each output. KV blocks stay of type --dtype."
+        description="Weights of matrix products; none: of type --dtype; int8 (on CPUs) and fp8 "
+        "(on GPUs): made at load time, one scale for each output. KV blocks: --kv-cache-dtype."
+    ),
+]
+KvCacheDtype: TypeAlias = Annotated[
+    Literal["auto", "fp8"],
+    Meta(
+        description="Type of KV blocks; auto: --dtype; fp8: a byte for each number, so that twice "
+        "the tokens fit; for GPUs."
     ),
 ]
 ModelImpl: TypeAlias = Annotated[
@@ -181,6 +188,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     device: Device = "auto"
     gpu_memory_share: GpuMemoryShare = 0.0
     tensor_parallel_size: TensorParallelSize = 1
+    kv_cache_dtype: KvCacheDtype = "auto"
     packed_weights_dir: PackedWeightsDir = "auto"
     max_model_len: MaxModelLen = 0
     kv_cache_bytes: KvCacheBytes = 0

@@ -37,6 +37,8 @@ class Loading(NamedTuple):
     """Where packed weights are kept."""
     dummy: bool = False
     ranks: Ranks | None = None
+    kv_dtype: torch.dtype | None = None
+    """Of the pool, if it is not `dtype`."""
 
 
 def read_model(
@@ -73,10 +75,12 @@ def load_model(model_path: str | Path, config: ServedModel, how: Loading) -> Mod
     if isinstance(config, ModelConfig):
         return _native(model_path, config, how)
     assert isinstance(config, ForeignModel)
-    if how.backend.int8:
+    made, kept = how.backend.quantization, how.kv_dtype
+    if made != "none" or kept not in (None, how.dtype):
+        asked = f"--quantization {made}" if made != "none" else "--kv-cache-dtype fp8"
         raise ModelError(
-            f"{model_path}: int8 weights are for the native decoder, which does not compute "
-            f"{config.architecture} here; give --quantization none"
+            f"{model_path}: {asked} is for the native decoder, which does not compute "
+            f"{config.architecture} here; leave it out"
         )
     from slipstream.engine.transformers_model import load_transformers
 
@@ -85,9 +89,10 @@ def load_model(model_path: str | Path, config: ServedModel, how: Loading) -> Mod
 
 def _native(model_path: str | Path, config: ModelConfig, how: Loading) -> Decoder:
     backend, ranks = how.backend, how.ranks
-    if backend.int8 and config.experts is not None:
+    if backend.quantization != "none" and config.experts is not None:
         raise ModelError(
-            f"{model_path}: int8 weights of experts are not supported; give --quantization none"
+            f"{model_path}: {backend.quantization} weights of experts are not supported; give "
+            "--quantization none"
         )
 
     def load() -> DecoderWeights:
@@ -98,7 +103,7 @@ def _native(model_path: str | Path, config: ModelConfig, how: Loading) -> Decode
     if how.packed_dir is None or how.dummy or not isinstance(backend, CpuBackend):
         weights = load()
     else:
-        name = file_name(model_path, config, how.dtype, backend.int8)
+        name = file_name(model_path, config, how.dtype, backend.quantization)
         weights = shared_weights(how.packed_dir / name, load)
     if isinstance(backend, CpuBackend):
         # What is left for torch is small. Its threads would wait for each other at every

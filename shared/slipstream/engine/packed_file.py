@@ -30,6 +30,7 @@ from slipstream.engine import decoder, weights
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
 from slipstream.engine.model_config import ModelConfig, weight_files
 from slipstream.kernels import ops, program
+from slipstream.kernels.ops import Quantization
 from slipstream.kernels.program import Packed
 
 FILES_MAX = 4
@@ -59,9 +60,11 @@ class BrokenFile(Exception):
     """The file is not what it was when it was written."""
 
 
-def file_name(model_path: str | Path, config: ModelConfig, dtype: torch.dtype, int8: bool) -> str:
+def file_name(
+    model_path: str | Path, config: ModelConfig, dtype: torch.dtype, quantization: Quantization
+) -> str:
     """Changes with whatever changes the packed bytes. OSError: a weight file is gone."""
-    parts = [config.fingerprint, str(dtype), str(int8)]
+    parts = [config.fingerprint, str(dtype), quantization]
     for path in weight_files(Path(model_path)):
         status = path.stat()
         parts.append(f"{path.name}/{status.st_size}/{status.st_mtime_ns}")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.config import SetupError
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.engine.batch import (
     Inputs,
@@ -34,17 +35,22 @@ from slipstream.engine.shaping import is_plain
 from slipstream.engine.step_loop import Made, Outputs, Step
 from slipstream.errors import Problem
 from slipstream.kernels import cpu
+from slipstream.kernels.build import interpreted
 from slipstream.kernels.draw import Draw
-from slipstream.kernels.ops import Backend
+from slipstream.kernels.ops import FLOAT8, Backend, Prepared, Quantization
 from slipstream.kernels.program import PANEL, CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.kv.layout import KvDtype, KvLayout
-from slipstream.types import RequestId, SamplingParams, TokenLogprobs
+from slipstream.types import BLOCK_TOKENS, RequestId, SamplingParams, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
 Tell: TypeAlias = Callable[[Sizes], None]
 """Says to the ranks above 0 that a batch of these sizes follows."""
-_DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[KvDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 
 
 def allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device | None = None) -> Tensor:
@@ -57,30 +63,63 @@ def choose_backend(
     config: ServedModel,
     dtype: torch.dtype,
     device: torch.device,
-    int8: bool = False,
+    quantization: Quantization = "none",
     threads: int = 0,
+    kv_dtype: torch.dtype | None = None,
     ranks: bool = False,
 ) -> Backend:
     """Compiled kernels where they are, built now if they are not yet; else plain torch. A foreign
     model only has its tokens drawn by it.
 
-    `threads`: of compiled kernels, 0 for one on each core. `ranks`: several hold the model.
+    `threads`: of compiled kernels, 0 for one on each core. `kv_dtype`: of the pool, if it is not
+    `dtype`. `ranks`: several hold the model. SetupError: this device cannot do that.
     """
-    if ranks and device.type == "cpu":
-        _LOG.warning("SLOW: CPU kernels do not work in ranks; plain torch serves instead")
-        return Reference(int8)
-    library = cpu.kernels() if device.type == "cpu" else None
-    if library is None:
-        return Reference(int8)
-    if isinstance(config, ModelConfig) and config.experts is not None:
-        _LOG.warning("SLOW: no CPU kernels for experts; plain torch serves instead")
-        return Reference(int8)
-    if isinstance(config, ModelConfig):
-        sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-        if any(size % PANEL for size in sizes):
-            _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
-            return Reference(int8)
-    return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, int8)
+    if device.type == "cuda" or interpreted():
+        return _triton(config, dtype, device, quantization, kv_dtype)
+    library = cpu.kernels()
+    slow = _no_cpu_kernels(config, quantization, kv_dtype, ranks)
+    if slow and library is not None:
+        _LOG.warning("SLOW: no CPU kernels for %s; plain torch serves instead", slow)
+    if slow or library is None:
+        return Reference(quantization)
+    return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, quantization)
+
+
+def _no_cpu_kernels(
+    config: ServedModel, quantization: Quantization, kv_dtype: torch.dtype | None, ranks: bool
+) -> str:
+    """What they cannot do; empty if they can."""
+    if ranks:
+        return "ranks"
+    if quantization == "fp8" or kv_dtype == FLOAT8:
+        return "float8 (--quantization int8 has some)"
+    if not isinstance(config, ModelConfig):
+        return ""
+    if config.experts is not None:
+        return "experts"
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+    odd = any(size % PANEL for size in sizes)
+    return f"sizes that {PANEL} does not divide: {sizes}" if odd else ""
+
+
+def _triton(
+    config: ServedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization,
+    kv_dtype: torch.dtype | None,
+) -> Backend:
+    try:
+        # Imported here: who computes on a CPU needs no Triton.
+        from slipstream.kernels.gpu.backend import TritonBackend
+    except ImportError as error:
+        line = f"slipstream: a GPU needs Triton: {error}; install slipstream[gpu]"
+        raise SetupError(line) from None
+    longest = -(-config.max_position_embeddings // BLOCK_TOKENS)
+    try:
+        return TritonBackend(dtype, device, quantization, kv_dtype or dtype, max_blocks=longest)
+    except ValueError as error:
+        raise SetupError(f"slipstream: {error}") from None
 
 
 class Runner:
@@ -96,33 +135,39 @@ class Runner:
         dtype: KvDtype,
         pool: Tensor | torch.device,
         threads: int = 0,
-        int8: bool = False,
+        quantization: Quantization = "none",
         packed_dir: Path | None = None,
         dummy: bool = False,
         ranks: Ranks | None = None,
         tell: Tell = lambda sizes: None,
         config: ServedModel | None = None,
+        kv_dtype: KvDtype | None = None,
     ) -> None:
         """`pool`: or the device where one will be, to be said by `attach`; the model lives there.
-        `threads`: CPU threads, 0 for one on each core. `int8`: of the weights of matrix products.
-        `packed_dir`: where packed weights are kept. `dummy`: random weights. `ranks`: those that
-        compute with this one; `tell`: of rank 0, so that they `follow`. `config`: what `read_model`
-        said of the model, if it has been asked.
+        `threads`: CPU threads, 0 for one on each core. `packed_dir`: where packed weights are kept.
+        `dummy`: random weights. `ranks`: those that compute with this one; `tell`: of rank 0, so
+        that they `follow`. `config`: what `read_model` said of the model, if it has been asked.
+        `kv_dtype`: of a pool that is not there yet, if it is not `dtype`.
 
-        ModelError: see `read_model` and `load_model`. ValueError: the pool has another layout.
+        ModelError: see `read_model` and `load_model`. SetupError: see `choose_backend`. ValueError:
+        the pool has another layout.
         """
         self.config = config or read_model(model_path, dummy=dummy)
         own = self.config.part(ranks.size) if ranks else self.config
-        self.layout, self._dtype = own.kv_layout(dtype), _DTYPES[dtype]
+        if isinstance(pool, Tensor) and pool.dtype == FLOAT8:
+            kv_dtype = "float8_e4m3fn"
+        self.layout, self._dtype = own.kv_layout(kv_dtype or dtype), _DTYPES[dtype]
         self._device = pool.device if isinstance(pool, Tensor) else pool
         if isinstance(pool, Tensor):
             self.attach(pool)
         if threads:
             torch.set_num_threads(threads)
         self._guides = Guides(model_path, self.config)
-        backend = choose_backend(own, self._dtype, self._device, int8, threads, bool(ranks))
+        kept = _DTYPES[self.layout.dtype]
+        given = own, self._dtype, self._device, quantization, threads
+        backend = choose_backend(*given, kv_dtype=kept, ranks=bool(ranks))
         self._backend, self._ranks, self._tell = backend, ranks, tell
-        how = Loading(self._dtype, self._device, backend, packed_dir, dummy, ranks)
+        how = Loading(self._dtype, self._device, backend, packed_dir, dummy, ranks, kept)
         self.decoder = load_model(model_path, self.config, how)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: dict[tuple[RequestId, int], Problem | None] = {}
@@ -133,7 +178,7 @@ class Runner:
 
     def attach(self, pool: Tensor) -> None:
         """From now on this is the pool. ValueError: it has another layout, or is elsewhere."""
-        fits = (pool.dtype, pool.device) == (self._dtype, self._device)
+        fits = (pool.dtype, pool.device) == (_DTYPES[self.layout.dtype], self._device)
         if pool.shape[1:] != self.layout.block_shape or not fits:
             raise ValueError(f"pool is {list(pool.shape)} {pool.dtype}, layout is {self.layout}")
         self._pool = pool
@@ -141,10 +186,10 @@ class Runner:
     def prepare(self, rows: int) -> None:
         """What steps of up to so many streams need and the first ones would wait for: graphs, where
         the backend has any. Of the pool that is attached."""
-        prepare = getattr(getattr(self.decoder, "program", None), "prepare", None)
-        if prepare is not None:
+        program: object = getattr(self.decoder, "program", None)
+        if isinstance(program, Prepared):
             with self._on_device(), torch.inference_mode():
-                prepare(self._pool, self.config.head_dim, rows)
+                program.prepare(self._pool, self.config.head_dim, rows)
 
     def rehearse(self, rows: Sequence[Row]) -> None:
         """Computes a step, in blocks that are thrown away; of its logits tokens are drawn. So what

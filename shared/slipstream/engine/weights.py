@@ -177,12 +177,15 @@ class _Loader:
     def load(self, progress: Progress) -> DecoderWeights:
         config = self._config
         vocabulary = (config.vocab_size, config.hidden_size)
-        table = self._packed(["model.embed_tokens.weight"], [vocabulary])
-        head = embedding = self._backend.table(table)
+        table = own = self._packed(["model.embed_tokens.weight"], [vocabulary])
+        embedding = self._backend.table(table)
         if not config.tied_embeddings:
-            head = self._backend.pack(self._packed(["lm_head.weight"], [vocabulary]))
-        elif self._backend.int8:
-            head = self._backend.pack(table)
+            own = self._packed(["lm_head.weight"], [vocabulary])
+        # Logits of float8 would put other tokens first: they differ by less than it rounds off.
+        if self._backend.quantization == "int8":
+            head = self._backend.pack(own)
+        else:
+            head = embedding if own is table else self._backend.table(own)
         return DecoderWeights(
             embedding=embedding,
             layers=tuple(self._layers(progress)),

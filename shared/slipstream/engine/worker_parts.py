@@ -48,7 +48,8 @@ def plan_of(config: WorkerConfig, model: ServedModel, rank: int = 0) -> WorkerPl
     on_gpu = device.type == "cuda"
     share = gpu.share_of(config, device) if on_gpu else 0
     dtype = choose_dtype(config.dtype, model.dtype, _cpu_flags(), on_gpu)
-    layout = model.part(config.tensor_parallel_size).kv_layout(dtype)
+    kept: KvDtype = "float8_e4m3fn" if config.kv_cache_dtype == "fp8" else dtype
+    layout = model.part(config.tensor_parallel_size).kv_layout(kept)
     threads = config.threads or len(os.sched_getaffinity(0))
     return WorkerPlan(model, device, share, dtype, layout, choose_model_len(config, model), threads)
 
@@ -63,12 +64,13 @@ def load_runner(
     """`pool`: or the device where there will be one."""
     return Runner(
         *(config.model, plan.dtype, pool, plan.threads),
-        int8=config.quantization == "int8",
+        quantization=config.quantization,
         packed_dir=None if config.packed_weights_dir == "none" else Path(config.packed_weights_dir),
         dummy=config.load_format == "dummy",
         ranks=ranks,
         tell=tell,
         config=plan.model,
+        kv_dtype=plan.layout.dtype,
     )
 
 
@@ -105,7 +107,8 @@ def make_pool(
     """StartError: there is no room for it."""
     header = SegmentHeader(
         kv_layout_id=plan.layout.layout_id(
-            plan.model.fingerprint, config.quantization, config.tensor_parallel_size
+            *(plan.model.fingerprint, config.quantization, config.tensor_parallel_size),
+            computed_in=plan.dtype,
         ),
         epoch=epoch,
         num_blocks=num_blocks,
@@ -120,7 +123,7 @@ def make_pool(
 
 def pool_tensor(plan: WorkerPlan, segment: Segment | DeviceSegment) -> Tensor:
     """The pool's memory as the runner has it."""
-    dtype: torch.dtype = getattr(torch, plan.dtype)
+    dtype: torch.dtype = getattr(torch, plan.layout.dtype)
     if isinstance(segment, DeviceSegment):
         flat = gpu.tensor_of(segment.blocks).view(-1).view(dtype)
     else:

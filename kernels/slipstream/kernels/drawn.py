@@ -1,0 +1,268 @@
+"""Cases drawn from seeds for every operation, over shapes that people do not think of.
+
+What a backend is held to, on any device: its results and the pool afterwards are those of the
+reference. Tests walk through them, and `gpu.check` on a card.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.kernels.draw import Draw, Drawn, cutoff, draw
+from slipstream.kernels.ops import NO_SLOT, Backend, ForwardBatch, Heads, Model, stored
+
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 1.6e-2)}
+"""Relative and absolute, of results."""
+BLOCK_TOKENS = 16
+EPSILON = 1e-5
+VOCABS = (1, 15, 16, 17, 255, 256, 257, 5000, 49152, 50257)
+NEAR = 1e-5
+"""Of a sum of probabilities: what rounding may move."""
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+
+
+class Case(NamedTuple):
+    """A model on a backend, and one step's arguments."""
+
+    build: Callable[[Backend], Model]
+    batch: ForwardBatch
+    cosine: Tensor
+    sine: Tensor
+    pool: Tensor
+
+
+def batch_of(
+    num_tokens: int, samples: list[int], device: torch.device | None = None, **tensors: Tensor
+) -> ForwardBatch:
+    """The i-th token is i, so that `embed` of any matrix brings it in."""
+    one_row = {
+        "positions": torch.arange(num_tokens),
+        "slots": torch.arange(num_tokens),
+        "block_tables": torch.zeros(1, 1, dtype=torch.int32),
+        "query_starts": torch.tensor([0, num_tokens], dtype=torch.int32),
+        "context_lengths": torch.tensor([num_tokens], dtype=torch.int32),
+    }
+    parts = {
+        "tokens": torch.arange(num_tokens),
+        "sample_indices": torch.tensor(samples, dtype=torch.int64),
+        **one_row,
+        **tensors,
+    }
+    return ForwardBatch(**{name: tensor.to(device) for name, tensor in parts.items()})
+
+
+def brought_in(x: Tensor, then: Callable[[Any, Any], Any]) -> Callable[[Backend], Model]:
+    def build(backend: Backend) -> Model:
+        packed = backend.table(x)
+        return lambda ops: then(ops, ops.embed(packed))
+
+    return build
+
+
+class Shapes:
+    """A small model around one operation, and random arguments, from one seed."""
+
+    def __init__(
+        self,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        kv_dtype: torch.dtype | None = None,
+        head_dims: Sequence[int] = HEAD_DIMS,
+    ) -> None:
+        """`kv_dtype`: of the pool, `dtype` unless given."""
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device or torch.device("cpu")
+        self.kv_dtype, self.head_dims = kv_dtype or dtype, head_dims
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def tokens(self) -> int:
+        return self.random.choice([1, 2, 3, 7, 8, 9, 33, 65, 130])
+
+    def size(self) -> int:
+        return self.random.choice([16, 32, 48, 64, 80, 576, 1024])
+
+    def plain(self, build: Callable[[Backend], Model], num_tokens: int) -> Case:
+        order = self.random.sample(range(num_tokens), self.random.randint(0, num_tokens))
+        nothing = torch.zeros(num_tokens, 8, device=self.device)
+        pool = torch.zeros(1, 1, 2, 1, BLOCK_TOKENS, 16, dtype=self.dtype, device=self.device)
+        return Case(build, batch_of(num_tokens, order, self.device), nothing, nothing, pool)
+
+    def embed(self) -> Case:
+        count, width = self.tokens(), self.size()
+        table = self.normal(count + 5, width)
+        return self.plain(brought_in(table, lambda ops, x: x), count)
+
+    def take(self) -> Case:
+        count, width = self.tokens(), self.size()
+        table = self.normal(count, width)
+        return self.plain(brought_in(table, lambda ops, x: ops.take(x)), count)
+
+    def rms_norm(self) -> Case:
+        count, width = self.tokens(), self.size()
+        x, weight = self.normal(count, width), self.normal(width)
+        model = brought_in(x, lambda ops, x: ops.rms_norm(x, weight, EPSILON))
+        return self.plain(model, count)
+
+    def rms_norm_of_a_sum(self) -> Case:
+        """And the sum stays in the residual."""
+        count, width = self.tokens(), self.size()
+        x, y, weight = self.normal(count, width), self.normal(count, width), self.normal(width)
+        wants_sum = self.random.random() < 0.5
+
+        def build(backend: Backend) -> Model:
+            packed = backend.table(x), backend.table(y)
+
+            def model(ops: Any) -> Any:
+                delta, stream = map(ops.embed, packed)
+                normed = ops.rms_norm(delta, weight, EPSILON, stream)
+                return stream if wants_sum else normed
+
+            return model
+
+        return self.plain(build, count)
+
+    def linear(self) -> Case:
+        count, inputs = self.tokens(), self.size()
+        outputs = self.random.choice([1, 15, 16, 17, 48, 49, 96, 199, 576])
+        x, weight = self.normal(count, inputs), self.normal(outputs, inputs) / inputs**0.5
+        bias = self.normal(outputs) if self.random.random() < 0.5 else None
+        wide = self.random.random() < 0.3
+
+        def build(backend: Backend) -> Model:
+            packed = backend.table(x), backend.pack(weight, bias)
+            return lambda ops: ops.linear(ops.embed(packed[0]), packed[1], wide)
+
+        return self.plain(build, count)
+
+    def gated(self) -> Case:
+        count, inputs, outputs = self.tokens(), self.size(), self.size()
+        x, weight = self.normal(count, inputs), self.normal(2 * outputs, inputs) / inputs**0.5
+        bias = self.normal(2 * outputs) if self.random.random() < 0.5 else None
+
+        def build(backend: Backend) -> Model:
+            packed = backend.table(x), backend.pack_gated(weight, bias)
+            return lambda ops: ops.gated(ops.embed(packed[0]), packed[1])
+
+        return self.plain(build, count)
+
+    def attention(self) -> Case:
+        kv_heads = self.random.choice([1, 2, 3, 5])
+        group = self.random.choice([1, 2, 3, 7, 40])
+        heads = Heads(kv_heads * group, kv_heads, self.random.choice(self.head_dims))
+        rows = self.random.choice([1, 2, 5])
+        contexts = [self.random.choice([1, 2, 15, 16, 17, 63, 64, 65, 150]) for _ in range(rows)]
+        counts = [min(self.random.choice([1, 1, 2, 99, c // 2 + 1]), c) for c in contexts]
+        width = -(-max(contexts) // BLOCK_TOKENS) + self.random.choice([0, 2])
+        tables = torch.randperm(rows * width, generator=self.generator).int().view(rows, width)
+        layer = self.random.randrange(2)
+        wide = self.normal(rows * width, 2, 2, kv_heads, BLOCK_TOKENS, heads.dim).cpu()
+        slots = []
+        for row, (count, context) in enumerate(zip(counts, contexts, strict=True)):
+            at = [int(tables[row, i // 16]) * 16 + i % 16 for i in range(width * BLOCK_TOKENS)]
+            slots += at[context - count : context]
+            for slot in at[context - count :]:  # what is not yet written may be anything
+                wide[slot // 16, :, :, :, slot % 16] = torch.nan
+        norms = (self.normal(heads.dim), self.normal(heads.dim))
+        chosen = norms if self.random.random() < 0.5 else None
+        x = self.normal(sum(counts), (heads.query + 2 * kv_heads) * heads.dim)
+        angles = 7 * torch.randn(sum(counts), heads.dim // 2, generator=self.generator)
+        batch = batch_of(
+            sum(counts),
+            [],
+            self.device,
+            slots=torch.tensor(slots),
+            block_tables=tables,
+            query_starts=torch.tensor([0, *counts]).cumsum(0).int(),
+            context_lengths=torch.tensor(contexts, dtype=torch.int32),
+        )
+
+        build = brought_in(x, lambda ops, x: ops.attention(x, heads, layer, chosen, EPSILON))
+        angles, pool = angles.to(self.device), stored(wide, self.kv_dtype).to(self.device)
+        return Case(build, batch, angles.cos(), angles.sin(), pool)
+
+    def padding(self) -> Case:
+        """Attention, with rows behind it that are none."""
+        build, batch, cosine, sine, pool = self.attention()
+        rows = self.random.choice([1, 3])
+
+        def behind(x: Tensor, value: int) -> Tensor:
+            return torch.cat((x, x.new_full((rows, *x.shape[1:]), value)))
+
+        ends = batch.query_starts[-1] + torch.arange(1, rows + 1, device=self.device)
+        padded = replace(
+            batch,
+            tokens=behind(batch.tokens, 0),
+            positions=behind(batch.positions, 0),
+            slots=behind(batch.slots, NO_SLOT),
+            block_tables=behind(batch.block_tables, 0),
+            query_starts=torch.cat((batch.query_starts, ends.int())),
+            context_lengths=behind(batch.context_lengths, 0),
+        )
+        return Case(build, padded, behind(cosine, 1), behind(sine, 0), pool)
+
+
+CASES = ("embed", "take", "rms_norm", "rms_norm_of_a_sum", "linear", "gated", "attention")
+"""Methods of `Shapes`, of what every backend can do."""
+
+
+def outcome(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
+    """The result, and the pool afterwards."""
+    pool = case.pool.clone()
+    model = case.build(backend)
+    result = backend.compile(model)(case.batch, case.cosine, case.sine, pool)
+    return result.clone(), pool
+
+
+def logits_and_draws(seed: int, vocabs: Sequence[int] = VOCABS) -> tuple[Tensor, list[Draw]]:
+    """Logits, and what is wanted of them, ugly ones too."""
+    some = random.Random(seed)
+    vocab = some.choice(vocabs)
+    size = (some.choice([1, 2, 9]), vocab)
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    logits *= some.choice([0.0, 0.3, 3.0, 30.0])
+    logits[0, some.randrange(vocab)] = some.choice([-math.inf, 0.0, 60.0, math.inf, math.nan])
+    return logits, [
+        Draw(
+            row=some.randrange(len(logits)),
+            temperature=some.choice([0.0, 1e-50, 1e-9, 0.3, 1.0, 2.0]),
+            top_k=some.choice([0, 0, 1, 2, 40, vocab, vocab + 1]),
+            top_p=some.choice([1.0, 1.0, 0.0, 0.1, 0.9, 0.9999]),
+            min_p=some.choice([0.0, 0.0, 0.05, 1.0]),
+            point=some.choice([0.0, some.random(), some.random(), 1 - 2**-53]),
+        )
+        for _ in range(some.choice([1, 2, 40]))
+    ]
+
+
+def agree(logits: Tensor, wanted: Draw, one: Drawn, other: Drawn) -> bool:
+    """Whether `other` is what the reference drew, `one`, or, where sums that are rounded otherwise
+    decide, a token beside it that may be."""
+    if not (one.top == other.top or (math.isnan(one.top) and math.isnan(other.top))):
+        return False
+    if not math.isfinite(one.top) or one.token == other.token:
+        return True
+    if not np.float32(wanted.temperature) or not _passes(logits[wanted.row], wanted, other.token):
+        return False
+    points = (max(wanted.point - NEAR, 0.0), wanted.point + NEAR)
+    low, high = (
+        each.token for each in draw(logits, [wanted._replace(point=point) for point in points])
+    )
+    return low <= other.token <= (logits.shape[1] - 1 if points[1] >= 1 else high)
+
+
+def _passes(row: Tensor, wanted: Draw, token: int) -> bool:
+    """Whether the filters leave the token."""
+    scaled = (row - row.max()) / float(np.float32(wanted.temperature))
+    probabilities = torch.softmax(scaled, -1).numpy()
+    chosen = float(probabilities[token])
+    return chosen > 0 and chosen >= (1 - NEAR) * cutoff(probabilities, wanted)

@@ -1,0 +1,196 @@
+"""The operations on a GPU: Triton's kernels, and the vendor's library for products of matrices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slipstream.kernels.draw import Draw, Drawn
+from slipstream.kernels.gpu import draw as drawing
+from slipstream.kernels.gpu import rows
+from slipstream.kernels.gpu.attention import attention
+from slipstream.kernels.gpu.graphs import CudaCapture, Graphs
+from slipstream.kernels.gpu.tuning import Tuning
+from slipstream.kernels.ops import (
+    FLOAT8,
+    Experts,
+    Forward,
+    ForwardBatch,
+    Heads,
+    Model,
+    Quantization,
+    fitted_float8,
+)
+from slipstream.kernels.reference import moe
+
+_ALIGNED = 16
+"""Both sizes of a float8 matrix are multiples of it, or filled up with zeros."""
+_ROWS_AT_A_TIME = 4096
+"""Of a matrix that is quantized: that takes some copies of them in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    weight: Tensor
+    """`[out, in]`"""
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    """Of float8 weights: float32 `[1, out]`."""
+    outputs: int = 0
+    """Of float8 weights: those that are no filling."""
+
+    def times(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        levels, scale = rows.quantize(x, self.weight.shape[1])
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            scales = scale, self.scale
+            out = torch._scaled_mm(
+                levels, self.weight.t(), *scales, bias=self.bias, out_dtype=x.dtype
+            )
+        else:
+            wide = F.linear(levels.float(), self.weight.float()) * scale * self.scale
+            out = (wide if self.bias is None else wide + self.bias).to(x.dtype)
+        return out if out.shape[1] == self.outputs else out[:, : self.outputs].contiguous()
+
+    def wide(self, x: Tensor) -> Tensor:
+        """In float32, not rounded on the way where the library can do that."""
+        if self.scale is not None or not x.is_cuda or x.dtype == torch.float32:
+            return self.times(x).float()
+        out: Tensor = torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+        return out if self.bias is None else out + self.bias
+
+
+class TritonOps:
+    """One step."""
+
+    def __init__(
+        self, batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor, tuning: Tuning
+    ) -> None:
+        self._batch, self._pool, self._tuning = batch, pool, tuning
+        self._cosine, self._sine = cosine, sine
+
+    def embed(self, table: Matrix) -> Tensor:
+        return F.embedding(self._batch.tokens, table.weight)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self._batch.sample_indices)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+    ) -> Tensor:
+        return rows.rms_norm(x, weight, epsilon, residual)
+
+    def linear(self, x: Tensor, weights: Matrix, wide: bool = False) -> Tensor:
+        return weights.wide(x) if wide else weights.times(x)
+
+    def gated(self, x: Tensor, weights: Matrix) -> Tensor:
+        return rows.gate(weights.times(x))
+
+    def moe(self, x: Tensor, experts: Experts) -> Tensor:
+        return moe(x, experts)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        layer: int,
+        norms: tuple[Tensor, Tensor] | None,
+        epsilon: float,
+    ) -> Tensor:
+        angles, pool = (self._cosine, self._sine), self._pool
+        rows.rotate(qkv, *angles, self._batch.slots, pool, layer, heads, norms, epsilon)
+        return attention(qkv, pool, layer, self._batch, heads, self._tuning)
+
+
+class TritonForward:
+    """A model, step by step; decode steps as graphs where there are some."""
+
+    def __init__(self, model: Model, tuning: Tuning) -> None:
+        self._model, self._tuning = model, tuning
+        self.graphs: Graphs | None = None
+
+    def __call__(self, batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> Tensor:
+        """Its result lives until the next call."""
+        if self.graphs is not None:
+            result = self.graphs.run(batch, cosine, sine, pool)
+            if result is not None:
+                return result
+        return self.launched(batch, cosine, sine, pool)
+
+    def launched(self, batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> Tensor:
+        """One kernel after the other."""
+        result: Tensor = self._model(TritonOps(batch, cosine, sine, pool, self._tuning))
+        return result
+
+    def prepare(self, pool: Tensor, head_dim: int, rows: int) -> None:
+        """Captures the graphs of steps up to `rows`, which the first ones would wait for."""
+        if self.graphs is not None:
+            self.graphs.prepare(pool, head_dim // 2, rows)
+
+
+class TritonBackend:
+    """Not for int8 weights, whose products have no kernel here: float8 is what GPUs have for it."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization = "none",
+        kv_dtype: torch.dtype | None = None,
+        max_blocks: int = 0,
+        tuning: Tuning | None = None,
+    ) -> None:
+        """`kv_dtype`: of the pool, `dtype` unless given. `max_blocks`: of the longest block table
+        of a decode step that is to be a graph; 0: none. `tuning`: the card's own unless given.
+
+        ValueError: quantization that this device cannot do; the card's file of launches is broken.
+        """
+        if quantization == "int8":
+            raise ValueError("int8 weights are for CPUs; give --quantization fp8 on a GPU")
+        if (quantization == "fp8" or kv_dtype == FLOAT8) and not has_float8(device):
+            raise ValueError("this GPU has no float8 (compute capability 8.9 or more); give no fp8")
+        self.dtype = dtype
+        self.quantization: Quantization = quantization
+        self._tuning = tuning or Tuning.of(device, dtype)
+        self._max_blocks = max_blocks if device.type == "cuda" else 0
+
+    def table(self, weight: Tensor) -> Matrix:
+        return Matrix(weight)
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+        if self.quantization == "none":
+            return Matrix(weight, bias)
+        outputs, inputs = weight.shape
+        padded = [-(-size // _ALIGNED) * _ALIGNED for size in (outputs, inputs)]
+        levels = torch.zeros(*padded, dtype=FLOAT8, device=weight.device)
+        scale = torch.ones(1, padded[0], device=weight.device)
+        for first in range(0, outputs, _ROWS_AT_A_TIME):
+            part = slice(first, min(first + _ROWS_AT_A_TIME, outputs))
+            levels[part, :inputs], of_rows = fitted_float8(weight[part])
+            scale[0, part] = of_rows[:, 0]
+        if bias is not None:
+            bias = F.pad(bias, (0, padded[0] - outputs))
+        return Matrix(levels, bias, scale, outputs)
+
+    pack_gated = pack
+
+    def compile(self, model: Model) -> Forward:
+        forward = TritonForward(model, self._tuning)
+        if self._max_blocks:
+            forward.graphs = Graphs(forward.launched, CudaCapture(), self._max_blocks)
+        return forward
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+        return drawing.draw(logits, draws)
+
+    def draw_async(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """The same, not waited for; see `drawing.draw_async`."""
+        return drawing.draw_async(logits, draws)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether its kernels can read and write float8."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
