@@ -152,10 +152,13 @@ def test_layout() -> None:
         KvLayout(29, 3, 64, "bfloat16"),
         KvLayout(30, 2, 64, "bfloat16"),
         KvLayout(30, 3, 32, "bfloat16"),
+        KvLayout(30, 3, 64, "float8_e4m3fn"),
     ]
     ids = {each.layout_id("f" * 64) for each in [layout, *others]}
     ids |= {layout.layout_id("e" * 64), layout.layout_id("f" * 64, "int8")}
-    assert len(ids) == 7 and all(len(each) < 128 for each in ids)
+    ids |= {others[-1].layout_id("f" * 64, computed_in="bfloat16")}
+    assert layout.layout_id("f" * 64, computed_in="bfloat16") in ids
+    assert len(ids) == 9 and all(len(each) < 128 for each in ids)
 
 
 # --- What is refused ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.tiny import VOCAB, admission, generate, greedy, prompt_of
+from slipstream.config import SetupError
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner, allocate_pool
@@ -378,3 +379,25 @@ def test_log_probabilities_of_a_prompt(saved: Saved) -> None:
         assert score.logprob == pytest.approx(float(row[score.token_id]), abs=1e-3)
         top = row.topk(2)
         assert [value for _, value in score.top] == pytest.approx(top.values.tolist(), abs=1e-3)
+
+
+def test_float8_blocks_serve_nearly_as_well(saved: Saved, caplog: pytest.LogCaptureFixture) -> None:
+    """By the reference on a CPU, and said so."""
+    folder, _ = saved("llama")
+    config = ModelConfig.read(folder)
+    assert (
+        config.kv_layout("float8_e4m3fn").block_bytes * 4 == config.kv_layout("float32").block_bytes
+    )
+    made = []
+    for dtype in ("float32", "float8_e4m3fn"):
+        runner = Runner(folder, "float32", allocate_pool(config.kv_layout(dtype), 8), threads=2)
+        made.append(generate(runner, prompt_of(40), greedy(), 3, blocks=(1, 5, 3, 2)))
+        assert ("SLOW" in caplog.text) == (dtype == "float8_e4m3fn" or cpu.kernels() is None)
+    assert made[0] == made[1]
+
+
+def test_a_gpu_refuses_int8(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv(VARIABLE, "triton")
+    with pytest.raises(SetupError, match="int8 weights are for CPUs; give --quantization fp8"):
+        runner_for(saved("llama")[0], quantization="int8")

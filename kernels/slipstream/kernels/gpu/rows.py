@@ -128,10 +128,10 @@ def _rotate(
         tl.store(key_at + HALF, rounded(second, stored), mask=is_key)
         value_at = values + inside + (head - HEADS - KV_HEADS)[:, None] * (BLOCK * DIM)
         is_value = both & (head >= HEADS + KV_HEADS)[:, None]
-        raw_first = raw_first.to(tl.float32) * value_lift
-        raw_second = raw_second.to(tl.float32) * value_lift
-        tl.store(value_at, rounded(raw_first, stored), mask=is_value)
-        tl.store(value_at + HALF, rounded(raw_second, stored), mask=is_value)
+        value_first = raw_first.to(tl.float32) * value_lift
+        value_second = raw_second.to(tl.float32) * value_lift
+        tl.store(value_at, rounded(value_first, stored), mask=is_value)
+        tl.store(value_at + HALF, rounded(value_second, stored), mask=is_value)
 
 
 @triton.jit

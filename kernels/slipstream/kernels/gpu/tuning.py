@@ -20,23 +20,26 @@ Entries: TypeAlias = dict[str, list[dict[str, Launch]]]
 
 USUAL: dict[str, list[Launch]] = {
     "splits": [
-        {"N": 64, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 3},
-        {"N": 64, "LEAST": 128, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3},
-        {"N": 64, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 4},
-        {"N": 128, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 3},
-        {"N": 128, "LEAST": 256, "PROGRAMS": 4, "num_warps": 8, "num_stages": 3},
-        {"N": 32, "LEAST": 128, "PROGRAMS": 8, "num_warps": 2, "num_stages": 4},
+        {"N": 64, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 5},
+        {"N": 32, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 7},
+        {"N": 64, "LEAST": 128, "PROGRAMS": 8, "num_warps": 4, "num_stages": 7},
+        {"N": 64, "LEAST": 128, "PROGRAMS": 4, "num_warps": 4, "num_stages": 5},
+        {"N": 128, "LEAST": 256, "PROGRAMS": 4, "num_warps": 8, "num_stages": 5},
+        {"N": 64, "LEAST": 128, "PROGRAMS": 16, "num_warps": 4, "num_stages": 3},
     ],
     "chunks": [
         {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3},
+        {"M": 128, "N": 64, "num_warps": 8, "num_stages": 5},
+        {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3},
         {"M": 128, "N": 64, "num_warps": 4, "num_stages": 3},
-        {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2},
-        {"M": 128, "N": 32, "num_warps": 4, "num_stages": 4},
         {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3},
-        {"M": 64, "N": 128, "num_warps": 4, "num_stages": 2},
     ],
 }
-"""Of each kernel what is worth a try; the first is taken where nothing was measured."""
+"""Of each kernel what is worth a try; the first is taken where nothing was measured.
+
+Stages are of the loop over keys. The ids of blocks are loaded a stage ahead of what lies in them,
+so of S stages (S - 1) / 2 tiles are on their way: with three nothing is while one is computed.
+"""
 
 INTERPRETED: dict[str, Launch] = {
     "splits": {"N": 64, "LEAST": 64, "PROGRAMS": 8, "num_warps": 4, "num_stages": 1},
