@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from engine.tiny import generate, greedy, prompt_of, save_model
+from slipstream.engine.backends import choose_backend
 from slipstream.engine.decoder import DecoderWeights
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.packed_file import FILES_MAX, BrokenFile, file_name, read, shared_weights
-from slipstream.engine.runner import Runner, allocate_pool, choose_backend
+from slipstream.engine.runner import Runner, allocate_pool
 from slipstream.engine.weights import load_weights
 from slipstream.kernels.ops import Quantization
 from slipstream.kernels.program import CpuBackend, Packed

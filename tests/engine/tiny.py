@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from slipstream.core.machine import Admission, BatchPlan, Row
+from slipstream.engine.backends import choose_backend
 from slipstream.engine.batch import Inputs, build_batch
 from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
-from slipstream.engine.runner import Runner, allocate_pool, choose_backend
+from slipstream.engine.runner import Runner, allocate_pool
 from slipstream.engine.weights import load_weights
 from slipstream.kernels.ops import Quantization
 from slipstream.types import BLOCK_TOKENS, SamplingParams

@@ -23,10 +23,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from slipstream.core.machine import Row
+from slipstream.engine.backends import choose_backend
 from slipstream.engine.batch import Inputs, build_batch
 from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
-from slipstream.engine.runner import allocate_pool, choose_backend
+from slipstream.engine.runner import allocate_pool
 from slipstream.engine.weights import load_weights
 from slipstream.kernels.ops import Quantization
 from slipstream.kv.layout import KvDtype

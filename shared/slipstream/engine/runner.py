@@ -1,7 +1,6 @@
 """Runs batch plans: the model, its pool of KV blocks, and what is known of each request."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.config import SetupError
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
+from slipstream.engine.backends import choose_backend
 from slipstream.engine.batch import (
     Inputs,
     Sizes,
@@ -26,7 +25,7 @@ from slipstream.engine.batch import (
 from slipstream.engine.guide import Guides
 from slipstream.engine.history import History
 from slipstream.engine.launched import Launched
-from slipstream.engine.model_config import ModelConfig, ServedModel
+from slipstream.engine.model_config import ServedModel
 from slipstream.engine.models import Loading, load_model, read_model
 from slipstream.engine.ranks import Ranks
 from slipstream.engine.readback import Readback
@@ -34,14 +33,10 @@ from slipstream.engine.sampler import RowError, Sample, judged, sample, score, w
 from slipstream.engine.shaping import is_plain
 from slipstream.engine.step_loop import Made, Outputs, Step
 from slipstream.errors import Problem
-from slipstream.kernels import cpu
-from slipstream.kernels.build import interpreted
 from slipstream.kernels.draw import Draw
-from slipstream.kernels.ops import FLOAT8, Backend, Prepared, Quantization
-from slipstream.kernels.program import PANEL, CpuBackend
-from slipstream.kernels.reference import Reference
+from slipstream.kernels.ops import FLOAT8, Prepared, Quantization
 from slipstream.kv.layout import KvDtype, KvLayout
-from slipstream.types import BLOCK_TOKENS, RequestId, SamplingParams, TokenLogprobs
+from slipstream.types import RequestId, SamplingParams, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
 Tell: TypeAlias = Callable[[Sizes], None]
@@ -57,69 +52,6 @@ def allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device | None
     """A pool of zeros in private memory, `[num_blocks, *layout.block_shape]`."""
     shape = (num_blocks, *layout.block_shape)
     return torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
-
-
-def choose_backend(
-    config: ServedModel,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: Quantization = "none",
-    threads: int = 0,
-    kv_dtype: torch.dtype | None = None,
-    ranks: bool = False,
-) -> Backend:
-    """Compiled kernels where they are, built now if they are not yet; else plain torch. A foreign
-    model only has its tokens drawn by it.
-
-    `threads`: of compiled kernels, 0 for one on each core. `kv_dtype`: of the pool, if it is not
-    `dtype`. `ranks`: several hold the model. SetupError: this device cannot do that.
-    """
-    if device.type == "cuda" or interpreted():
-        return _triton(config, dtype, device, quantization, kv_dtype)
-    library = cpu.kernels()
-    slow = _no_cpu_kernels(config, quantization, kv_dtype, ranks)
-    if slow and library is not None:
-        _LOG.warning("SLOW: no CPU kernels for %s; plain torch serves instead", slow)
-    if slow or library is None:
-        return Reference(quantization)
-    return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, quantization)
-
-
-def _no_cpu_kernels(
-    config: ServedModel, quantization: Quantization, kv_dtype: torch.dtype | None, ranks: bool
-) -> str:
-    """What they cannot do; empty if they can."""
-    if ranks:
-        return "ranks"
-    if quantization == "fp8" or kv_dtype == FLOAT8:
-        return "float8 (--quantization int8 has some)"
-    if not isinstance(config, ModelConfig):
-        return ""
-    if config.experts is not None:
-        return "experts"
-    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-    odd = any(size % PANEL for size in sizes)
-    return f"sizes that {PANEL} does not divide: {sizes}" if odd else ""
-
-
-def _triton(
-    config: ServedModel,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: Quantization,
-    kv_dtype: torch.dtype | None,
-) -> Backend:
-    try:
-        # Imported here: who computes on a CPU needs no Triton.
-        from slipstream.kernels.gpu.backend import TritonBackend
-    except ImportError as error:
-        line = f"slipstream: a GPU needs Triton: {error}; install slipstream[gpu]"
-        raise SetupError(line) from None
-    longest = -(-config.max_position_embeddings // BLOCK_TOKENS)
-    try:
-        return TritonBackend(dtype, device, quantization, kv_dtype or dtype, max_blocks=longest)
-    except ValueError as error:
-        raise SetupError(f"slipstream: {error}") from None
 
 
 class Runner:

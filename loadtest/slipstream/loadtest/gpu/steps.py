@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from slipstream.core.machine import Admission, BatchPlan, Row
+from slipstream.engine.backends import choose_backend
 from slipstream.engine.batch import Inputs, build_batch
 from slipstream.engine.model_config import ModelConfig, ServedModel
 from slipstream.engine.rope import Rope
-from slipstream.engine.runner import Runner, allocate_pool, choose_backend
+from slipstream.engine.runner import Runner, allocate_pool
 from slipstream.kernels.draw import Draw
 from slipstream.kernels.ops import Heads
 from slipstream.loadtest.gpu import results
