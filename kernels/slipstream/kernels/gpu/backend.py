@@ -12,6 +12,7 @@ from slipstream.kernels.gpu import draw as drawing
 from slipstream.kernels.gpu import rows
 from slipstream.kernels.gpu.attention import attention
 from slipstream.kernels.gpu.graphs import CudaCapture, Graphs
+from slipstream.kernels.gpu.language import INTERPRETED
 from slipstream.kernels.gpu.tuning import Tuning
 from slipstream.kernels.ops import (
     FLOAT8,
@@ -148,6 +149,8 @@ class TritonBackend:
 
         ValueError: quantization that this device cannot do; the card's file of launches is broken.
         """
+        if device.type != "cuda" and not INTERPRETED:
+            raise ValueError("no GPU, and Triton was imported without TRITON_INTERPRET=1")
         if quantization == "int8":
             raise ValueError("int8 weights are for CPUs; give --quantization fp8 on a GPU")
         if (quantization == "fp8" or kv_dtype == FLOAT8) and not has_float8(device):

@@ -45,7 +45,10 @@ class Checked(NamedTuple):
 
 
 def check(device: torch.device, seeds: range) -> Iterator[Checked]:
-    """All kernels; what fails says so and the walk goes on."""
+    """All kernels; what fails says so and the walk goes on.
+
+    On a card each shape's kernels are compiled first: some ten seconds for each seed.
+    """
     for dtype, kv_dtype, quantization in WAYS:
         if not has_float8(device) and (kv_dtype == FLOAT8 or quantization == "fp8"):
             continue
