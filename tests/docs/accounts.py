@@ -65,6 +65,15 @@ def fetches(command: str) -> None:
         assert set(named.split(",")) <= extras.keys(), command
 
 
+def carries(command: str) -> None:
+    """From a registry as well: what it names are dependencies of ours, and of the same versions."""
+    script = REPOSITORY / split(command)[1][0]
+    assert os.access(script, os.X_OK), command
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    named = re.findall(r"'([a-z]+>=[^']+)'", script.read_text(encoding="utf-8"))
+    assert named and set(named) <= set(project["project"]["dependencies"]), named
+
+
 def makes(command: str) -> None:
     settings, words = split(command)
     assert not unknown_variables(settings), command
@@ -162,6 +171,7 @@ def is_foreign(command: str) -> None:
 STARTERS = "|".join(["serve", "top", *SERVICES])
 ACCOUNTS: list[tuple[str, Callable[[str], None]]] = [
     (r"git clone |(sudo )?apt-get |(\S+/)?pip install |npm install |docker pull ", fetches),
+    (r"loadtest/carry-wheels ", carries),
     (r"make ", makes),
     (r"docker compose ", composes),
     (r"kubectl ", is_kubernetes),

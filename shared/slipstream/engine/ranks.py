@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
 
 JOIN_TIMEOUT_S = 120.0
 """Until all ranks are there. In a step they wait for each other without an end of their own: who
@@ -20,6 +19,9 @@ class Ranks:
     def __init__(self, size: int, rank: int, meeting: Path, device: torch.device) -> None:
         """`meeting`: a file that only these ranks know; it is made, and may be removed when all are
         there. RuntimeError: somebody did not come in time."""
+        # Imported here: not every build of torch has it.
+        from torch._C._distributed_c10d import FileStore
+
         self.size, self.rank, self.device = size, rank, device
         store = FileStore(str(meeting), size)
         store.set_timeout(timedelta(seconds=JOIN_TIMEOUT_S))
