@@ -119,6 +119,7 @@ bench-vs: dev demo
 docs: dev
 	$(BIN)/slipstream config docs > docs/configuration.md
 	$(BIN)/python -m slipstream.frontend.compatibility > docs/api-compatibility.md
+	PYTHONPATH=tests $(BIN)/python -m engine.models_page > docs/models.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

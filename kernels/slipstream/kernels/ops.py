@@ -80,6 +80,20 @@ class Heads(NamedTuple):
     dim: int
 
 
+class Scoring(NamedTuple):
+    """What attention does with a score, beside what all causal attention does."""
+
+    scale: float
+    window: int = 0
+    """A query sees the last so many tokens, itself among them; 0: all."""
+    chunk: int = 0
+    """A query sees only its own one of the context's pieces of this length; 0: there are none."""
+    softcap: float = 0.0
+    """Scores are bent to stay below it: `cap * tanh(score / cap)`; 0: they are not."""
+    sinks: Tensor | None = None
+    """`[query heads]`: one more score for each head, of nothing, that takes its share of weight."""
+
+
 class Ops(Protocol):
     """One step of one batch; `model(ops)` says what is computed, and yields the logits."""
 

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn, as_tensors, draw
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
+from slipstream.kernels.ops import (
+    Forward,
+    ForwardBatch,
+    Heads,
+    Model,
+    Scoring,
+    quantize,
+    rotation_block,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +109,9 @@ class ReferenceOps:
             query = self.rms_norm(query, norms[0], epsilon)
             key = self.rms_norm(key, norms[1], epsilon)
         query, key = self._rotated(query), self._rotated(key)
-        block_tokens = self._pool.shape[4]
-        block, offset = self._batch.slots // block_tokens, self._batch.slots % block_tokens
-        self._pool[block, layer, 0, :, offset] = key
-        self._pool[block, layer, 1, :, offset] = value
-        return self._attend(query, layer).flatten(1)
+        write(self._batch, key, value, self._pool, layer)
+        scoring = Scoring(heads.dim**-0.5)
+        return attend(self._batch, query, self._pool, layer, scoring).flatten(1)
 
     def _rotated(self, x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
@@ -115,25 +121,67 @@ class ReferenceOps:
         )
         return torch.cat(rotated, dim=-1).to(x.dtype)
 
-    def _attend(self, query: Tensor, layer: int) -> Tensor:
-        batch, pool = self._batch, self._pool
-        out = torch.empty_like(query)
-        group = query.shape[1] // pool.shape[3]
-        starts = batch.query_starts.tolist()
-        for row, length in enumerate(batch.context_lengths.tolist()):
-            first, end = starts[row], starts[row + 1]
-            num_blocks = -(-length // pool.shape[4])
-            key, value = _gather(pool, layer, batch.block_tables[row, :num_blocks].long(), length)
-            positions = torch.arange(length - (end - first), length, device=query.device)
-            visible = torch.arange(length, device=query.device) <= positions[:, None]
-            attended = F.scaled_dot_product_attention(
-                query[first:end].transpose(0, 1)[None],
-                key.repeat_interleave(group, 0)[None],
-                value.repeat_interleave(group, 0)[None],
-                attn_mask=visible,
-            )
-            out[first:end] = attended[0].transpose(0, 1)
-        return out
+
+def attend(
+    batch: ForwardBatch, query: Tensor, pool: Tensor, layer: int, scoring: Scoring
+) -> Tensor:
+    """Each query, `[T, heads, head_dim]`, over its request's context up to itself; see
+    `Ops.attention`. Blocks that no query of a row sees are not read."""
+    out = torch.empty_like(query)
+    starts, block_tokens = batch.query_starts.tolist(), pool.shape[4]
+    for row, length in enumerate(batch.context_lengths.tolist()):
+        first, end = starts[row], starts[row + 1]
+        seen = _first_seen(length - (end - first), scoring) // block_tokens
+        table = batch.block_tables[row, seen : -(-length // block_tokens)].long()
+        seen *= block_tokens
+        key, value = _gather(pool, layer, table, length - seen)
+        position = torch.arange(length - (end - first), length, device=query.device)[:, None]
+        other = torch.arange(seen, length, device=query.device)
+        visible = other <= position
+        if scoring.window:
+            visible &= other > position - scoring.window
+        if scoring.chunk:
+            visible &= other // scoring.chunk == position // scoring.chunk
+        out[first:end] = _weighed(
+            query[first:end].transpose(0, 1), key, value, visible, scoring
+        ).transpose(0, 1)
+    return out
+
+
+def _first_seen(position: int, scoring: Scoring) -> int:
+    """The first position that a query at `position` sees."""
+    first = max(0, position - scoring.window + 1) if scoring.window else 0
+    return max(first, position - position % scoring.chunk) if scoring.chunk else first
+
+
+def _weighed(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scoring: Scoring
+) -> Tensor:
+    """Of one row: `[heads, queries, head_dim]`."""
+    group = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    if not scoring.softcap and scoring.sinks is None:
+        attended = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=visible, scale=scoring.scale
+        )
+        return attended[0]
+    scores = (query @ key.transpose(1, 2)).float() * scoring.scale
+    if scoring.softcap:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[1]]
+    return weights.to(query.dtype) @ value
+
+
+def write(batch: ForwardBatch, key: Tensor, value: Tensor, pool: Tensor, layer: int) -> None:
+    """Keys and values, `[T, kv_heads, head_dim]`, into the batch's slots."""
+    block_tokens = pool.shape[4]
+    block, offset = batch.slots // block_tokens, batch.slots % block_tokens
+    pool[block, layer, 0, :, offset] = key
+    pool[block, layer, 1, :, offset] = value
 
 
 def _gather(pool: Tensor, layer: int, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from slipstream.core.machine import Admission, BatchPlan, Row
+from slipstream.engine.decoder import Decoder
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.runner import Runner
 from slipstream.kernels.program import Kind, Program, Rows
@@ -112,9 +113,10 @@ class Steps:
 
     @property
     def program(self) -> Program:
-        program = self.runner.decoder.program
-        assert isinstance(program, Program), "no compiled kernels here"
-        return program
+        decoder = self.runner.decoder
+        assert isinstance(decoder, Decoder), "not the native decoder"
+        assert isinstance(decoder.program, Program), "no compiled kernels here"
+        return decoder.program
 
     def run(self, shape: Shape, times: int) -> dict[str, Part]:
         """The medians; `around` is what the runner does besides the program."""

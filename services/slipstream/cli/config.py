@@ -16,6 +16,7 @@ from slipstream.config import (
     MaxModelLen,
     MaxNumSeqs,
     MaxRequests,
+    ModelImpl,
     OffloadAfterHits,
     OffloadDir,
     OffloadDiskBytes,
@@ -69,6 +70,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "demo"
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
+    model_impl: ModelImpl = "auto"
     quantization: Quantization = "none"
     load_format: LoadFormat = "auto"
     device: Device = "auto"

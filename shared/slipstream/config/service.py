@@ -42,6 +42,13 @@ Quantization: TypeAlias = Annotated[
         "one scale for each output. KV blocks stay of type --dtype."
     ),
 ]
+ModelImpl: TypeAlias = Annotated[
+    Literal["auto", "native", "transformers"],
+    Meta(
+        description="Whose code computes the model; native: ours; transformers: Transformers', "
+        "with our attention in it; auto: ours if it knows the model."
+    ),
+]
 PackedWeightsDir: TypeAlias = Annotated[
     str,
     Meta(
@@ -168,6 +175,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     model: Annotated[str, Meta(min_length=1, description="Model folder (Hugging Face layout).")]
     served_model_name: ServedModelName = ""
     dtype: Dtype = "auto"
+    model_impl: ModelImpl = "auto"
     quantization: Quantization = "none"
     load_format: LoadFormat = "auto"
     device: Device = "auto"

@@ -19,7 +19,8 @@ import msgspec
 
 from slipstream.config import StartError, WorkerConfig
 from slipstream.core.machine import BlocksDigested, Event, PullDone
-from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.model_config import ModelError, ServedModel
+from slipstream.engine.models import read_model
 from slipstream.engine.ranks import Ranks
 from slipstream.engine.runner import Runner
 from slipstream.engine.team_wire import (
@@ -136,8 +137,8 @@ class Follower:
             os._exit(ExitCode.OK)  # rank 0 is gone
 
 
-def _model(config: WorkerConfig) -> ModelConfig:
-    return ModelConfig.read(config.model, config.load_format == "dummy")
+def _model(config: WorkerConfig) -> ServedModel:
+    return read_model(config.model, config.model_impl, config.load_format == "dummy")
 
 
 def main(argv: list[str]) -> int:

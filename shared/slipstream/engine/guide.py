@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.model_config import ServedModel
 from slipstream.grammar import STACK_BYTES, GrammarError, Grammars, stack_of, tokenizer
 
 COMPILE_TIMEOUT_S = 2.0
@@ -101,7 +101,7 @@ class Masks:
 class Guides:
     """Of one model. Its tokens are read on a thread, before grammars are compiled there."""
 
-    def __init__(self, model_path: str | Path, config: ModelConfig) -> None:
+    def __init__(self, model_path: str | Path, config: ServedModel) -> None:
         self._masks = Masks(config.vocab_size)
         self._thread = ThreadPoolExecutor(1, "grammar")
         with stack_of(STACK_BYTES):
@@ -122,5 +122,5 @@ class Guides:
         return self._grammars.result().matcher(grammar)
 
 
-def _read(model_path: str | Path, config: ModelConfig) -> Grammars:
+def _read(model_path: str | Path, config: ServedModel) -> Grammars:
     return Grammars(tokenizer(model_path, config.vocab_size, config.eos_token_ids))

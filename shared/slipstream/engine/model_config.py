@@ -5,7 +5,7 @@ Every reason why a model cannot be served is a `ModelError` of one line.
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -34,6 +34,10 @@ class ModelError(Exception):
     """This model cannot be served. One line: which file, what is wrong."""
 
 
+class UnknownModel(ModelError):
+    """The decoder does not have this architecture, or a feature of it."""
+
+
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary embedding; the fields mean what they mean in Transformers' `rope_parameters`."""
 
@@ -51,23 +55,16 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool = True
 
 
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What everybody but the model itself needs to know of it, whoever computes it."""
+
     architecture: str
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
     num_layers: int
-    num_heads: int
+    """That have keys and values."""
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_epsilon: float
-    tied_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    rope: RopeConfig
     eos_token_ids: frozenset[int]
     dtype: str
     """What config.json says of the weights: `bfloat16`; `float32` if it says nothing."""
@@ -78,8 +75,47 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def kv_layout(self, dtype: KvDtype) -> KvLayout:
         return KvLayout(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
 
-    def part(self, ranks: int) -> "ModelConfig":
+    def part(self, ranks: int) -> "ServedModel":
         """What one of so many ranks has of it. ModelError: it cannot be divided so."""
+        if ranks > 1:
+            raise ModelError(
+                f"--tensor-parallel-size {ranks}: {self.architecture} is computed by Transformers' "
+                "code, in one process; give 1"
+            )
+        return self
+
+
+class Reach(NamedTuple):
+    """Which of the tokens up to its own a query sees; 0: all of them."""
+
+    window: int = 0
+    """The last so many, itself among them."""
+    chunk: int = 0
+    """Those of its own piece of this length."""
+
+
+class ForeignModel(ServedModel, frozen=True, kw_only=True):
+    """A model that Transformers' own code computes, over our KV blocks."""
+
+    reaches: tuple[Reach, ...]
+    """One for each layer."""
+
+
+class ModelConfig(ServedModel, frozen=True, kw_only=True):
+    """A model of the native decoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    rms_norm_epsilon: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: RopeConfig
+
+    def part(self, ranks: int) -> "ModelConfig":
         for name in ("num_heads", "num_kv_heads", "intermediate_size"):
             if getattr(self, name) % ranks:
                 raise ModelError(
@@ -98,12 +134,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Reads a Hugging Face folder: config.json, generation_config.json, ends of weight files;
         of those nothing with `dummy`.
 
-        ModelError: no such folder or file, malformed config, an architecture or feature that the
-        decoder does not have, no safetensors weights.
+        ModelError: no such folder or file, malformed config, no safetensors weights; UnknownModel:
+        an architecture or feature that the decoder does not have.
         """
         folder = Path(model_path)
         file = folder / "config.json"
-        settings = _read_json(file)
+        settings = read_json(file)
         architecture = _architecture(settings, file)
         family = FAMILIES[architecture]
         try:
@@ -112,7 +148,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelError(f"{file}: {error}") from error
         _refuse_features(raw, settings, file)
         if family.window(raw):
-            raise ModelError(f"{file}: sliding window attention is not supported")
+            raise UnknownModel(f"{file}: sliding window attention is not supported")
         heads = raw.num_attention_heads
         kv_heads = raw.num_key_value_heads if raw.num_key_value_heads is not None else heads
         _check_sizes(raw, kv_heads, file)
@@ -130,9 +166,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             rms_norm_epsilon=raw.rms_norm_eps,
             tied_embeddings=raw.tie_word_embeddings,
             rope=_rope(raw, file),
-            eos_token_ids=_eos_token_ids(raw, folder),
+            eos_token_ids=eos_token_ids(raw.eos_token_id, folder),
             dtype=raw.dtype or raw.torch_dtype or "float32",
-            fingerprint=_fingerprint(file, None if dummy else weight_files(folder)),
+            fingerprint=fingerprint(file, None if dummy else weight_files(folder)),
             **parts._asdict(),
         )
 
@@ -169,7 +205,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     raise ModelError(f"{folder}: no weights, neither {single.name} nor {index_file.name}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except OSError as error:
@@ -184,16 +220,16 @@ def _architecture(settings: dict[str, Any], file: Path) -> str:
         raise ModelError(f"{file}: `architectures` must name one architecture")
     if named[0] not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ModelError(f"{file}: architecture {named[0]} is not supported (only {known})")
+        raise UnknownModel(f"{file}: architecture {named[0]} is not supported (only {known})")
     return named[0]
 
 
 def _refuse_features(raw: RawConfig, settings: dict[str, Any], file: Path) -> None:
     for key, feature in _FOREIGN_FEATURES.items():
         if settings.get(key):
-            raise ModelError(f"{file}: {feature} ({key}) is not supported")
+            raise UnknownModel(f"{file}: {feature} ({key}) is not supported")
     if raw.hidden_act not in ("silu", "swish"):
-        raise ModelError(f"{file}: activation {raw.hidden_act} is not supported (only silu)")
+        raise UnknownModel(f"{file}: activation {raw.hidden_act} is not supported (only silu)")
     if raw.quantization_config is not None:
         method = raw.quantization_config.get("quant_method", "unknown method")
         raise ModelError(f"{file}: quantized weights ({method}) are not supported")
@@ -220,7 +256,7 @@ def _check_sizes(raw: RawConfig, kv_heads: int, file: Path) -> None:
     if raw.head_dim is None and raw.hidden_size % raw.num_attention_heads:
         raise ModelError(f"{file}: hidden_size is no multiple of num_attention_heads")
     if (raw.head_dim or raw.hidden_size // raw.num_attention_heads) % 2:
-        raise ModelError(f"{file}: rotary embedding needs an even head_dim")
+        raise UnknownModel(f"{file}: rotary embedding needs an even head_dim")
 
 
 def _rope(raw: RawConfig, file: Path) -> RopeConfig:
@@ -228,15 +264,15 @@ def _rope(raw: RawConfig, file: Path) -> RopeConfig:
     given = raw.rope_scaling or raw.rope_parameters or {}
     settings = {key: value for key, value in given.items() if value is not None}
     if any(isinstance(value, dict) for value in settings.values()):
-        raise ModelError(f"{file}: rotary embedding by layer type is not supported")
+        raise UnknownModel(f"{file}: rotary embedding by layer type is not supported")
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     needed = _ROPE_NEEDS.get(rope_type) if isinstance(rope_type, str) else None
     if needed is None:
-        raise ModelError(f"{file}: rotary embedding {rope_type!r} is not supported")
+        raise UnknownModel(f"{file}: rotary embedding {rope_type!r} is not supported")
     if missing := [key for key in needed if key not in settings]:
         raise ModelError(f"{file}: rotary embedding {rope_type} lacks {', '.join(missing)}")
     if settings.get("partial_rotary_factor", raw.partial_rotary_factor) != 1.0:
-        raise ModelError(f"{file}: partial rotary embedding is not supported")
+        raise UnknownModel(f"{file}: partial rotary embedding is not supported")
     theta = settings.get("rope_theta", raw.rope_theta)
     original = raw.original_max_position_embeddings or settings.get(
         "original_max_position_embeddings", raw.max_position_embeddings
@@ -257,9 +293,8 @@ def _rope(raw: RawConfig, file: Path) -> RopeConfig:
         raise ModelError(f"{file}: rotary embedding: {error}") from error
 
 
-def _eos_token_ids(raw: RawConfig, folder: Path) -> frozenset[int]:
+def eos_token_ids(ids: int | list[int] | None, folder: Path) -> frozenset[int]:
     """Those of generation_config.json where it has any, as `generate` does; else config.json's."""
-    ids = raw.eos_token_id
     file = folder / "generation_config.json"
     if file.is_file():
         try:
@@ -272,9 +307,9 @@ def _eos_token_ids(raw: RawConfig, folder: Path) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [ids])
 
 
-def _fingerprint(config_file: Path, paths: tuple[Path, ...] | None) -> str:
+def fingerprint(config_file: Path, paths: tuple[Path, ...] | None, computed_by: bytes = b"") -> str:
     """`paths`: of the weights; None: they are dummies."""
-    digest = hashlib.sha256(config_file.read_bytes())
+    digest = hashlib.sha256(computed_by + config_file.read_bytes())
     if paths is None:
         digest.update(b"\0dummy")
         return digest.hexdigest()

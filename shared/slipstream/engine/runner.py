@@ -22,18 +22,16 @@ from slipstream.engine.batch import (
     packed,
     unpacked,
 )
-from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.guide import Guides
 from slipstream.engine.history import History
 from slipstream.engine.launched import Launched
-from slipstream.engine.model_config import ModelConfig
-from slipstream.engine.packed_file import file_name, shared_weights
-from slipstream.engine.ranks import Part, Ranks
+from slipstream.engine.model_config import ModelConfig, ServedModel
+from slipstream.engine.models import Loading, load_model, read_model
+from slipstream.engine.ranks import Ranks
 from slipstream.engine.readback import Readback
 from slipstream.engine.sampler import RowError, Sample, judged, sample, score, wanted
 from slipstream.engine.shaping import is_plain
 from slipstream.engine.step_loop import Made, Outputs, Step
-from slipstream.engine.weights import load_weights, said_now_and_then
 from slipstream.errors import Problem
 from slipstream.kernels import cpu
 from slipstream.kernels.draw import Draw
@@ -56,14 +54,15 @@ def allocate_pool(layout: KvLayout, num_blocks: int, device: torch.device | None
 
 
 def choose_backend(
-    config: ModelConfig,
+    config: ServedModel,
     dtype: torch.dtype,
     device: torch.device,
     int8: bool = False,
     threads: int = 0,
     ranks: bool = False,
 ) -> Backend:
-    """Compiled kernels where they are, built now if they are not yet; else plain torch.
+    """Compiled kernels where they are, built now if they are not yet; else plain torch. A foreign
+    model only has its tokens drawn by it.
 
     `threads`: of compiled kernels, 0 for one on each core. `ranks`: several hold the model.
     """
@@ -73,10 +72,11 @@ def choose_backend(
     library = cpu.kernels() if device.type == "cpu" else None
     if library is None:
         return Reference(int8)
-    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-    if any(size % PANEL for size in sizes):
-        _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
-        return Reference(int8)
+    if isinstance(config, ModelConfig):
+        sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+        if any(size % PANEL for size in sizes):
+            _LOG.warning("SLOW: no CPU kernels for sizes that %d does not divide: %s", PANEL, sizes)
+            return Reference(int8)
     return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, int8)
 
 
@@ -98,16 +98,17 @@ class Runner:
         dummy: bool = False,
         ranks: Ranks | None = None,
         tell: Tell = lambda sizes: None,
+        config: ServedModel | None = None,
     ) -> None:
         """`pool`: or the device where one will be, to be said by `attach`; the model lives there.
         `threads`: CPU threads, 0 for one on each core. `int8`: of the weights of matrix products.
         `packed_dir`: where packed weights are kept. `dummy`: random weights. `ranks`: those that
-        compute with this one; `tell`: of rank 0, so that they `follow`.
+        compute with this one; `tell`: of rank 0, so that they `follow`. `config`: what `read_model`
+        said of the model, if it has been asked.
 
-        ModelError: see `ModelConfig.read` and `load_weights`. ValueError: the pool has another
-        layout.
+        ModelError: see `read_model` and `load_model`. ValueError: the pool has another layout.
         """
-        self.config = ModelConfig.read(model_path, dummy)
+        self.config = config or read_model(model_path, dummy=dummy)
         own = self.config.part(ranks.size) if ranks else self.config
         self.layout, self._dtype = own.kv_layout(dtype), _DTYPES[dtype]
         self._device = pool.device if isinstance(pool, Tensor) else pool
@@ -117,23 +118,9 @@ class Runner:
             torch.set_num_threads(threads)
         self._guides = Guides(model_path, self.config)
         backend = choose_backend(own, self._dtype, self._device, int8, threads, bool(ranks))
-
-        def load() -> DecoderWeights:
-            how = self.config, self._dtype, self._device, backend
-            part = Part(ranks.rank, ranks.size) if ranks else Part()
-            return load_weights(model_path, *how, said_now_and_then(), part, dummy)
-
-        if packed_dir is None or dummy or not isinstance(backend, CpuBackend):
-            weights = load()
-        else:
-            name = file_name(model_path, self.config, self._dtype, int8)
-            weights = shared_weights(packed_dir / name, load)
-        if isinstance(backend, CpuBackend):
-            # What is left for torch is small. Its threads would wait for each other at every
-            # operation, on cores that others share for as long as the kernel lets those run.
-            torch.set_num_threads(1)
         self._backend, self._ranks, self._tell = backend, ranks, tell
-        self.decoder = Decoder(own, weights, backend, *([ranks.reduce] if ranks else []))
+        how = Loading(self._dtype, self._device, backend, packed_dir, dummy, ranks)
+        self.decoder = load_model(model_path, self.config, how)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: dict[tuple[RequestId, int], Problem | None] = {}
         """No tokens come any more, and why."""

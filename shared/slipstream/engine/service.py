@@ -10,7 +10,8 @@ from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.core.worker_spans import WorkerSpans
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.kv_events import KvEventPublisher
-from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.model_config import ForeignModel, ModelError, ServedModel
+from slipstream.engine.models import read_model
 from slipstream.engine.offload import Offload
 from slipstream.engine.ranks import Ranks
 from slipstream.engine.runner import Runner, Tell
@@ -53,7 +54,9 @@ def run_worker(config: WorkerConfig) -> int:
     signal.signal(signal.SIGTERM, _leave_in_order)
     remove_dead_segments(config.shm_dir, config.run_dir, config.node_id)
     try:
-        plan = plan_of(config, ModelConfig.read(config.model, config.load_format == "dummy"))
+        plan = plan_of(
+            config, read_model(config.model, config.model_impl, config.load_format == "dummy")
+        )
         with ExitStack() as stack:
             epoch = new_epoch(config)
             runner, team = None, None
@@ -196,7 +199,7 @@ def _kv_events(config: WorkerConfig, node: NodeInfo) -> KvEventPublisher | None:
     )
 
 
-def _settings(config: WorkerConfig, model: ModelConfig) -> WorkerSettings:
+def _settings(config: WorkerConfig, model: ServedModel) -> WorkerSettings:
     return WorkerSettings(
         eos_token_ids=tuple(sorted(model.eos_token_ids)),
         lease_s=config.lease_s,
@@ -228,8 +231,9 @@ def _announce(
     transports: Transports,
 ) -> None:
     _LOG.info(
-        "model %s, %s%s, context %d, %d KV blocks of %s (%s in %s), transports %s, %s",
+        "model %s%s, %s%s, context %d, %d KV blocks of %s (%s in %s), transports %s, %s",
         config.model,
+        " (by Transformers)" if isinstance(plan.model, ForeignModel) else "",
         plan.dtype,
         _how_made(config),
         size.max_model_len,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from slipstream.config import SetupError, StartError, WorkerConfig, format_bytes
 from slipstream.core.job import blocks_for
-from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.model_config import ServedModel
 from slipstream.errors import ExitCode
 from slipstream.kv.layout import KvDtype
 from slipstream.types import BLOCK_TOKENS
@@ -47,7 +47,7 @@ def choose_dtype(
     return "bfloat16" if half and (on_gpu or cpu_flags & _NATIVE_BFLOAT16) else "float32"
 
 
-def choose_model_len(config: WorkerConfig, model: ModelConfig) -> int:
+def choose_model_len(config: WorkerConfig, model: ServedModel) -> int:
     longest = model.max_position_embeddings
     if config.max_model_len > longest:
         raise SetupError(

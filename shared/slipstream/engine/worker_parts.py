@@ -13,7 +13,7 @@ from slipstream.core.batching import SCORED_TOKENS_MAX
 from slipstream.core.job import blocks_for
 from slipstream.core.machine import Row
 from slipstream.engine import gpu
-from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.model_config import ServedModel
 from slipstream.engine.ranks import Ranks
 from slipstream.engine.runner import Runner, Tell
 from slipstream.engine.sizing import Room, choose_dtype, choose_model_len, host_room
@@ -31,7 +31,7 @@ from slipstream.types import BLOCK_TOKENS, Epoch
 class WorkerPlan(NamedTuple):
     """What the settings come to for this model on this machine, before anything is loaded."""
 
-    model: ModelConfig
+    model: ServedModel
     device: torch.device
     share: int
     """Bytes of its GPU that this rank may fill; 0 on a CPU."""
@@ -42,7 +42,7 @@ class WorkerPlan(NamedTuple):
     threads: int
 
 
-def plan_of(config: WorkerConfig, model: ModelConfig, rank: int = 0) -> WorkerPlan:
+def plan_of(config: WorkerConfig, model: ServedModel, rank: int = 0) -> WorkerPlan:
     """StartError, ModelError: they come to nothing."""
     device = gpu.choose_device(config, rank)
     on_gpu = device.type == "cuda"
@@ -68,6 +68,7 @@ def load_runner(
         dummy=config.load_format == "dummy",
         ranks=ranks,
         tell=tell,
+        config=plan.model,
     )
 
 

@@ -1,0 +1,273 @@
+"""Any decoder-only model whose layers have keys and values of one shape: Transformers' own code,
+with its attention over our KV blocks. Serves what the native decoder does not know.
+
+Before it serves, a model is asked twice. `read_transformers` builds it on the meta device, which
+costs no memory, and notes what its layers keep. `load_transformers` then has the loaded model
+compute a few tokens both ways: what also depends on something else than keys and values shows.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from slipstream.engine.attention_interface import NAME, Paged, Probe, RefusedError, Step, during
+from slipstream.engine.model_config import (
+    ForeignModel,
+    ModelError,
+    eos_token_ids,
+    fingerprint,
+    read_json,
+    weight_files,
+)
+from slipstream.kernels.ops import ForwardBatch
+from slipstream.types import BLOCK_TOKENS
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+"""Kinds of layers, in config.json's words, that have keys and values and nothing else."""
+_NOT_EXACT = {
+    "llama4_text": "it scales queries by positions that it counts itself",
+}
+"""Model types that would pass a proof: what they do differently begins far into a context."""
+_PROBED_TOKENS = 3
+PROVED = (7, 1, 1, 8)
+"""Tokens of the steps of a proof: a prompt, single tokens, a chunk over the border of a block."""
+_NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""How far a token's logits may be off, relative to their spread."""
+_OFF_MAX = 2
+"""Tokens of a proof in bfloat16 that may be farther off: rounding decides where experts tie."""
+
+
+def read_transformers(model_path: str | Path) -> ForeignModel:
+    """What `load_transformers` would serve, without its weights.
+
+    ModelError: no such folder, malformed files, no safetensors weights, or why this model cannot
+    run on KV blocks.
+    """
+    folder = Path(model_path)
+    file = folder / "config.json"
+    settings = read_json(file)
+    if (quantization := settings.get("quantization_config")) is not None:
+        method = quantization.get("quant_method", "unknown method")
+        raise ModelError(f"{file}: quantized weights ({method}) are not supported")
+    paths = weight_files(folder)
+    with _quiet(), _blamed(str(file)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        described = describe(config)
+        return ForeignModel(
+            **described,
+            eos_token_ids=eos_token_ids(config.get_text_config().eos_token_id, folder),
+            dtype=str(config.get_text_config().dtype or config.dtype or "float32").removeprefix(
+                "torch."
+            ),
+            fingerprint=fingerprint(file, paths, b"transformers"),
+        )
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """Fields of a `ForeignModel`: what the model's layers say when it runs on the meta device.
+    RefusedError: why it cannot run on KV blocks."""
+    config = copy.deepcopy(config)
+    if config.is_encoder_decoder:
+        raise RefusedError("it has an encoder")
+    text = config.get_text_config()
+    if strange := sorted(set(_kinds(text)) - _ATTENTION):
+        raise RefusedError(f"some of its layers are of kind {strange[0]}")
+    if text.model_type in _NOT_EXACT:
+        raise RefusedError(_NOT_EXACT[text.model_type])
+    longest = _longest(text)
+    probe = Probe(getattr(text, "attention_chunk_size", None))
+    model, logits = _probed(config, probe)
+    layers = len(probe.shapes)
+    if layers < text.num_hidden_layers:
+        how_many = f"{layers} of its {text.num_hidden_layers}" if layers else "none of its"
+        raise RefusedError(f"{how_many} layers attend through Transformers' attention interface")
+    if len(set(probe.shapes)) > 1:
+        shapes = ", ".join(f"{heads} x {dim}" for heads, dim in sorted(set(probe.shapes)))
+        raise RefusedError(f"its layers have keys of different shapes ({shapes})")
+    heads, head_dim = probe.shapes[0]
+    return {
+        "architecture": type(model).__name__,
+        "vocab_size": logits.shape[-1],
+        "num_layers": layers,
+        "num_kv_heads": heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": longest,
+        "reaches": tuple(probe.reaches),
+    }
+
+
+def load_transformers(
+    model_path: str | Path, config: ForeignModel, dtype: torch.dtype, device: torch.device
+) -> "TransformersModel":
+    """The model with its weights, in `dtype`, after the proof. ModelError: tensors are missing or
+    have other shapes than config.json says, damaged files, or the proof failed."""
+    with _quiet(), _blamed(str(model_path)):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            model_path,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        for what in ("missing_keys", "mismatched_keys"):
+            if names := sorted(map(str, found[what])):
+                raise RefusedError(f"{what.replace('_', ' ')}: {names[0]}")
+        model.to(device).eval()
+        return prove(model, config)
+
+
+def prove(model: Any, config: ForeignModel) -> "TransformersModel":
+    """Ours, after some tokens came out as by Transformers. RefusedError: they did not."""
+    device, dtype = model.device, model.dtype
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, config.vocab_size, (sum(PROVED),), generator=generator).to(device)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        wanted = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+    blocks = -(-len(tokens) // BLOCK_TOKENS)
+    shape = (blocks, config.num_layers, 2, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+    pool = torch.full(shape, torch.nan, dtype=dtype, device=device)
+    ours, start = TransformersModel(model, config), 0
+    steps = []
+    for count in PROVED:
+        with torch.inference_mode():
+            steps.append(ours.forward(_alone(tokens[start : start + count], start, blocks), pool))
+        start += count
+    error = (torch.cat(steps) - wanted).norm(dim=1) / (wanted - wanted.mean(1, True)).norm(dim=1)
+    off = int((~(error < _NEAR[dtype])).sum())
+    if off > (0 if dtype == torch.float32 else _OFF_MAX):
+        raise RefusedError(
+            f"{off} of {len(tokens)} tokens come out differently from keys and values alone"
+        )
+    return ours
+
+
+class TransformersModel:
+    """As `Decoder`: one step at a time."""
+
+    def __init__(self, model: Any, config: ForeignModel) -> None:
+        """From now on the model attends as we do."""
+        self._model, self._config = model, config
+        model.set_attn_implementation(NAME)
+
+    def forward(self, batch: ForwardBatch, pool: Tensor) -> Tensor:
+        """As `Decoder.forward`."""
+        paged = Paged(batch, pool, self._config.reaches)
+        logits = _run(self._model, paged, batch.tokens, batch.positions, batch.sample_indices)
+        return logits.float()
+
+
+def _run(model: Any, step: Step, tokens: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+    """Logits `[len(wanted), vocab]`. The mask of ones says that these are not several sequences,
+    of which Transformers would make masks: to whom a token belongs is what the step knows."""
+    given = {
+        "input_ids": tokens[None],
+        "position_ids": positions[None],
+        "attention_mask": torch.ones_like(tokens)[None],
+    }
+    few = "logits_to_keep" in inspect.signature(model.forward).parameters
+    with during(step):
+        made = model(**given, use_cache=False, **({"logits_to_keep": wanted} if few else {}))
+    logits: Tensor = made.logits[0]
+    return logits if few else logits[wanted]
+
+
+def _alone(tokens: Tensor, start: int, blocks: int) -> ForwardBatch:
+    """A batch of one row, whose blocks are the first ones."""
+    positions = torch.arange(start, start + len(tokens), device=tokens.device)
+
+    def row(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=tokens.device)
+
+    return ForwardBatch(
+        tokens=tokens,
+        positions=positions,
+        slots=positions,
+        block_tables=row(*range(blocks))[None],
+        query_starts=row(0, len(tokens)),
+        context_lengths=row(start + len(tokens)),
+        sample_indices=positions - start,
+    )
+
+
+def _longest(text: Any) -> int:
+    """Tokens of the longest context. Where angles depend on how long the batch's longest row is,
+    it ends where they begin to."""
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        raise RefusedError("its config does not say how long a context may be")
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings")
+        return min(longest, int(original or longest))
+    return longest
+
+
+def _kinds(text: Any) -> Iterable[str]:
+    for name in ("layer_types", "layers_block_type"):
+        yield from getattr(text, name, None) or ()
+
+
+def _probed(config: Any, probe: Probe) -> tuple[Any, Tensor]:
+    """The model on the meta device, and logits there; changes the config.
+    RefusedError: it cannot be run like that."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # they look at positions, there are none
+        text.rope_parameters = {**rope, "rope_type": "default"}
+    tokens = torch.zeros(_PROBED_TOKENS, dtype=torch.int64, device="meta")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=NAME, experts_implementation="batched_mm"
+            )
+        with torch.inference_mode():
+            return model, _run(model, probe, tokens, tokens, tokens[:1])
+    except RefusedError:
+        raise
+    except Exception as error:  # a hundred authors' code
+        raise RefusedError(_why(error)) from error
+
+
+def _why(error: Exception) -> str:
+    what = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, KeyError) and error.args == (NAME,):
+        return "its attention is its own, and not to be replaced"
+    if "Reach" in what:
+        return "its layers work on attention masks themselves"
+    if "meta" in what:
+        return "what it computes with depends on values, not on shapes"
+    return f"it does not run on packed tokens without a cache ({what.strip()[:90]})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Its remarks are about what we do ourselves."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def _blamed(who: str) -> Iterator[None]:
+    """Turns whatever modelling code raises into one line about this model."""
+    try:
+        yield
+    except RefusedError as error:
+        raise ModelError(f"{who}: cannot run on KV blocks: {error}") from None
+    except Exception as error:  # a hundred authors' code; each ends as one line
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"{who}: Transformers: {type(error).__name__}: {reason}") from error
