@@ -109,11 +109,10 @@ def test_a_context_ends_where_angles_would_change() -> None:
         "rope_theta": 1e4,
         "short_factor": [1.0] * 8,
         "long_factor": [4.0] * 8,
-        "original_max_position_embeddings": 128,
     }
     sizes = tiny_config("phi3").to_dict()
-    sizes.pop("rope_parameters")
-    facts = facts_of(CONFIG_MAPPING["phi3"](**{**sizes, "rope_parameters": rope}))
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 128}
+    facts = facts_of(CONFIG_MAPPING["phi3"](**{**sizes, **changes}))
     assert facts.max_position_embeddings == 128
 
 

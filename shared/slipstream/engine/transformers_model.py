@@ -92,6 +92,8 @@ def describe(config: Any) -> dict[str, Any]:
     if len(set(probe.shapes)) > 1:
         shapes = ", ".join(f"{heads} x {dim}" for heads, dim in sorted(set(probe.shapes)))
         raise RefusedError(f"its layers have keys of different shapes ({shapes})")
+    if not longest:
+        raise RefusedError("its config does not say how long a context may be")
     heads, head_dim = probe.shapes[0]
     return {
         "architecture": type(model).__name__,
@@ -118,10 +120,14 @@ def load_transformers(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it would not say which
         )
-        for what in ("missing_keys", "mismatched_keys"):
-            if names := sorted(map(str, found[what])):
-                raise RefusedError(f"{what.replace('_', ' ')}: {names[0]}")
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(f"{model_path}: tensor {missing[0]} is missing")
+        for name, there, wanted in sorted(found["mismatched_keys"]):
+            raise ModelError(
+                f"{model_path}: {name} has shape {list(there)}, config.json says {list(wanted)}"
+            )
         model.to(device).eval()
         return prove(model, config)
 
@@ -200,16 +206,13 @@ def _alone(tokens: Tensor, start: int, blocks: int) -> ForwardBatch:
     )
 
 
-def _longest(text: Any) -> int:
-    """Tokens of the longest context. Where angles depend on how long the batch's longest row is,
-    it ends where they begin to."""
-    longest = getattr(text, "max_position_embeddings", None)
-    if not isinstance(longest, int):
-        raise RefusedError("its config does not say how long a context may be")
+def _longest(text: Any) -> int | None:
+    """Tokens of the longest context, if the config says so. Where angles depend on how long the
+    batch's longest row is, it ends where they begin to."""
+    longest: int | None = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings")
-        return min(longest, int(original or longest))
+    if longest and rope.get("rope_type") == "longrope":
+        return min(longest, int(rope.get("original_max_position_embeddings") or longest))
     return longest
 
 
@@ -255,10 +258,12 @@ def _quiet() -> Iterator[None]:
     """Its remarks are about what we do ourselves."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 @contextmanager
@@ -268,6 +273,8 @@ def _blamed(who: str) -> Iterator[None]:
         yield
     except RefusedError as error:
         raise ModelError(f"{who}: cannot run on KV blocks: {error}") from None
+    except ModelError:
+        raise
     except Exception as error:  # a hundred authors' code; each ends as one line
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"{who}: Transformers: {type(error).__name__}: {reason}") from error
