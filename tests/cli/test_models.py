@@ -12,7 +12,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from cli.fakes import write_model
-from slipstream.cli.gguf_folder import _llama3_factors, _unpermute, hf_name, model_config
+from slipstream.cli.gguf_folder import _unpermute, hf_name, model_config
+from slipstream.cli.gguf_kinds import KINDS, llama3_factors
 from slipstream.cli.gguf_tokenizer import build_tokenizer
 from slipstream.cli.model_error import ModelError
 from slipstream.cli.models import DEMO_NAME, demo_file, models_dir, prepare
@@ -105,10 +106,11 @@ def test_models_dir_honours_xdg() -> None:
 
 
 def test_tensor_without_a_place_is_refused() -> None:
-    assert hf_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
+    llama = KINDS["llama"]
+    assert hf_name("blk.3.attn_q.weight", llama) == "model.layers.3.self_attn.q_proj.weight"
     for name in ("blk.0.ffn_gate_inp.weight", "blk.0.attn_q.scale", "mm.0.weight"):
         with pytest.raises(ModelError, match="has no place"):
-            hf_name(name)
+            hf_name(name, llama)
 
 
 def fields(**more: object) -> dict[str, object]:
@@ -139,7 +141,7 @@ def test_llama3_rope_is_recognised_and_other_tables_are_refused() -> None:
             self.data = data
 
     wanted = fields(**{"llama.rope.freq_base": 500000.0, "llama.attention.key_length": 16})
-    table = _llama3_factors(32.0, 500000.0, 16)
+    table = llama3_factors(32.0, 500000.0, 16)
     config = model_config(wanted, {"rope_freqs.weight": Tensor(table)})
     assert config["rope_scaling"]["factor"] == 32.0
     with pytest.raises(ModelError, match="fit no rope scaling"):
@@ -161,7 +163,7 @@ def test_config_that_would_be_a_guess(more: dict[str, object], message: str) -> 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "of kind llama"),
+        ({"tokenizer.ggml.model": "t5"}, "of kind t5"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "new"}, "pre-tokenizer new"),
     ],
 )

@@ -1,16 +1,26 @@
-"""Tokenizer of a GGUF file as `tokenizer.json`, for byte-level BPE vocabularies.
+"""Tokenizer of a GGUF file as `tokenizer.json`: byte-level BPE (`gpt2`), SentencePiece's (`llama`).
 
 Source: llama.cpp's table of pre-tokenizers (`llama-vocab.cpp`), and the `tokenizer.json` of the
 models that it names.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 
 from slipstream.cli.model_error import ModelError
 
+_SPACE = "▁"
 _CONTROL, _USER_DEFINED = 3, 4  # gguf's TokenType
 
 _LLAMA3 = (
@@ -23,32 +33,89 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 def build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     """The tokenizer that the GGUF metadata describe. ModelError if we would have to guess."""
     kind = fields.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise ModelError(f"its tokenizer is of kind {kind}, and only gpt2 (byte-level BPE) is read")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    pre = str(fields.get("tokenizer.ggml.pre", "default"))
-    tokenizer = Tokenizer(
-        BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=pre == "llama-bpe",
+    if kind == "gpt2":
+        tokenizer = _byte_level(fields, tokens)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(fields, tokens)
+    else:
+        raise ModelError(
+            f"its tokenizer is of kind {kind}, and only gpt2 (byte-level BPE) and llama "
+            "(SentencePiece) are read"
         )
-    )
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
-    tokenizer.decoder = decoders.ByteLevel()
     types = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
     for token, token_type in zip(tokens, types, strict=True):
         if token_type == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif token_type == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
-    if fields.get("tokenizer.ggml.add_bos_token", False):
+    if fields.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         bos = int(fields["tokenizer.ggml.bos_token_id"])
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     return tokenizer
+
+
+def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    pre = str(fields.get("tokenizer.ggml.pre", "default"))
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=_merges(fields),
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    """Spaces are `▁` there. What has no token of its own is spelled in bytes."""
+    gemma = str(fields["general.architecture"]).startswith("gemma")
+    if gemma:  # its runs of spaces are stored as spaces
+        tokens = [_SPACE * len(each) if each and not each.strip(" ") else each for each in tokens]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    unknown = fields.get("tokenizer.ggml.unknown_token_id")
+    # Pairs merge in the order of their scores; Gemma's say nothing, there it is that of the tokens.
+    ranks = [-index for index in range(len(tokens))] if gemma else fields["tokenizer.ggml.scores"]
+    tokenizer = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=_merges(fields) or _implied_merges(vocab, ranks),
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=None if unknown is None else tokens[int(unknown)],
+        )
+    )
+    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if fields.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=_SPACE, prepend_scheme="first", split=False
+        )
+        back.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence(back)
+    return tokenizer
+
+
+def _merges(fields: dict[str, Any]) -> list[tuple[str, str]]:
+    merges = (merge.split(" ", 1) for merge in fields.get("tokenizer.ggml.merges", ()))
+    return [(left, right) for left, right in merges]
+
+
+def _implied_merges(vocab: dict[str, int], ranks: Sequence[float]) -> list[tuple[str, str]]:
+    """Each way in which two tokens make a third, those first that make the highest in rank."""
+    found = []
+    for token, index in vocab.items():
+        pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(ranks[index], len(left), len(right), left, right) for left, right in known]
+    found.sort(key=lambda each: each[:3], reverse=True)
+    return [(left, right) for *_, left, right in found]
 
 
 def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
