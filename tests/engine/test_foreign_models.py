@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from engine.architectures import tiny_config, tiny_model
 from engine.tiny import generate, greedy, prompt_of, save_model
 from slipstream.engine.model_config import ForeignModel, ModelConfig, ModelError
-from slipstream.engine.models import load_foreign, read_model
+from slipstream.engine.models import Loading, load_model, read_model
 from slipstream.engine.runner import Runner, allocate_pool
+from slipstream.kernels.reference import Reference
 
 CPU = torch.device("cpu")
 Folders = Callable[[str], Path]
@@ -53,7 +54,7 @@ def refusal(folder: Path, impl: Any = "auto") -> str:
     with pytest.raises(ModelError) as caught:
         config = read_model(folder, impl)
         assert isinstance(config, ForeignModel)
-        load_foreign(folder, config, torch.float32, CPU)
+        load_model(folder, config, Loading(torch.float32, CPU, Reference()))
     message = str(caught.value)
     assert "\n" not in message and str(folder) in message
     return message
@@ -94,7 +95,7 @@ def test_bfloat16_proves_itself(folders: Folders) -> None:
     for model_type in ("gemma2", "mixtral"):
         config = read_model(folders(model_type), "transformers")
         assert isinstance(config, ForeignModel)
-        load_foreign(folders(model_type), config, torch.bfloat16, CPU)
+        load_model(folders(model_type), config, Loading(torch.bfloat16, CPU, Reference()))
 
 
 def test_windows_are_read_by_whom_they_are_served(folders: Folders, tmp_path: Path) -> None:
