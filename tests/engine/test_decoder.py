@@ -87,7 +87,7 @@ def test_only_slots_of_the_step_are_written(saved: Saved) -> None:
     assert torch.equal(written, wanted)
 
 
-@pytest.mark.parametrize("case", ["llama", "llama_tied", "qwen2", "qwen3", "llama_yarn"])
+@pytest.mark.parametrize("case", ["llama", "llama_tied", "qwen2", "qwen3", "llama_yarn", "mixtral"])
 def test_bfloat16_is_as_close_as_transformers_is(saved: Saved, case: str) -> None:
     folder, model = saved(case)
     tokens = prompt_of(100)

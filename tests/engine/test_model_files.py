@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from engine.tiny import save_model
 from slipstream.engine.model_config import ModelConfig, ModelError
+from slipstream.engine.models import Loading, load_model
 from slipstream.engine.ranks import Part
 from slipstream.engine.weights import load_weights
 from slipstream.kernels.reference import Reference
@@ -175,6 +176,7 @@ def test_layout() -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "layer type"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial"),
         ({"partial_rotary_factor": 0.5}, "partial"),
+        ({"num_experts": 8}, "experts"),
         ({"num_key_value_heads": 3}, "multiple of 3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"vocab_size": "many"}, "vocab_size"),
@@ -186,6 +188,33 @@ def test_what_is_not_supported_is_named(folder: Path, changes: dict[str, Any], n
     edit(folder, **changes)
     message = refusal(folder, ModelConfig.read)
     assert named in message and "config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_experts_per_tok": 7}, "7 of 6 experts"),
+        ({"num_experts": 0, "num_local_experts": 0}, "3 of 0 experts"),
+        ({"moe_intermediate_size": 0}, "size 0"),
+        ({"moe_intermediate_size": 44}, "8 does not divide"),
+    ],
+    ids=str,
+)
+def test_experts_that_make_no_sense(
+    saved: Saved, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    for file in saved("qwen3_moe")[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    edit(tmp_path, **changes)
+    assert named in refusal(tmp_path, ModelConfig.read)
+
+
+def test_int8_experts_are_refused(saved: Saved) -> None:
+    folder, _ = saved("mixtral")
+    how = Loading(torch.float32, torch.device("cpu"), Reference(int8=True))
+    assert "give --quantization none" in refusal(
+        folder, lambda at: load_model(at, ModelConfig.read(at), how)
+    )
 
 
 @pytest.mark.parametrize(

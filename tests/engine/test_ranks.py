@@ -142,7 +142,7 @@ def alone(folder: Path) -> Runner:
     return Runner(folder, "float32", allocate_pool(layout, 64).fill_(torch.nan), threads=2)
 
 
-@pytest.mark.parametrize("case", ["llama_biases", "qwen3"])
+@pytest.mark.parametrize("case", ["llama_biases", "qwen3", "qwen2_moe", "qwen3_moe"])
 def test_two_ranks_make_the_tokens_of_one(
     saved: Saved, worker: Callable[[Path], Worker], case: str
 ) -> None:
@@ -258,5 +258,7 @@ def test_what_cannot_be_divided_is_refused(saved: Saved) -> None:
     config = ModelConfig.read(saved("llama_one_kv_head")[0])
     with pytest.raises(ModelError, match=r"--tensor-parallel-size 2: .*num_heads is 7; give"):
         config.part(2)
+    with pytest.raises(ModelError, match="--tensor-parallel-size 2: the model has 5 experts; give"):
+        ModelConfig.read(saved("mixtral")[0]).part(2)
     whole = config.kv_layout("float32")
     assert whole.layout_id("0" * 16, "none", 2) == whole.layout_id("0" * 16) + "/tp2"

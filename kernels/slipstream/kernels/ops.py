@@ -80,6 +80,31 @@ class Heads(NamedTuple):
     dim: int
 
 
+class Experts(NamedTuple):
+    """Of one layer, those that this process has: `count` of them, from number `first` on."""
+
+    router: Tensor
+    """[all experts, hidden]"""
+    gate_up: Tensor
+    """[count, 2 * intermediate, hidden]"""
+    down: Tensor
+    """[count, hidden, intermediate]"""
+    first: int
+    top_k: int
+    normalized: bool
+    """Do the weights of a token's experts add up to 1?"""
+    shared: "SharedExpert | None" = None
+
+
+class SharedExpert(NamedTuple):
+    """Of all tokens."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate: Tensor
+    """[1, hidden]: the sigmoid of this product is its weight"""
+
+
 class Scoring(NamedTuple):
     """What attention does with a score, beside what all causal attention does."""
 
@@ -120,6 +145,13 @@ class Ops(Protocol):
         """`silu(x @ gate.T) * (x @ up.T)` of what `pack_gated` packed.
 
         Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+        """
+
+    def moe(self, x: Value, experts: Experts) -> Value:
+        """What the experts of each token say, weighted: a softmax over all experts, of which the
+        `top_k` largest count. Of a token whose experts are elsewhere: nothing, zeros.
+        Source: Shazeer et al., "Outrageously Large Neural Networks", 2017; Jiang et al., "Mixtral
+        of Experts", 2024.
         """
 
     def attention(

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn, as_tensors
-from slipstream.kernels.ops import Forward, ForwardBatch, Heads, Model, quantize, rotation_block
+from slipstream.kernels.ops import (
+    Experts,
+    Forward,
+    ForwardBatch,
+    Heads,
+    Model,
+    quantize,
+    rotation_block,
+)
 
 PANEL = 16
 """Outputs of a matrix that lie side by side; all dimensions are multiples of it, or padded."""
@@ -153,6 +161,9 @@ class Recorder:
 
     def gated(self, x: Buffer, weights: Packed) -> Buffer:
         return self._product(Kind.GATED, x, weights)
+
+    def moe(self, x: Buffer, experts: Experts) -> Buffer:
+        raise ValueError("there are no compiled kernels for experts")
 
     def attention(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn, as_tensors, draw
 from slipstream.kernels.ops import (
+    Experts,
     Forward,
     ForwardBatch,
     Heads,
@@ -94,6 +95,9 @@ class ReferenceOps:
         gate, up = weights.times(x).chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def moe(self, x: Tensor, experts: Experts) -> Tensor:
+        return moe(x, experts)
+
     def attention(
         self,
         qkv: Tensor,
@@ -120,6 +124,32 @@ class ReferenceOps:
             second * self._cosine + first * self._sine,
         )
         return torch.cat(rotated, dim=-1).to(x.dtype)
+
+
+def moe(x: Tensor, experts: Experts) -> Tensor:
+    """As `Ops.moe`. Pairs of token and expert are sorted by expert, those of other processes last:
+    one product over all experts, each with the rows that are its own. Nothing waits for a number
+    from the device."""
+    scores = F.linear(x, experts.router).float().softmax(-1)
+    weights, chosen = scores.topk(experts.top_k, dim=-1)
+    if experts.normalized:
+        weights = weights / weights.sum(-1, keepdim=True)
+    count = len(experts.down)
+    own = chosen.flatten() - experts.first
+    own = own.where((own >= 0) & (own < count), count)
+    numbers, order = own.sort(stable=True)
+    ends = torch.searchsorted(numbers, torch.arange(count, device=x.device), right=True).int()
+    rows = x[order // experts.top_k]
+    gate, up = F.grouped_mm(rows, experts.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    made = F.grouped_mm(F.silu(gate) * up, experts.down.transpose(1, 2), offs=ends)
+    weighed = (made * weights.flatten()[order, None]).masked_fill((numbers == count)[:, None], 0)
+    said = torch.empty_like(weighed)
+    said[order] = weighed
+    out = said.view(*chosen.shape, -1).sum(1)
+    if (shared := experts.shared) is not None:
+        gate, up = F.linear(x, shared.gate_up).chunk(2, dim=-1)
+        out = out + F.linear(x, shared.gate).sigmoid() * F.linear(F.silu(gate) * up, shared.down)
+    return out.to(x.dtype)
 
 
 def attend(

@@ -1,8 +1,8 @@
-"""The dense decoder: the Llama skeleton with the parts that its config names.
+"""The decoder: the Llama skeleton with the parts that its config names.
 
-Llama, SmolLM, Mistral, Qwen2, Qwen3. Parameters are matrices as the backend wants them and plain
-vectors; `weights` fills them and knows the checkpoint's names. What a step needs comes in as
-arguments, nothing is kept between steps.
+Llama, SmolLM, Mistral, Qwen2, Qwen3; Mixtral, and Qwen's with experts. Parameters are matrices as
+the backend wants them and plain vectors; `weights` fills them and knows the checkpoint's names.
+What a step needs comes in as arguments, nothing is kept between steps.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slipstream.engine.model_config import ModelConfig
 from slipstream.engine.rope import Rope
-from slipstream.kernels.ops import Backend, ForwardBatch, Heads, Ops, Value, Weights
+from slipstream.kernels.ops import Backend, Experts, ForwardBatch, Heads, Ops, Value, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class LayerWeights:
     output: Weights
     mlp_norm: Tensor
     gate_up: Weights
-    """Gate and up projections, packed: [2 * intermediate, hidden]"""
+    """Gate and up projections, packed: [2 * intermediate, hidden]; None: there are experts"""
     down: Weights
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,9 @@ class Decoder:
                 attended, stream = ops.take(attended), ops.take(stream)
             delta = self._reduce(ops.linear(attended, layer.output))
             x = ops.rms_norm(delta, layer.mlp_norm, epsilon, stream)
-            delta = self._reduce(ops.linear(ops.gated(x, layer.gate_up), layer.down))
+            if layer.experts is not None:
+                delta = self._reduce(ops.moe(x, layer.experts))
+            else:
+                delta = self._reduce(ops.linear(ops.gated(x, layer.gate_up), layer.down))
         x = ops.rms_norm(delta, weights.norm, epsilon, stream)
         return ops.linear(x, weights.lm_head, wide=True)

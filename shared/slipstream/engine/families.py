@@ -1,7 +1,7 @@
 """Model families: what an architecture means beyond the numbers in its config.json.
 
 A family is an entry in `FAMILIES`. All share the Llama skeleton of `decoder`; they differ in
-biases, in query and key norms, and in the defaults of Hugging Face's config classes.
+biases, in query and key norms, in experts, and in the defaults of Hugging Face's config classes.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,15 @@ class RawConfig(Struct, kw_only=True):
     use_sliding_window: bool = False
     max_window_layers: int = 28
     layer_types: list[str] | None = None
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = False
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+    qkv_bias: bool = True
     eos_token_id: int | list[int] | None = None
     quantization_config: dict[str, Any] | None = None
     dtype: str | None = None
@@ -51,12 +60,28 @@ class Parts(NamedTuple):
     qk_norm: bool
 
 
+class ExpertsConfig(Struct, frozen=True, kw_only=True):
+    """Of the layers whose MLP is one of experts."""
+
+    layers: frozenset[int]
+    count: int
+    top_k: int
+    intermediate_size: int
+    normalized: bool
+    shared_intermediate_size: int = 0
+    """Of the expert of all tokens; 0: there is none."""
+    module: str = "mlp"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """What the checkpoint calls the layer's MLP, and an expert's matrices."""
+
+
 class Family(NamedTuple):
     parts: Callable[[RawConfig], Parts]
     window: Callable[[RawConfig], bool]
     """Does some layer really attend to a sliding window?"""
     defaults: dict[str, Any]
     """Where this family's config class has other defaults than `RawConfig`."""
+    experts: Callable[[RawConfig], ExpertsConfig] | None = None
 
 
 def _window_never(raw: RawConfig) -> bool:
@@ -74,6 +99,32 @@ def _window_by_layer(raw: RawConfig) -> bool:
     else:
         windowed = raw.max_window_layers < raw.num_hidden_layers
     return raw.use_sliding_window and windowed and _window_by_size(raw)
+
+
+def _mixtral_experts(raw: RawConfig) -> ExpertsConfig:
+    return ExpertsConfig(
+        layers=frozenset(range(raw.num_hidden_layers)),
+        count=raw.num_local_experts or 0,
+        top_k=raw.num_experts_per_tok,
+        intermediate_size=raw.intermediate_size,
+        normalized=True,
+        module="block_sparse_moe",
+        names=("w1", "w3", "w2"),
+    )
+
+
+def _qwen_experts(raw: RawConfig) -> ExpertsConfig:
+    dense = raw.mlp_only_layers or ()
+    step = max(raw.decoder_sparse_step, 1)
+    sparse = (i for i in range(raw.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
+    return ExpertsConfig(
+        layers=frozenset(sparse),
+        count=raw.num_experts or raw.num_local_experts or 0,
+        top_k=raw.num_experts_per_tok,
+        intermediate_size=raw.moe_intermediate_size or 0,
+        normalized=raw.norm_topk_prob,
+        shared_intermediate_size=raw.shared_expert_intermediate_size,
+    )
 
 
 FAMILIES: dict[str, Family] = {
@@ -96,5 +147,35 @@ FAMILIES: dict[str, Family] = {
         parts=lambda raw: Parts(raw.attention_bias, raw.attention_bias, False, True),
         window=_window_by_layer,
         defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    ),
+    "MixtralForCausalLM": Family(
+        parts=lambda raw: Parts(False, False, False, False),
+        window=_window_by_size,
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "rms_norm_eps": 1e-5},
+        experts=_mixtral_experts,
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        parts=lambda raw: Parts(raw.qkv_bias, False, False, False),
+        window=_window_by_layer,
+        defaults={
+            "num_key_value_heads": 16,
+            "sliding_window": 4096,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        experts=_qwen_experts,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        parts=lambda raw: Parts(raw.attention_bias, raw.attention_bias, False, True),
+        window=lambda raw: raw.use_sliding_window and _window_by_size(raw),
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        experts=_qwen_experts,
     ),
 }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from slipstream.engine.families import FAMILIES, RawConfig
+from slipstream.engine.families import FAMILIES, ExpertsConfig, RawConfig
 from slipstream.kv.layout import KvDtype, KvLayout
 
 _EDGE_BYTES = 65_536
@@ -20,10 +20,11 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "yarn": (),
 }
 # Keys that only architectures have which the decoder does not implement.
+_EXPERTS = ("num_experts", "num_local_experts")
+_EXPERT_ALIGNMENT = 8
+"""Elements; rows of experts' matrices begin at multiples of 16 bytes."""
 _FOREIGN_FEATURES = {
     "kv_lora_rank": "multi-head latent attention",
-    "num_experts": "mixture of experts",
-    "num_local_experts": "mixture of experts",
     "n_routed_experts": "mixture of experts",
     "attn_logit_softcapping": "attention soft-capping",
     "no_rope_layers": "layers without rotary embedding",
@@ -114,6 +115,7 @@ class ModelConfig(ServedModel, frozen=True, kw_only=True):
     mlp_bias: bool
     qk_norm: bool
     rope: RopeConfig
+    experts: ExpertsConfig | None = None
 
     def part(self, ranks: int) -> "ModelConfig":
         for name in ("num_heads", "num_kv_heads", "intermediate_size"):
@@ -121,6 +123,14 @@ class ModelConfig(ServedModel, frozen=True, kw_only=True):
                 raise ModelError(
                     f"--tensor-parallel-size {ranks}: the model's {name} is "
                     f"{getattr(self, name)}; give a number that divides it"
+                )
+        if self.experts is not None:
+            sizes = self.experts.count, self.experts.shared_intermediate_size
+            if any(size % ranks for size in sizes):
+                raise ModelError(
+                    f"--tensor-parallel-size {ranks}: the model has {sizes[0]} experts"
+                    f"{f' and a shared one of size {sizes[1]}' if sizes[1] else ''}; give a number "
+                    "that divides that"
                 )
         return msgspec.structs.replace(
             self,
@@ -146,12 +156,15 @@ class ModelConfig(ServedModel, frozen=True, kw_only=True):
             raw = msgspec.convert({**family.defaults, **settings}, RawConfig)
         except msgspec.ValidationError as error:
             raise ModelError(f"{file}: {error}") from error
-        _refuse_features(raw, settings, file)
+        _refuse_features(architecture, raw, settings, file)
         if family.window(raw):
             raise UnknownModel(f"{file}: sliding window attention is not supported")
         heads = raw.num_attention_heads
         kv_heads = raw.num_key_value_heads if raw.num_key_value_heads is not None else heads
         _check_sizes(raw, kv_heads, file)
+        experts = family.experts(raw) if family.experts is not None else None
+        if experts is not None:
+            _check_experts(experts, raw.hidden_size, file)
         parts = family.parts(raw)
         return cls(
             architecture=architecture,
@@ -166,6 +179,7 @@ class ModelConfig(ServedModel, frozen=True, kw_only=True):
             rms_norm_epsilon=raw.rms_norm_eps,
             tied_embeddings=raw.tie_word_embeddings,
             rope=_rope(raw, file),
+            experts=experts,
             eos_token_ids=eos_token_ids(raw.eos_token_id, folder),
             dtype=raw.dtype or raw.torch_dtype or "float32",
             fingerprint=fingerprint(file, None if dummy else weight_files(folder)),
@@ -224,10 +238,16 @@ def _architecture(settings: dict[str, Any], file: Path) -> str:
     return named[0]
 
 
-def _refuse_features(raw: RawConfig, settings: dict[str, Any], file: Path) -> None:
+def _refuse_features(
+    architecture: str, raw: RawConfig, settings: dict[str, Any], file: Path
+) -> None:
     for key, feature in _FOREIGN_FEATURES.items():
         if settings.get(key):
             raise UnknownModel(f"{file}: {feature} ({key}) is not supported")
+    if FAMILIES[architecture].experts is None:
+        for key in _EXPERTS:
+            if settings.get(key):
+                raise UnknownModel(f"{file}: mixture of experts ({key}) is not supported")
     if raw.hidden_act not in ("silu", "swish"):
         raise UnknownModel(f"{file}: activation {raw.hidden_act} is not supported (only silu)")
     if raw.quantization_config is not None:
@@ -257,6 +277,16 @@ def _check_sizes(raw: RawConfig, kv_heads: int, file: Path) -> None:
         raise ModelError(f"{file}: hidden_size is no multiple of num_attention_heads")
     if (raw.head_dim or raw.hidden_size // raw.num_attention_heads) % 2:
         raise UnknownModel(f"{file}: rotary embedding needs an even head_dim")
+
+
+def _check_experts(experts: ExpertsConfig, hidden: int, file: Path) -> None:
+    if not 1 <= experts.top_k <= experts.count:
+        raise ModelError(f"{file}: {experts.top_k} of {experts.count} experts for each token")
+    for size in (hidden, experts.intermediate_size):
+        if size < 1:
+            raise ModelError(f"{file}: experts of size {size}")
+        if size % _EXPERT_ALIGNMENT:
+            raise UnknownModel(f"{file}: experts of a size that 8 does not divide ({size})")
 
 
 def _rope(raw: RawConfig, file: Path) -> RopeConfig:

@@ -85,6 +85,10 @@ def load_model(model_path: str | Path, config: ServedModel, how: Loading) -> Mod
 
 def _native(model_path: str | Path, config: ModelConfig, how: Loading) -> Decoder:
     backend, ranks = how.backend, how.ranks
+    if backend.int8 and config.experts is not None:
+        raise ModelError(
+            f"{model_path}: int8 weights of experts are not supported; give --quantization none"
+        )
 
     def load() -> DecoderWeights:
         given = config, how.dtype, how.device, backend

@@ -72,6 +72,9 @@ def choose_backend(
     library = cpu.kernels() if device.type == "cpu" else None
     if library is None:
         return Reference(int8)
+    if isinstance(config, ModelConfig) and config.experts is not None:
+        _LOG.warning("SLOW: no CPU kernels for experts; plain torch serves instead")
+        return Reference(int8)
     if isinstance(config, ModelConfig):
         sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
         if any(size % PANEL for size in sizes):

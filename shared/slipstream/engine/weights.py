@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
+from slipstream.engine.families import ExpertsConfig
 from slipstream.engine.model_config import ModelConfig, ModelError, weight_files
 from slipstream.engine.ranks import Part
-from slipstream.kernels.ops import Backend
+from slipstream.kernels.ops import Backend, Experts, SharedExpert
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -28,6 +29,8 @@ SAID_EVERY_S = 2.0
 _LOG = logging.getLogger(__name__)
 _Cut: TypeAlias = tuple[slice, ...]
 """Of each dimension, from the first on; none: all."""
+_Projection: TypeAlias = tuple[Tensor, Tensor | None]
+"""Weight and bias."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,6 +79,9 @@ class _Source(Protocol):
     def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
         """`cut` of the tensor, which has this shape."""
 
+    def skip(self, name: str) -> None:
+        """All of it is other ranks'."""
+
 
 class _Dummies:
     """Random weights of a size that keeps activations small; a name's are the same in every
@@ -83,6 +89,9 @@ class _Dummies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    def skip(self, name: str) -> None:
+        pass
 
     def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
         if "norm" in name:
@@ -107,6 +116,9 @@ class _Checkpoint:
         ignored = {"lm_head.weight"} if tied_embeddings else set()
         names = self._unread - ignored
         return sorted(name for name in names if not name.endswith(".rotary_emb.inv_freq"))
+
+    def skip(self, name: str) -> None:
+        self._unread.discard(name)
 
     def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
         path = self._file_of.get(name)
@@ -182,17 +194,16 @@ class _Loader:
         layers = self._config.num_layers
         for index in range(layers):
             progress(index, layers)
-            yield self._layer(f"model.layers.{index}")
+            yield self._layer(index)
 
-    def _layer(self, at: str) -> LayerWeights:
-        config = self._config
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def _layer(self, index: int) -> LayerWeights:
+        config, at = self._config, f"model.layers.{index}"
+        hidden = config.hidden_size
         query = config.num_heads * config.head_dim
         key = config.num_kv_heads * config.head_dim
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
+        attention = f"{at}.self_attn"
         qkv = [(f"{attention}.{name}_proj", size) for name, size in zip("qkv", (query, key, key))]  # noqa: B905
-        gate_up = [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]
-        pack, pack_gated = self._backend.pack, self._backend.pack_gated
+        pack = self._backend.pack
         head_norms = None
         if config.qk_norm:
             head_norms = (
@@ -205,8 +216,55 @@ class _Loader:
             head_norms=head_norms,
             output=pack(*self._partial((f"{attention}.o_proj", hidden), query, config.output_bias)),
             mlp_norm=self._vector(f"{at}.post_attention_layernorm.weight", hidden),
-            gate_up=pack_gated(*self._linear(gate_up, hidden, config.mlp_bias)),
-            down=pack(*self._partial((f"{mlp}.down_proj", hidden), inner, config.mlp_bias)),
+            **self._mlp(index, at),
+        )
+
+    def _mlp(self, index: int, at: str) -> dict[str, Any]:
+        """Of a layer: the fields of its MLP."""
+        config, mlp = self._config, f"{at}.mlp"
+        if config.experts is not None and index in config.experts.layers:
+            return {"gate_up": None, "down": None, "experts": self._experts(at, config.experts)}
+        gate_up, down = self._gated(mlp, config.intermediate_size, config.mlp_bias)
+        return {"gate_up": self._backend.pack_gated(*gate_up), "down": self._backend.pack(*down)}
+
+    def _gated(self, mlp: str, inner: int, has_bias: bool) -> tuple[_Projection, _Projection]:
+        """Gate and up, down."""
+        hidden = self._config.hidden_size
+        gate_up = [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]
+        down = self._partial((f"{mlp}.down_proj", hidden), inner, has_bias)
+        return self._linear(gate_up, hidden, has_bias), down
+
+    def _experts(self, at: str, config: ExpertsConfig) -> Experts:
+        """This rank's. Which of them a token goes to is known on every rank."""
+        hidden, inner = self._config.hidden_size, config.intermediate_size
+        mlp, own = f"{at}.{config.module}", self._part.of(config.count)
+        gate, up, down = config.names
+        count = own.stop - own.start
+        gate_ups = self._empty(count, 2 * inner, hidden)
+        downs = self._empty(count, hidden, inner)
+        for number in range(config.count):
+            expert, place = f"{mlp}.experts.{number}", number - own.start
+            if not 0 <= place < count:
+                for name in config.names:
+                    self._checkpoint.skip(f"{expert}.{name}.weight")
+                continue
+            for half, name in enumerate((gate, up)):
+                read = self._checkpoint.read(f"{expert}.{name}.weight", (inner, hidden))
+                gate_ups[place, half * inner : (half + 1) * inner].copy_(read)
+            downs[place].copy_(self._checkpoint.read(f"{expert}.{down}.weight", (hidden, inner)))
+        shared = None
+        if config.shared_intermediate_size:
+            both = self._gated(f"{mlp}.shared_expert", config.shared_intermediate_size, False)
+            gate_of_all = self._packed([f"{mlp}.shared_expert_gate.weight"], [(1, hidden)])
+            shared = SharedExpert(both[0][0], both[1][0], gate_of_all)
+        return Experts(
+            router=self._packed([f"{mlp}.gate.weight"], [(config.count, hidden)]),
+            gate_up=gate_ups,
+            down=downs,
+            first=own.start,
+            top_k=config.top_k,
+            normalized=config.normalized,
+            shared=shared,
         )
 
     def _linear(
@@ -230,7 +288,7 @@ class _Loader:
         name, outputs = projection
         cut = () if self._part.size == 1 else (slice(None), self._part.of(inputs))
         read = self._checkpoint.read(f"{name}.weight", (outputs, inputs), cut)
-        weight = torch.empty(read.shape, dtype=self._dtype, device=self._device).copy_(read)
+        weight = self._empty(*read.shape).copy_(read)
         bias = self._vector(f"{name}.bias", outputs) if has_bias else None
         return weight, bias if self._part.rank == 0 else None
 
@@ -240,7 +298,7 @@ class _Loader:
         """`divided`: of each tensor this rank's rows."""
         size = self._part.size if divided else 1
         rows = sum(shape[0] for shape in shapes) // size
-        packed = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        packed = self._empty(rows, *shapes[0][1:])
         start = 0
         for name, shape in zip(names, shapes, strict=True):
             cut = (self._part.of(shape[0]),) if size > 1 else ()
@@ -248,6 +306,9 @@ class _Loader:
             packed[start:end].copy_(self._checkpoint.read(name, shape, cut))
             start = end
         return packed
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def _vector(self, name: str, size: int) -> Tensor:
         return self._packed([name], [(size,)])
