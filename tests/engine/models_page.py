@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from engine.architectures import ARCHITECTURES, TOLERANCE, Verdict, judge
+from slipstream.cli.gguf_kinds import KINDS
 from slipstream.engine.families import FAMILIES
 from slipstream.engine.transformers_model import PROVED
 
@@ -23,9 +24,14 @@ the first one that knows the model.
 | `native` | ours, with compiled kernels and `--quantization` | {native} |
 | `transformers` | Transformers' own, with our attention in it | what passes below |
 
-What neither can serve ends the start with one line that says why, and exit code 4. Both read
-folders of safetensors; a `.gguf` file becomes such a folder. Code that comes with a model is never
-run.
+What neither can serve ends the start with one line that says why, and exit code 4. Code that comes
+with a model is never run. On a CPU, models with experts (Mixtral, Qwen's) and those of
+Transformers' code have no compiled kernels, and are slower by what
+[0033](adr/0033-foreign-models-run-in-transformers.md) says.
+
+Both read folders of safetensors; `slipstream serve FILE.gguf` makes such a folder, once. It reads
+{gguf}, with any type of quantization, which is undone: weights become bfloat16. The tokenizer
+may be byte-level BPE or SentencePiece's, and the chat template comes along.
 
 ## By Transformers' code
 
@@ -63,6 +69,7 @@ def _escaped(text: str) -> str:
 def page(verdicts: dict[str, Verdict]) -> str:
     passing = sum(not verdict.reason for verdict in verdicts.values())
     head = _HEAD.format(
+        gguf=", ".join(KINDS),
         native=", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES),
         passing=passing,
         all=len(verdicts),

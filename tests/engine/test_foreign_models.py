@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.architectures import tiny_config, tiny_model
-from engine.tiny import generate, greedy, prompt_of, save_model
+from engine.tiny import admission, generate, greedy, prompt_of, save_model
+from slipstream.core.machine import BatchPlan, Row
 from slipstream.engine.model_config import ForeignModel, ModelConfig, ModelError
 from slipstream.engine.models import Loading, load_model, read_model
 from slipstream.engine.runner import Runner, allocate_pool
@@ -76,6 +77,23 @@ def test_answers_are_those_of_generate(folders: Folders, model_type: str) -> Non
             )
         banned = greedy(min_tokens=20)
         assert generate(runner, prompt, banned, 20) == tuple(made[0, length:].tolist())
+
+
+def test_a_chunk_that_samples_nothing(folders: Folders) -> None:
+    """It yields no logits; the next one goes on."""
+    config = read_model(folders("gemma2"))
+    pool = allocate_pool(config.kv_layout("float32"), 8).fill_(torch.nan)
+    runner = Runner(folders("gemma2"), "float32", pool, config=config)
+    prompt, blocks = prompt_of(60), (3, 0, 5, 1)
+    whole = generate(runner, prompt, greedy(), 1, blocks=(2, 4, 6, 7))
+    admitted = (admission("c", prompt, greedy()),)
+    first, second = (
+        Row("c", 1, prompt[:40], 0, blocks, False),
+        Row("c", 1, prompt[40:], 40, blocks, True),
+    )
+    assert not any(output.tokens for output in runner.run(BatchPlan(0, (first,), admitted)))
+    (output,) = runner.run(BatchPlan(1, (second,)))
+    assert output.tokens == whole
 
 
 def test_who_serves(folders: Folders, tmp_path: Path) -> None:

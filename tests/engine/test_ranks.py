@@ -142,7 +142,7 @@ def alone(folder: Path) -> Runner:
     return Runner(folder, "float32", allocate_pool(layout, 64).fill_(torch.nan), threads=2)
 
 
-@pytest.mark.parametrize("case", ["llama_biases", "qwen3", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama_biases", "qwen3", "qwen2_moe", "mixtral_even"])
 def test_two_ranks_make_the_tokens_of_one(
     saved: Saved, worker: Callable[[Path], Worker], case: str
 ) -> None:

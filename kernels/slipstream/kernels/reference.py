@@ -145,7 +145,7 @@ def moe(x: Tensor, experts: Experts) -> Tensor:
     weighed = (made * weights.flatten()[order, None]).masked_fill((numbers == count)[:, None], 0)
     said = torch.empty_like(weighed)
     said[order] = weighed
-    out = said.view(*chosen.shape, -1).sum(1)
+    out = said.view(*chosen.shape, x.shape[1]).sum(1)
     if (shared := experts.shared) is not None:
         gate, up = F.linear(x, shared.gate_up).chunk(2, dim=-1)
         out = out + F.linear(x, shared.gate).sigmoid() * F.linear(F.silu(gate) * up, shared.down)
