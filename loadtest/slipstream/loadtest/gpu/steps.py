@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slipstream.core.machine import Admission, BatchPlan, Row
 from slipstream.engine.batch import Inputs, build_batch
-from slipstream.engine.model_config import ModelConfig
+from slipstream.engine.model_config import ModelConfig, ServedModel
 from slipstream.engine.rope import Rope
 from slipstream.engine.runner import Runner, allocate_pool, choose_backend
 from slipstream.kernels.draw import Draw
@@ -33,7 +33,8 @@ STEPS, WARM_STEPS = 20, 6
 GREEDY = SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0)
 
 
-def shape_of(config: ModelConfig) -> Shape:
+def shape_of(config: ServedModel) -> Shape:
+    assert isinstance(config, ModelConfig), "not the native decoder"
     return Shape(
         *("", config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads),
         *(config.num_kv_heads, config.head_dim, config.vocab_size),
