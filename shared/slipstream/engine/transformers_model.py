@@ -7,6 +7,7 @@ compute a few tokens both ways: what also depends on something else than keys an
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -60,13 +61,12 @@ def read_transformers(model_path: str | Path) -> ForeignModel:
     paths = weight_files(folder)
     with _quiet(), _blamed(str(file)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        described = describe(config)
+        text = config.get_text_config()
+        ends = getattr(config if text.eos_token_id is None else text, "eos_token_id", None)
         return ForeignModel(
-            **described,
-            eos_token_ids=eos_token_ids(config.get_text_config().eos_token_id, folder),
-            dtype=str(config.get_text_config().dtype or config.dtype or "float32").removeprefix(
-                "torch."
-            ),
+            **describe(config),
+            eos_token_ids=eos_token_ids(ends, folder),
+            dtype=str(text.dtype or config.dtype or "float32").removeprefix("torch."),
             fingerprint=fingerprint(file, paths, b"transformers"),
         )
 
@@ -181,11 +181,16 @@ def _run(model: Any, step: Step, tokens: Tensor, positions: Tensor, wanted: Tens
         "position_ids": positions[None],
         "attention_mask": torch.ones_like(tokens)[None],
     }
-    few = "logits_to_keep" in inspect.signature(model.forward).parameters
+    few = _may_keep_few(type(model))
     with during(step):
         made = model(**given, use_cache=False, **({"logits_to_keep": wanted} if few else {}))
     logits: Tensor = made.logits[0]
     return logits if few else logits[wanted]
+
+
+@functools.cache
+def _may_keep_few(model_class: type[Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def _alone(tokens: Tensor, start: int, blocks: int) -> ForwardBatch:
