@@ -44,8 +44,18 @@ class Attention:
             sinks=sinks,
         )
         nothing = torch.zeros(0, dtype=torch.int64)
+        own = [
+            (row, position)
+            for row, (context, count) in enumerate(zip(self.contexts, self.counts, strict=True))
+            for position in range(context - count, context)
+        ]
+        new = [self.keys[row][:, :, position] for row, position in own]
+        self.key, self.value = torch.stack(new, 1)
+        slots = [int(self.tables[row, at // BLOCK_TOKENS]) * 16 + at % 16 for row, at in own]
+        for slot in slots:  # they are written now
+            self.pool[slot // 16, 1, :, :, slot % 16] = torch.nan
         self.batch = ForwardBatch(
-            *(nothing, nothing, nothing, self.tables.int()),
+            *(nothing, nothing, torch.tensor(slots), self.tables.int()),
             query_starts=torch.tensor([0, *self.counts]).cumsum(0).int(),
             context_lengths=torch.tensor(self.contexts, dtype=torch.int32),
             sample_indices=nothing,
@@ -73,7 +83,7 @@ class Attention:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_windows_chunks_caps_and_sinks(seed: int) -> None:
     case, at = Attention(seed), 0
-    made = attend(case.batch, case.query, case.pool, 1, case.how)
+    made = attend(case.batch, case.query, case.key, case.value, case.pool, 1, case.how)
     for row, (context, count) in enumerate(zip(case.contexts, case.counts, strict=True)):
         for position in range(context - count, context):
             for head in range(case.query.shape[1]):

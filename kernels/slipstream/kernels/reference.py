@@ -113,9 +113,8 @@ class ReferenceOps:
             query = self.rms_norm(query, norms[0], epsilon)
             key = self.rms_norm(key, norms[1], epsilon)
         query, key = self._rotated(query), self._rotated(key)
-        write(self._batch, key, value, self._pool, layer)
         scoring = Scoring(heads.dim**-0.5)
-        return attend(self._batch, query, self._pool, layer, scoring).flatten(1)
+        return attend(self._batch, query, key, value, self._pool, layer, scoring).flatten(1)
 
     def _rotated(self, x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
@@ -153,10 +152,18 @@ def moe(x: Tensor, experts: Experts) -> Tensor:
 
 
 def attend(
-    batch: ForwardBatch, query: Tensor, pool: Tensor, layer: int, scoring: Scoring
+    batch: ForwardBatch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pool: Tensor,
+    layer: int,
+    scoring: Scoring,
 ) -> Tensor:
-    """Each query, `[T, heads, head_dim]`, over its request's context up to itself; see
-    `Ops.attention`. Blocks that no query of a row sees are not read."""
+    """Writes keys and values, `[T, kv_heads, head_dim]`, to the batch's slots; then each query,
+    `[T, heads, head_dim]`, attends to its request's context up to itself. See `Ops.attention`.
+    Blocks that no query of a row sees are not read."""
+    _write(batch, key, value, pool, layer)
     out = torch.empty_like(query)
     starts, block_tokens = batch.query_starts.tolist(), pool.shape[4]
     for row, length in enumerate(batch.context_lengths.tolist()):
@@ -206,8 +213,7 @@ def _weighed(
     return weights.to(query.dtype) @ value
 
 
-def write(batch: ForwardBatch, key: Tensor, value: Tensor, pool: Tensor, layer: int) -> None:
-    """Keys and values, `[T, kv_heads, head_dim]`, into the batch's slots."""
+def _write(batch: ForwardBatch, key: Tensor, value: Tensor, pool: Tensor, layer: int) -> None:
     block_tokens = pool.shape[4]
     block, offset = batch.slots // block_tokens, batch.slots % block_tokens
     pool[block, layer, 0, :, offset] = key

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from slipstream.engine.model_config import ModelError, Reach
 from slipstream.kernels.ops import ForwardBatch, Scoring
-from slipstream.kernels.reference import attend, write
+from slipstream.kernels.reference import attend
 
 NAME = "slipstream"
 """What a model's `_attn_implementation` is while we run it."""
@@ -147,6 +147,5 @@ class Paged:
     ) -> Tensor:
         layer, reach = self._layer, self._reaches[self._layer]
         self._layer += 1
-        write(self._batch, key, value, self._pool, layer)
         how = how._replace(window=reach.window, chunk=reach.chunk)
-        return attend(self._batch, query, self._pool, layer, how)
+        return attend(self._batch, query, key, value, self._pool, layer, how)
