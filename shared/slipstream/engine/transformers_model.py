@@ -9,7 +9,7 @@ compute a few tokens both ways: what also depends on something else than keys an
 import copy
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def _run(model: Any, step: Step, tokens: Tensor, positions: Tensor, wanted: Tens
         "position_ids": positions[None],
         "attention_mask": torch.ones_like(tokens)[None],
     }
-    few = _may_keep_few(type(model))
+    few = _keeps_few(type(model).forward)
     with during(step):
         made = model(**given, use_cache=False, **({"logits_to_keep": wanted} if few else {}))
     logits: Tensor = made.logits[0]
@@ -189,8 +189,9 @@ def _run(model: Any, step: Step, tokens: Tensor, positions: Tensor, wanted: Tens
 
 
 @functools.cache
-def _may_keep_few(model_class: type[Any]) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+def _keeps_few(forward: Callable[..., Any]) -> bool:
+    """Can it be told which logits are wanted?"""
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def _alone(tokens: Tensor, start: int, blocks: int) -> ForwardBatch:
