@@ -1,6 +1,7 @@
 """GGUF files of every kind that is read, written as llama.cpp's converter would: what is made of
 them computes what the model computed, and splits text as Transformers does."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,23 @@ _GEMMA2 = {
     "final_logit_softcapping": _CAPS[1],
 }
 _GEMMA3 = {"sliding_window": _WINDOW, "query_pre_attn_scalar": 32}
-_SPECIAL = {"gemma2": _GEMMA2, "gemma3": _GEMMA3, "llama": {"tie_word_embeddings": False}}
+MOE = ("mixtral", "qwen2moe", "qwen3moe")
+_MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA3,
+    "llama": {"tie_word_embeddings": False},
+    "mixtral": {"num_local_experts": 5, "head_dim": 16},
+    "qwen2moe": {**_MOE, "shared_expert_intermediate_size": 64, "head_dim": 16},
+    "qwen3moe": {**_MOE, "norm_topk_prob": True},
+}
 PIECES = ["▁", "▁▁", "a", "b", "c", "d", "e", "ab", "▁a", "▁ab", "abc", "cd", "▁abc", "de", "▁de"]
 
 
 def original(arch: str) -> Any:
     """A random model of this kind."""
     kind = KINDS[arch]
-    config = CONFIG_MAPPING[kind.model_type](**_SIZES, **_SPECIAL.get(arch, {}))
+    config = CONFIG_MAPPING[kind.model_type](**{**_SIZES, **_SPECIAL.get(arch, {})})
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -66,6 +76,7 @@ def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
 
 def write(file: Path, arch: str, model: Any, kind: Type) -> None:
     """The model as a file; its parameters become what a reader will make of that."""
+    kind_name, arch = arch, "llama" if arch == "mixtral" else arch
     writer = gguf.GGUFWriter(file, arch)
     config = model.config
     writer.add_context_length(config.max_position_embeddings)
@@ -76,36 +87,61 @@ def write(file: Path, arch: str, model: Any, kind: Type) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if arch in ("gemma2", "gemma3"):
         writer.add_sliding_window(_WINDOW)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(_CAPS[0])
         writer.add_final_logit_softcapping(_CAPS[1])
+    if kind_name in MOE:
+        writer.add_expert_count(5)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if arch in MOE:
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if arch == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     add_tokenizer(writer, arch)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 7)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            stem, suffix = name.rsplit(".", 1)
-            known = f"{names.get_name(stem)}.{suffix}"
-            weights = parameter.numpy().astype(np.float32)
+    with torch.no_grad():
+        for known, part in parts(model, names):
+            weights, rotated = part.numpy().astype(np.float32), known.split(".")[-2] in heads
             if "norm" in known and arch.startswith("gemma"):
                 weights = weights + 1
-            if arch == "llama" and (part := known.split(".")[-2]) in heads:
-                weights = permuted(weights, heads[part])
+            if arch == "llama" and rotated:
+                weights = permuted(weights, heads[known.split(".")[-2]])
             stored = kind if weights.ndim > 1 else Type.F32
             data = gguf.quants.quantize(weights, stored)
             writer.add_tensor(known, data, raw_dtype=stored)
             back = gguf.quants.dequantize(data, stored).astype(np.float32)
-            if arch == "llama" and (part := known.split(".")[-2]) in heads:
-                back = back.reshape(heads[part], -1, 2, back.shape[-1]).swapaxes(1, 2)
+            if arch == "llama" and rotated:
+                back = back.reshape(heads[known.split(".")[-2]], -1, 2, back.shape[-1])
+                back = back.swapaxes(1, 2)
             elif "norm" in known and arch.startswith("gemma"):
                 back = back - 1
-            parameter.copy_(torch.from_numpy(back.reshape(parameter.shape).copy()).bfloat16())
+            part.copy_(torch.from_numpy(back.reshape(part.shape).copy()).bfloat16())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def parts(model: Any, names: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by their names in the file; experts' gate and up are two there."""
+    for name, parameter in model.named_parameters():
+        layer = "".join(name.split(".")[2:3])
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = parameter.chunk(2, dim=1)
+            yield f"blk.{layer}.ffn_gate_exps.weight", gate
+            yield f"blk.{layer}.ffn_up_exps.weight", up
+        elif name.endswith("experts.down_proj"):
+            yield f"blk.{layer}.ffn_down_exps.weight", parameter
+        elif name.endswith("shared_expert_gate.weight"):
+            yield f"blk.{layer}.ffn_gate_inp_shexp.weight", parameter[0]
+        else:
+            stem, suffix = name.rsplit(".", 1)
+            yield f"{names.get_name(stem)}.{suffix}", parameter
 
 
 def vocabulary() -> tuple[list[str], list[float], list[int]]:

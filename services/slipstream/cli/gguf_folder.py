@@ -44,7 +44,7 @@ def _convert(reader: Any, target: Path, progress: Progress) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = model_config(fields, {tensor.name: tensor for tensor in reader.tensors})
     tokenizer = build_tokenizer(fields)
-    kind = _kind(str(fields["general.architecture"]))
+    kind = _kind(fields)
     _write_weights(_tensors(reader, kind, config, progress), target)
     _write_json(target / "config.json", config)
     _write_json(target / "generation_config.json", generation_config(fields))
@@ -55,8 +55,7 @@ def _convert(reader: Any, target: Path, progress: Progress) -> None:
 
 def model_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """`config.json` from the metadata of the file and the names of its tensors."""
-    arch = str(fields["general.architecture"])
-    kind = _kind(arch)
+    arch, kind = str(fields["general.architecture"]), _kind(fields)
     heads = int(fields[f"{arch}.attention.head_count"])
     hidden = int(fields[f"{arch}.embedding_length"])
     config: dict[str, Any] = {
@@ -75,7 +74,7 @@ def model_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     config |= kind.features(arch, fields, config)
-    if arch == "llama":
+    if kind.model_type == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if "rope_freqs.weight" in tensors:
         table = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
@@ -83,7 +82,10 @@ def model_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
     return config | _token_ids(fields)
 
 
-def _kind(arch: str) -> Kind:
+def _kind(fields: dict[str, Any]) -> Kind:
+    arch = str(fields["general.architecture"])
+    if arch == "llama" and fields.get("llama.expert_count"):
+        return KINDS["mixtral"]
     if arch not in KINDS:
         known = ", ".join(KINDS)
         raise ModelError(f"architecture {arch} is not read from GGUF (known: {known})")
@@ -125,8 +127,23 @@ def _tensors(
             weights = _unpermute(weights, heads[rotated[1]])
         if tensor.name.endswith("norm.weight"):
             weights = weights - np.float32(kind.norm_offset)
-        yield hf_name(tensor.name, kind), torch.from_numpy(weights).to(torch.bfloat16)
+        for name, part in _apart(tensor.name, weights, kind):
+            yield name, torch.from_numpy(part).to(torch.bfloat16)
     progress(len(reader.tensors), len(reader.tensors))
+
+
+def _apart(
+    name: str, weights: NDArray[np.float32], kind: Kind
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """A layer's experts lie in one tensor."""
+    together = re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight", name)
+    if together is None or kind.experts is None:
+        row = name.endswith("ffn_gate_inp_shexp.weight")  # a matrix of one row
+        yield hf_name(name, kind), weights.reshape(1, -1) if row else weights
+        return
+    named = kind.experts[("gate", "up", "down").index(together[2])]
+    for number, expert in enumerate(weights):
+        yield f"model.layers.{together[1]}.{named.format(number)}.weight", expert
 
 
 def hf_name(name: str, kind: Kind) -> str:

@@ -27,6 +27,8 @@ class Kind(NamedTuple):
     """Are the two halves of each rotary head interleaved?"""
     norm_offset: float = 0.0
     """What the converter has added to norms."""
+    experts: tuple[str, str, str] | None = None
+    """Gate, up and down of expert {}, which are stored together."""
 
 
 TOP = {
@@ -55,6 +57,27 @@ _FOUR_NORMS = {
 }
 
 
+_QWEN_MOE = {
+    **_LAYER,
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_QWEN_EXPERTS = (
+    "mlp.experts.{}.gate_proj",
+    "mlp.experts.{}.up_proj",
+    "mlp.experts.{}.down_proj",
+)
+_MIXTRAL = {**_LAYER, "ffn_gate_inp": "block_sparse_moe.gate"}
+_MIXTRAL_EXPERTS = (
+    "block_sparse_moe.experts.{}.w1",
+    "block_sparse_moe.experts.{}.w3",
+    "block_sparse_moe.experts.{}.w2",
+)
+
+
 def shortest(value: float) -> float:
     """GGUF stores float32: 9.999999747378752e-06 was written as 1e-05."""
     return float(str(np.float32(value)))
@@ -62,6 +85,26 @@ def shortest(value: float) -> float:
 
 def _dense(arch: str, fields: Fields, config: Config) -> Config:
     return {"hidden_act": "silu"} | _one_rope(arch, fields, config)
+
+
+def _mixtral(arch: str, fields: Fields, config: Config) -> Config:
+    counts = {
+        "num_local_experts": int(fields[f"{arch}.expert_count"]),
+        "num_experts_per_tok": int(fields[f"{arch}.expert_used_count"]),
+    }
+    return counts | _dense(arch, fields, config)
+
+
+def _qwen_moe(arch: str, fields: Fields, config: Config) -> Config:
+    """What no key says: Qwen 3's weights of a token's experts add up to 1, Qwen 2's do not."""
+    shared = fields.get(f"{arch}.expert_shared_feed_forward_length")
+    return {
+        "num_experts": int(fields[f"{arch}.expert_count"]),
+        "num_experts_per_tok": int(fields[f"{arch}.expert_used_count"]),
+        "moe_intermediate_size": int(fields[f"{arch}.expert_feed_forward_length"]),
+        "norm_topk_prob": arch == "qwen3moe",
+        **({"shared_expert_intermediate_size": int(shared)} if shared else {}),
+    } | _dense(arch, fields, config)
 
 
 def _gemma(arch: str, fields: Fields, config: Config) -> Config:
@@ -147,8 +190,19 @@ KINDS: dict[str, Kind] = {
     "llama": Kind("llama", "LlamaForCausalLM", _dense, _LAYER, interleaved=True),
     "qwen2": Kind("qwen2", "Qwen2ForCausalLM", _dense, _LAYER),
     "qwen3": Kind("qwen3", "Qwen3ForCausalLM", _dense, _LAYER),
+    "mixtral": Kind(
+        *("mixtral", "MixtralForCausalLM", _mixtral, _MIXTRAL),
+        interleaved=True,
+        experts=_MIXTRAL_EXPERTS,
+    ),
+    "qwen2moe": Kind(
+        *("qwen2_moe", "Qwen2MoeForCausalLM", _qwen_moe, _QWEN_MOE), experts=_QWEN_EXPERTS
+    ),
+    "qwen3moe": Kind(
+        *("qwen3_moe", "Qwen3MoeForCausalLM", _qwen_moe, _QWEN_MOE), experts=_QWEN_EXPERTS
+    ),
     "gemma": Kind("gemma", "GemmaForCausalLM", _gemma, _LAYER, norm_offset=1.0),
     "gemma2": Kind("gemma2", "Gemma2ForCausalLM", _gemma2, _FOUR_NORMS, norm_offset=1.0),
     "gemma3": Kind("gemma3_text", "Gemma3ForCausalLM", _gemma3, _FOUR_NORMS, norm_offset=1.0),
 }
-"""By what GGUF calls their architecture."""
+"""By what GGUF calls their architecture; but a llama with experts is a `mixtral`."""
