@@ -31,7 +31,8 @@ Transformers' code have no compiled kernels, and are slower by what
 
 Both read folders of safetensors; `slipstream serve FILE.gguf` makes such a folder, once. It reads
 {gguf}, with any type of quantization, which is undone: weights become bfloat16. The tokenizer
-may be byte-level BPE or SentencePiece's, and the chat template comes along.
+may be byte-level BPE or SentencePiece's, and the chat template comes along. Safetensors that are
+quantized are refused: of GPT-OSS, for one, a copy in bfloat16 is needed.
 
 ## By Transformers' code
 

@@ -155,7 +155,7 @@ def test_int8_is_of_the_native_decoder(folders: Folders) -> None:
     config = read_model(folders("gemma2"))
     pool = allocate_pool(config.kv_layout("float32"), 4)
     with pytest.raises(ModelError, match="give --quantization none"):
-        Runner(folders("gemma2"), "float32", pool, int8=True)
+        Runner(folders("gemma2"), "float32", pool, quantization="int8")
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "short", "none"])

@@ -214,7 +214,7 @@ def test_experts_that_make_no_sense(
 
 def test_int8_experts_are_refused(saved: Saved) -> None:
     folder, _ = saved("mixtral")
-    how = Loading(torch.float32, torch.device("cpu"), Reference(int8=True))
+    how = Loading(torch.float32, torch.device("cpu"), Reference("int8"))
     assert "give --quantization none" in refusal(
         folder, lambda at: load_model(at, ModelConfig.read(at), how)
     )

@@ -123,20 +123,8 @@ class ReferenceOps:
             query = self.rms_norm(query, norms[0], epsilon)
             key = self.rms_norm(key, norms[1], epsilon)
         query, key = self._rotated(query), self._rotated(key)
-        narrow = self._pool.dtype == FLOAT8
-        if narrow:
-            query, key = keys_turned(query.float()).to(qkv.dtype), keys_turned(key.float())
-            value = value.float() * VALUE_LIFT
         scoring = Scoring(heads.dim**-0.5)
-        out = attend(self._batch, query, key, value, self._pool, layer, scoring)
-        return (out / VALUE_LIFT if narrow else out).flatten(1)
-
-    def _write(self, key: Tensor, value: Tensor, layer: int) -> None:
-        real = self._batch.slots >= 0
-        slots, pool = self._batch.slots[real], _bits(self._pool)
-        block, offset = slots // pool.shape[4], slots % pool.shape[4]
-        for kind, rows in enumerate((key, value)):
-            pool[block, layer, kind, :, offset] = _bits(stored(rows[real], self._pool.dtype))
+        return attend(self._batch, query, key, value, self._pool, layer, scoring).flatten(1)
 
     def _rotated(self, x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
@@ -185,6 +173,9 @@ def attend(
     """Writes keys and values, `[T, kv_heads, head_dim]`, to the batch's slots; then each query,
     `[T, heads, head_dim]`, attends to its request's context up to itself. See `Ops.attention`.
     Blocks that no query of a row sees are not read."""
+    if pool.dtype == FLOAT8:
+        query, key = keys_turned(query.float()).to(query.dtype), keys_turned(key.float())
+        value = value.float() * VALUE_LIFT
     _write(batch, key, value, pool, layer)
     out = torch.empty_like(query)
     starts, block_tokens = batch.query_starts.tolist(), pool.shape[4]
@@ -196,7 +187,7 @@ def attend(
         seen = _first_seen(length - (end - first), scoring) // block_tokens
         table = batch.block_tables[row, seen : -(-length // block_tokens)].long()
         seen *= block_tokens
-        key, value = _gather(pool, layer, table, length - seen)
+        keys, values = _gather(pool, layer, table, length - seen)
         position = torch.arange(length - (end - first), length, device=query.device)[:, None]
         other = torch.arange(seen, length, device=query.device)
         visible = other <= position
@@ -205,9 +196,13 @@ def attend(
         if scoring.chunk:
             visible &= other // scoring.chunk == position // scoring.chunk
         out[first:end] = _weighed(
-            query[first:end].transpose(0, 1), key, value, visible, scoring
+            query[first:end].transpose(0, 1),
+            keys.to(query.dtype),
+            values.to(query.dtype),
+            visible,
+            scoring,
         ).transpose(0, 1)
-    return out
+    return out / VALUE_LIFT if pool.dtype == FLOAT8 else out
 
 
 def _first_seen(position: int, scoring: Scoring) -> int:
@@ -221,7 +216,7 @@ def _weighed(
 ) -> Tensor:
     """Of one row: `[heads, queries, head_dim]`."""
     group = query.shape[0] // key.shape[0]
-    key, value = (x.repeat_interleave(group, 0).to(query.dtype) for x in (key, value))
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
     if not scoring.softcap and scoring.sinks is None:
         attended = F.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=visible, scale=scoring.scale
@@ -239,8 +234,8 @@ def _weighed(
 
 
 def _write(batch: ForwardBatch, key: Tensor, value: Tensor, pool: Tensor, layer: int) -> None:
-    real, bits = batch.slots >= 0, _bits(pool)
-    slots = batch.slots[real]
+    real = batch.slots >= 0
+    slots, bits = batch.slots[real], _bits(pool)
     block, offset = slots // pool.shape[4], slots % pool.shape[4]
     for kind, rows in enumerate((key, value)):
         bits[block, layer, kind, :, offset] = _bits(stored(rows[real], pool.dtype))
@@ -253,8 +248,7 @@ def _bits(x: Tensor) -> Tensor:
 
 def _gather(pool: Tensor, layer: int, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Key and value `[kv_heads, length, head_dim]` of one request's context."""
-    blocks = _bits(pool)[block_ids, layer].view(
-        pool.dtype
-    )  # [blocks, 2, kv_heads, block_tokens, head_dim]
+    # [blocks, 2, kv_heads, block_tokens, head_dim]
+    blocks = _bits(pool)[block_ids, layer].view(pool.dtype)
     key, value = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length].unbind(0)
     return key, value

@@ -77,10 +77,12 @@ def load_model(model_path: str | Path, config: ServedModel, how: Loading) -> Mod
     assert isinstance(config, ForeignModel)
     made, kept = how.backend.quantization, how.kv_dtype
     if made != "none" or kept not in (None, how.dtype):
-        asked = f"--quantization {made}" if made != "none" else "--kv-cache-dtype fp8"
+        asked, instead = f"--quantization {made}", "--quantization none"
+        if made == "none":
+            asked, instead = "--kv-cache-dtype fp8", "--kv-cache-dtype auto"
         raise ModelError(
             f"{model_path}: {asked} is for the native decoder, which does not compute "
-            f"{config.architecture} here; leave it out"
+            f"{config.architecture} here; give {instead}"
         )
     from slipstream.engine.transformers_model import load_transformers
 
