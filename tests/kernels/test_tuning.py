@@ -42,9 +42,10 @@ def test_without_a_file_the_first_of_the_usual_ones() -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    path = write("NVIDIA H200", entries(), tmp_path)
-    assert path == tmp_path / "NVIDIA_H200.json" == file_of("NVIDIA H200", tmp_path)
-    assert read("NVIDIA H200", tmp_path) == entries()
+    folder = tmp_path / "configs"
+    path = write("NVIDIA H200", entries(), folder)
+    assert path == folder / "NVIDIA_H200.json" == file_of("NVIDIA H200", folder)
+    assert read("NVIDIA H200", folder) == entries()
     assert read("another card", tmp_path) == {}
 
 

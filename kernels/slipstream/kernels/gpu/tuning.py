@@ -116,5 +116,6 @@ def read(card: str, folder: Path = FOLDER) -> Entries:
 def write(card: str, entries: Entries, folder: Path = FOLDER) -> Path:
     """OSError: the folder cannot be written."""
     path = file_of(card, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return path
