@@ -71,7 +71,7 @@ def test_dummy_weights_need_no_files_but_all_others(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert prepare(str(folder), tmp_path, CONSOLE, weights=False).folder == folder
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match="tokenizer.json"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
         prepare(str(folder), tmp_path, CONSOLE, weights=False)
 
 
