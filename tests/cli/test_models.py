@@ -67,6 +67,15 @@ def test_damaged_folder(tmp_path: Path, file: str, content: bytes | None, messag
     assert str(folder) in line
 
 
+def test_dummy_weights_need_no_files_but_all_others(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "toy")
+    (folder / "model.safetensors").unlink()
+    assert prepare(str(folder), tmp_path, CONSOLE, weights=False).folder == folder
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        prepare(str(folder), tmp_path, CONSOLE, weights=False)
+
+
 def test_weights_cut_short(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "toy")
     weights = folder / "model.safetensors"

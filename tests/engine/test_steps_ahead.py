@@ -207,3 +207,23 @@ def test_a_step_that_fails_is_told_in_its_turn(saved: Saved) -> None:
     assert isinstance(second, BatchFailed) and second.step == 2
     expected = generate(runner_for(folder), PROMPTS["a"], WARM, 2)
     assert first.outputs[0].tokens + third.outputs[0].tokens == expected
+
+
+def test_what_a_failed_step_drew_is_nobodys(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device fails while it computes; what begins anew afterwards counts from its beginning."""
+    folder, _ = saved("llama")
+    expected = generate(runner_for(folder), PROMPTS["a"], WARM, 2)
+
+    class Lost(Readback):
+        def values(self) -> list[list[float]]:
+            raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(launched, "Readback", Lost)
+    runner = runner_for(folder)
+    a, new_a = begin("a", WARM)
+    with pytest.raises(RuntimeError, match="illegal"):
+        runner.run(BatchPlan(1, (a,), new_a))
+    monkeypatch.setattr(launched, "Readback", Readback)
+    made = [runner.run(BatchPlan(2, (a,), new_a, dropped=(("a", 1),)))]
+    made.append(runner.run(BatchPlan(3, (follow("a", 1),))))
+    assert tuple(token for (output,) in made for token in output.tokens) == expected

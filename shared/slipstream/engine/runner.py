@@ -251,10 +251,10 @@ class Runner:
 
     def _finished(self, step: Launched) -> Outputs:
         """What it drew; as `_sample`, of plain rows."""
-        with self._failing(step.plan):
-            tokens, tops = step.readback.values()
         if self._flying is step:
             self._flying = None
+        with self._failing(step.plan):
+            tokens, tops = step.readback.values()
         outputs = []
         for row, token, top in zip(step.rows, tokens, tops, strict=True):
             key = (row.request_id, row.attempt)
