@@ -22,7 +22,7 @@ SEEDS = range(6)
 UGLY = (5, 6, 32)
 """Of attention: contexts of one token beside longer ones; one token in one block, seven heads to a
 KV head; one KV head of 64. Dimensions of heads that are no power of two are in `MORE`."""
-MORE = (3, 7, 8, 11)
+MORE = (3, 7, 8)
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", FLOAT8: "float8"}
 
 
