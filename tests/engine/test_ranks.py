@@ -178,6 +178,23 @@ def flip(file: Path, at: int) -> None:
         memory.write(bytes([byte ^ 1]))
 
 
+def test_a_chunk_that_draws_nothing_has_ended_for_all_ranks(
+    saved: Saved, worker: Callable[[Path], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last sums are empty: nobody waits in them for the other's blocks, which are announced
+    when the step is over."""
+    made, met = worker(saved("llama")[0]), list[int]()
+    meet = made.team.ranks.meet
+    monkeypatch.setattr(made.team.ranks, "meet", lambda: (met.append(1), meet()))
+    prompt = prompt_of(37)
+    admitted = (admission("a", prompt, greedy()),)
+    made.runner.run(BatchPlan(1, (Row("a", 1, prompt[:32], 0, (1, 2, 3), False),), admitted))
+    assert len(met) == 1
+    (output,) = made.runner.run(BatchPlan(2, (Row("a", 1, prompt[32:], 32, (1, 2, 3), True),)))
+    assert output.tokens == generate(alone(saved("llama")[0]), prompt, greedy(), 1)
+    assert len(met) == 1
+
+
 async def test_blocks_move_in_parts_and_have_one_digest(
     saved: Saved, worker: Callable[[Path], Worker]
 ) -> None:

@@ -36,12 +36,17 @@ class Ranks:
             timeout=timedelta(seconds=STEP_TIMEOUT_S),
             device_id=device if device.type == "cuda" else None,
         )
-        self.reduce(torch.zeros(1, device=device))  # everybody is there
+        self._mark = torch.zeros(1, device=device)
+        self.meet()
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, in place, the same bits everywhere."""
         dist.all_reduce(x)
         return x
+
+    def meet(self) -> None:
+        """Nobody goes on before all are here, with what each has begun before done."""
+        dist.all_reduce(self._mark)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's `x`, in place."""

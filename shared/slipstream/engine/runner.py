@@ -142,6 +142,13 @@ class Runner:
             memory = torch.empty(sizes.num_bytes, dtype=torch.uint8, device=self._device)
             batch = unpacked(self._ranks.broadcast(memory), sizes)
             self.decoder.forward(batch, self._pool)
+            self._meet(sizes)
+
+    def _meet(self, sizes: Sizes) -> None:
+        """A step has ended when all ranks have written their blocks. Where nothing is sampled there
+        is nothing to be summed behind the last layer's, and nobody would wait for the others."""
+        if self._ranks is not None and not sizes.samples:
+            self._ranks.meet()
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Each thread has a current GPU of its own, the first one until it says otherwise."""
@@ -190,6 +197,7 @@ class Runner:
                 self._tell(sizes)
                 self._ranks.broadcast(memory)
             logits = self.decoder.forward(batch, self._pool)
+            self._meet(sizes)
             sampling = [
                 (row, each)
                 for row, each in zip(plan.rows, inputs, strict=True)
