@@ -116,8 +116,7 @@ class Runner:
         self._pool = pool
 
     def prepare(self, rows: int) -> None:
-        """What steps of up to so many streams need and the first ones would wait for: graphs, where
-        the backend has any. Of the pool that is attached."""
+        """What the first steps of up to so many streams would wait for: graphs, on a GPU."""
         program: object = getattr(self.decoder, "program", None)
         if isinstance(program, Prepared):
             with self._on_device(), torch.inference_mode():
@@ -145,8 +144,7 @@ class Runner:
             self._meet(sizes)
 
     def _meet(self, sizes: Sizes) -> None:
-        """A step has ended when all ranks have written their blocks. Where nothing is sampled there
-        is nothing to be summed behind the last layer's, and nobody would wait for the others."""
+        """Where nothing is sampled nobody waits, in the last layer's sums, for others' blocks."""
         if self._ranks is not None and not sizes.samples:
             self._ranks.meet()
 
@@ -198,11 +196,8 @@ class Runner:
                 self._ranks.broadcast(memory)
             logits = self.decoder.forward(batch, self._pool)
             self._meet(sizes)
-            sampling = [
-                (row, each)
-                for row, each in zip(plan.rows, inputs, strict=True)
-                if num_samples(row, each)
-            ]
+            pairs = zip(plan.rows, inputs, strict=True)
+            sampling = [(row, each) for row, each in pairs if num_samples(row, each)]
             if self.waits(plan):
                 return Made(self._sample(logits, sampling))
             rows = [row for row, _ in sampling]
