@@ -84,8 +84,11 @@ class Request:
         return {node for node in (self.prefill, self.decode) if node is not None}
 
     def given_s(self, worker: NodeId) -> float:
-        """When that worker, which has it or by whose loss it fell, was told of it."""
-        return self.placed_s if worker in self.workers else self.fell_s
+        """When that worker, which has it or by whose loss it fell, was first told of it: it may
+        have been sent there again before that loss was known."""
+        if worker != self.fell_with:
+            return self.placed_s
+        return min(self.fell_s, self.placed_s)
 
     def replace(self, submit: Submit, tokenizer: NodeId) -> None:
         """The next submission of it is there."""
