@@ -103,6 +103,7 @@ PROMISES = (
         *("R12", "Usage is the tokenizer's own count, after a move too.", ("all",)),
         (
             "loadtest/test_chaos_checker.py::test_usage_is_held_against_the_right_answers",
+            "tokenizer/test_machine.py::test_from_prompt_to_end",
             "e2e/test_metrics.py::test_an_answer_is_in_the_histograms",
         ),
     ),
