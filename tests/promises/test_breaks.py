@@ -51,16 +51,7 @@ def test_a_broken_promise_is_noticed(broken: Break, tmp_path: Path) -> None:
     path = os.pathsep.join(str(tmp_path / part) for part in PARTS[:5])
     try:
         ran = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "--timeout",
-                "200",
-                f"tests/{broken.test}",
-            ],
+            [*PYTEST, f"tests/{broken.test}"],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
