@@ -48,6 +48,19 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
 # --- Vocabulary inside messages -------------------------------------------------------------------
 
 
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A LoRA adapter as it lies in a worker's memory."""
+
+    adapter_id: Annotated[str, Meta(max_length=128)]
+    """`name@version`; the version is a digest of what the adapter adds, so that two workers with
+    the same id compute the same, and blocks of another version are never used."""
+    name: str
+    path: str
+    """Where it was read from."""
+    rank: Count = 0
+    num_bytes: Count = 0
+
+
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a prefill or decode worker offers."""
 

@@ -13,7 +13,7 @@ import msgspec
 
 from slipstream.core.kv_events import KvEvent
 from slipstream.errors import Problem
-from slipstream.messages import AnyMessage, Prompt, TextDelta, Tokenize, TraceFound
+from slipstream.messages import AdapterInfo, AnyMessage, Prompt, TextDelta, Tokenize, TraceFound
 from slipstream.spans import Trace, TraceContext
 from slipstream.types import (
     BlockHash,
@@ -130,6 +130,15 @@ class BlocksMoved(_Record, frozen=True):
     moved: tuple[BlockMove, ...]
 
 
+class AdapterRead(_Record, frozen=True):
+    """Rows may want it from now on; or there is none, and why."""
+
+    name: str
+    path: str
+    adapter: AdapterInfo | None = None
+    problem: Problem | None = None
+
+
 class Encoded(_Record, frozen=True):
     """A prompt was encoded (or not); `request_id` is a request's or a codec call's."""
 
@@ -223,6 +232,7 @@ Event: TypeAlias = (
     | BlocksDigested
     | BlocksSaved
     | BlocksMoved
+    | AdapterRead
     | Encoded
     | Opened
     | Closed
@@ -261,6 +271,8 @@ class Admission(_Record, frozen=True):
     """Prompt, then accepted output."""
     num_prompt: int
     sampling: SamplingParams
+    adapter: str = ""
+    """The id of the one whose weights are added for it."""
 
 
 class Row(_Record, frozen=True):
@@ -352,6 +364,19 @@ class LoadBlocks(_Record, frozen=True):
     pull_id: str
     block_hashes: tuple[BlockHash, ...]
     local_blocks: tuple[BlockId, ...]
+
+
+class LoadAdapter(_Record, frozen=True):
+    """Read a LoRA adapter in a thread, while steps run; ends as `AdapterRead`."""
+
+    name: str
+    path: str
+
+
+class DropAdapter(_Record, frozen=True):
+    """Give its memory back. No request that is admitted, and none that will be, wants it."""
+
+    adapter_id: str
 
 
 class PublishKvEvents(_Record, frozen=True):
@@ -470,6 +495,8 @@ Effect: TypeAlias = (
     | DigestBlocks
     | SaveBlocks
     | LoadBlocks
+    | LoadAdapter
+    | DropAdapter
     | PublishKvEvents
     | EncodePrompt
     | Deliver

@@ -47,10 +47,12 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 def _slipstream(*flags: str) -> Callable[[Site], Launch]:
+    """Defaults, but for one: no peer refuses a request that would wait for long, so we do not."""
+
     def launch(site: Site) -> Launch:
         (port,) = free_ports(1)
         command = [sys.executable, "-m", "slipstream.cli.main", "serve", str(site.model)]
-        command += ["--port", str(port), "--dtype", "bfloat16", *flags]
+        command += ["--port", str(port), "--dtype", "bfloat16", "--ttft-target-s", "0", *flags]
         return _alone(command, port, "/readyz")
 
     return launch
