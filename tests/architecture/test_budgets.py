@@ -9,7 +9,7 @@ from architecture.sources import REPOSITORY, source_files
 FILE_LINES = 400
 FUNCTION_LINES = 60
 TRITON_LINES = 90
-LARGER_FILES = {"shared/slipstream/messages.py": 750, "shared/slipstream/core/machine.py": 500}
+LARGER_FILES = {"shared/slipstream/messages.py": 850, "shared/slipstream/core/machine.py": 550}
 """Vocabularies: that of the wire, and that of machines. Each is one table and stays in one file."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
