@@ -89,6 +89,14 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """As `transports`, of the worker's other ranks: each has its part of every block."""
 
 
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a tokenizer knows of the one model whose tokens it makes."""
+
+    model: str
+    sampling: dict[str, float] = {}
+    """What the model's makers recommend where a client says nothing."""
+
+
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One process as it introduces itself."""
 
@@ -101,6 +109,23 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     host: str = ""
     draining: bool = False
     worker: WorkerInfo | None = None
+    tokenizer: TokenizerInfo | None = None
+
+    @property
+    def model(self) -> str:
+        """Whom it serves; empty: all of them, or nobody says."""
+        return (self.worker or self.tokenizer or _ANY).model
+
+
+_ANY = TokenizerInfo(model="")
+
+
+class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One of the cluster's models."""
+
+    name: str
+    missing: str = ""
+    """Why a request for it could not be served now; empty: it could."""
 
 
 class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -197,8 +222,10 @@ class Peers(Message, kw_only=True, frozen=True):
     nodes: list[NodeInfo]
     gone: dict[NodeId, Epoch] = {}
     ready: bool = False
-    """Whether a request could be served now; if not, `reason` says what is missing."""
+    """Whether a request for some model could be served now; if not, `reason` says what is
+    missing."""
     reason: str = ""
+    models: list[ModelState] = []
     index_stride: Annotated[int, Meta(ge=1, le=1024)] = 1
     """Every n-th block of a prompt is reported to the index and looked up in it."""
 
@@ -264,6 +291,8 @@ class ClusterLoad(Message, kw_only=True, frozen=True):
     gauges: dict[NodeId, dict[str, float]]
     blocks_from: dict[NodeId, dict[NodeId, int]] = {}
     """Reader -> source -> blocks, since the reader's start."""
+    requests: dict[str, dict[str, int]] = {}
+    """Model -> state -> requests."""
 
 
 class TraceFound(Message, kw_only=True, frozen=True):
@@ -302,6 +331,8 @@ class Tokenize(Message, kw_only=True, frozen=True):
     prompt: Prompt
     sampling: SamplingParams
     timeout_s: Seconds
+    model: str = ""
+    """Whose tokens are wanted; a tokenizer of another one refuses."""
     attempt: int = 1
     accepted: bytes = b""
     salt: str = ""
@@ -399,6 +430,7 @@ class Submit(Message, kw_only=True, frozen=True):
     accepted: bytes = b""
     sampling: SamplingParams
     timeout_s: Seconds
+    model: str = ""
     salt: str = ""
     block_hashes: bytes = b""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0

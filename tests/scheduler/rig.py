@@ -26,6 +26,7 @@ from slipstream.messages import (
     NodeInfo,
     Resume,
     Submit,
+    TokenizerInfo,
     WorkerInfo,
 )
 from slipstream.scheduler.machine import SchedulerMachine
@@ -59,6 +60,7 @@ def node(node_id: NodeId, epoch: int = 1, draining: bool = False, **info: object
     """A node of the role that its name begins with; `info` changes what a worker offers."""
     role = node_id.partition("-")[0]
     offered = worker(role, **info) if role in ("prefill", "decode") else None
+    knows = TokenizerInfo(model="fake", **info) if role == "tokenizer" else None
     return NodeInfo(
         node_id=node_id,
         role=Role(role),
@@ -66,6 +68,7 @@ def node(node_id: NodeId, epoch: int = 1, draining: bool = False, **info: object
         address=node_id,
         draining=draining,
         worker=offered,
+        tokenizer=knows,
     )
 
 
@@ -83,6 +86,7 @@ def submit(
     tenant: str = "",
     weight: int = 1,
     owner: int = 0,
+    model: str = "fake",
 ) -> Submit:
     """A submission; `prompt` and `accepted` in tokens."""
     return Submit(
@@ -98,6 +102,7 @@ def submit(
         tenant=tenant,
         weight=weight,
         owner=owner,
+        model=model,
     )
 
 

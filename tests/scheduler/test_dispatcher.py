@@ -43,7 +43,7 @@ class Desk:
 
     @property
     def queued(self) -> list[str]:
-        return [request.request_id for request in self.dispatcher.queue]
+        return [request.request_id for request in self.dispatcher.lane("fake").queue]
 
 
 def said(effects: list[Effect]) -> list[tuple[str, Decode | Prefill]]:

@@ -2,7 +2,7 @@
 
 from slipstream.errors import ErrorCode, Problem
 from slipstream.scheduler import past as module
-from slipstream.scheduler.past import RATE_WINDOW_S, RETRY_AFTER_MAX_S, TOMBSTONE_S, Past
+from slipstream.scheduler.past import TOMBSTONE_S, Past
 
 PROBLEM = Problem(code=ErrorCode.DEADLINE, message="Too late.")
 
@@ -32,15 +32,3 @@ def test_memory_is_bounded() -> None:
     for number in range(module.TOMBSTONES_MAX + 2):
         past.bury(f"r{number}", 1, None, 0.0)
     assert past.find("r1") is None and past.find("r2") is not None
-
-
-def test_the_advice_when_to_come_back_follows_the_pace_of_late() -> None:
-    past = Past()
-    assert past.retry_after_s(100.0) == 5.0, "nothing is known"
-    for tenth in range(4):
-        past.bury(f"r{tenth}", 1, None, 100.0 + tenth / 10)
-    assert past.retry_after_s(101.0) == RATE_WINDOW_S / 4
-    assert past.retry_after_s(100.2 + RATE_WINDOW_S) == RATE_WINDOW_S, "one was just now"
-    for number in range(1000):
-        past.bury(f"s{number}", 1, None, 200.0)
-    assert past.retry_after_s(200.0) == 1.0 <= RETRY_AFTER_MAX_S

@@ -1,12 +1,7 @@
 """`slipstream frontend`."""
 
 import math
-from pathlib import Path
 
-import msgspec
-
-from slipstream.config import StartError
-from slipstream.errors import ExitCode
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.config import FrontendConfig
 from slipstream.frontend.journal import Journal
@@ -21,17 +16,6 @@ from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.redis_url import require_url
 from slipstream.runtime.shell import run_service
 from slipstream.runtime.wall import wall_offset_ns
-from slipstream.types import SamplingParams
-
-
-class _GenerationConfig(msgspec.Struct):
-    """The part of generation_config.json that is a default for sampling."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
 
 
 CUT_S = 3.0
@@ -41,8 +25,7 @@ CUT_S = 3.0
 def run(config: FrontendConfig) -> int:
     """Serves HTTP until it is drained; the exit code.
 
-    StartError: 3 for an unusable file of API keys, 4 for an unusable generation_config.json, 5 for
-    a port that is taken.
+    StartError: 3 for an unusable file of API keys or of routes, 5 for a port that is taken.
     """
     node = NodeInfo(
         node_id=config.node_id,
@@ -64,14 +47,13 @@ def run(config: FrontendConfig) -> int:
             request_timeout_s=config.request_timeout_s,
             stall_timeout_s=config.stall_timeout_s or math.inf,
         ),
-        default_sampling=default_sampling(config.model),
+        routes_file=config.routes_file,
         keep_alive_s=config.keep_alive_s,
         response_store_bytes=config.response_store_bytes,
         response_keep_s=config.response_keep_s,
         api_keys_file=config.api_keys_file,
     )
-    name = config.served_model_name or (Path(config.model).resolve().name if config.model else "")
-    service = FrontendService(machine, app, config.host, config.port, name, _journal(config))
+    service = FrontendService(machine, app, config.host, config.port, _journal(config))
     limit_s = config.drain_timeout_s + CUT_S
     spans = FrontendSpans(node, wall_offset_ns)
     return run_service(config, node, machine, service, drain_timeout_s=limit_s, spans=spans)
@@ -84,21 +66,3 @@ def _journal(config: FrontendConfig) -> Journal | None:
     require_url("slipstream frontend", config.redis_url)
     store = RedisJournal(config.redis_url, config.journal_ttl_s)
     return Journal(store, config.journal_ttl_s)
-
-
-def default_sampling(model: str) -> dict[str, float]:
-    """What the model's makers recommend, where they say anything. StartError if nobody could be
-    served with it: every client would be blamed for it."""
-    if not model:
-        return {}
-    file = Path(model) / "generation_config.json"
-    try:
-        given = msgspec.json.decode(file.read_bytes(), type=_GenerationConfig)
-        named = {k: v for k, v in msgspec.structs.asdict(given).items() if v is not None}
-        usable = {**named, "top_k": max(0, named.get("top_k", 0))}
-        msgspec.convert({"max_tokens": 1, "seed": 0, **usable}, SamplingParams)
-    except FileNotFoundError:
-        return {}
-    except (OSError, msgspec.MsgspecError) as error:
-        raise StartError(f"slipstream frontend: {file}: {error}", ExitCode.MODEL) from None
-    return named

@@ -45,8 +45,8 @@ _log = logging.getLogger("slipstream.frontend")
 
 class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
-    default_sampling: dict[str, float] = {}
-    """From the model's generation_config.json; used where the client says nothing."""
+    routes_file: str = ""
+    """Aliases and shadows; empty: none."""
     keep_alive_s: float = 10.0
     """Silence in a stream before an SSE comment is sent."""
     write_stall_s: float = 30.0
@@ -71,7 +71,6 @@ def build_app(
         gateway=gateway,
         callers=Callers(settings.api_keys_file),
         limits=settings.limits,
-        default_sampling=settings.default_sampling,
         keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s, http),
         http=http,
         responses=MemoryStore(settings.response_store_bytes, settings.response_keep_s),

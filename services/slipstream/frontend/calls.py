@@ -20,6 +20,7 @@ from slipstream.frontend.event_ids import (
     last_event,
     new_id,
 )
+from slipstream.frontend.gateway import ClusterStatus
 from slipstream.frontend.generation import Answers, Call
 from slipstream.frontend.openai import Generate
 from slipstream.frontend.problems import api_error
@@ -29,12 +30,32 @@ from slipstream.messages import Prompt, Tokenize
 from slipstream.types import SamplingParams
 
 _encode = msgspec.msgpack.Encoder().encode
+_OWN = web.RequestKey("own", str)
+
+
+def asked(request: web.Request, context: Context, name: str) -> ClusterStatus:
+    """The model that answers to `name`, in this call. ApiError: there is none, or not now."""
+    after = last_event(request)
+    status = context.gateway.status(name, after.call_id[-32:] if after else _own(request))
+    validate.check_ready(status)
+    validate.check_model(name, status)
+    return status
+
+
+def _own(request: web.Request) -> str:
+    """What is this call's alone, and stays in its id."""
+    if not request[NAMED_BY_CLIENT]:
+        return request[REQUEST_ID]
+    if _OWN not in request:
+        request[_OWN] = new_id()
+    return request[_OWN]
 
 
 def new_call(
     request: web.Request,
     context: Context,
     body: Generate,
+    status: ClusterStatus,
     prefix: str,
     prompts: Sequence[Prompt],
     n: int,
@@ -60,6 +81,7 @@ def new_call(
         prompt=prompts[0],
         sampling=sampling,
         timeout_s=timeout_s,
+        model=status.model,
         salt=caller.salt(salt),
         clamp_max_tokens=clamp,
         constraint=constraint_of(body),
@@ -76,7 +98,7 @@ def new_call(
         created=created_unix_s(call_id),
         ids=form_of(request),
         after=after,
-        model=body.model,
+        model=status.model,
         system_fingerprint=context.system_fingerprint,
         submissions=submissions,
         caller=caller,
@@ -123,10 +145,9 @@ def _check_size(submissions: Sequence[Tokenize]) -> None:
 
 def _unique(request: web.Request, prefix: str) -> str:
     """A client may say the same X-Request-Id twice at a time; what runs here must not clash."""
-    if not prefix.endswith("-"):
-        return new_id()
-    request_id = request[REQUEST_ID]
-    return f"{request_id}-{new_id()}" if request[NAMED_BY_CLIENT] else request_id
+    if prefix.endswith("-") and request[NAMED_BY_CLIENT]:
+        return f"{request[REQUEST_ID]}-{_own(request)}"
+    return _own(request)
 
 
 def _after(request: web.Request, body: Generate, prefix: str, choices: int) -> Place | None:

@@ -27,7 +27,8 @@ _KNOWN_MAX = 1024
 
 class ClusterMetrics:
     def __init__(self) -> None:
-        self._sums = {key: GrowingSum() for keys in SUMMED.values() for key in keys}
+        self._sums: dict[str, dict[str, GrowingSum]] = {}
+        """Model -> counter -> its sum over the model's workers."""
 
     def nodes(self, load: Load, nodes: Mapping[NodeId, NodeInfo]) -> Iterator[Metric]:
         """Families of the scheduler and of each worker."""
@@ -42,13 +43,13 @@ class ClusterMetrics:
                 workers.append(({"node_id": node_id, "role": role}, gauges))
         yield from families(f"{PREFIX}worker_", (Role.DECODE,), workers)
 
-    def cluster(self, load: Load, labels: Mapping[str, str]) -> Iterator[Metric]:
-        """Families of all workers together."""
-        workers = {node_id: gauges for node_id, gauges in load.items() if node_id != SCHEDULER}
-        scheduler = load.get(SCHEDULER, {})
+    def cluster(
+        self, workers: Load, requests: Mapping[str, int], labels: Mapping[str, str]
+    ) -> Iterator[Metric]:
+        """Families of all workers of a model together; `requests` for it, by their states."""
         locally = _sum(workers, "waiting")
-        placed = scheduler.get("requests_prefilling", 0) + scheduler.get("requests_decoding", 0)
-        queued = sum(scheduler.get(f"requests_{state}", 0) for state in _WAITING)
+        placed = requests.get("prefilling", 0) + requests.get("decoding", 0)
+        queued = sum(requests.get(state, 0) for state in _WAITING)
         blocks = sum(_sum(workers, f"blocks_{kind}") for kind in ("free", "used", "leased"))
         used = _sum(workers, "blocks_referenced")
         gauges = {
@@ -64,10 +65,13 @@ class ClusterMetrics:
         yield from self._counters(workers, labels)
 
     def _counters(self, workers: Load, labels: Mapping[str, str]) -> Iterator[Metric]:
-        for key, total in self._sums.items():
+        counted = {key for keys in SUMMED.values() for key in keys}
+        fresh = {key: GrowingSum() for key in counted}
+        sums = self._sums.setdefault(labels["model_name"], fresh)
+        for key, total in sums.items():
             total.take({node_id: gauges.get(key, 0) for node_id, gauges in workers.items()})
         values = {
-            name: self._sums[keys[0]].value - sum(self._sums[less].value for less in keys[1:])
+            name: sums[keys[0]].value - sum(sums[less].value for less in keys[1:])
             for name, keys in SUMMED.items()
         }
         values["vllm:external_prefix_cache_queries_total"] = (

@@ -11,7 +11,6 @@ from slipstream.config import (
     PortNumber,
     RecoveryWait,
     RedisUrl,
-    ServedModelName,
     ServiceConfig,
 )
 from slipstream.types import Role
@@ -21,6 +20,13 @@ ApiKeysFile: TypeAlias = Annotated[
     Meta(
         description="File of API keys (slipstream keys api): requests need one of them; empty: "
         "nobody is asked. It may change at any time."
+    ),
+]
+RoutesFile: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="File of other names for models, with weights, and of shadow traffic; empty: "
+        "none. It may change at any time."
     ),
 ]
 StallTimeout: TypeAlias = Annotated[
@@ -41,11 +47,7 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
 
     host: Annotated[str, Meta(min_length=1, description="Address for HTTP.")] = "127.0.0.1"
     port: Annotated[PortNumber, Meta(description="Port for HTTP; 0: any free one.")] = 8000
-    model: Annotated[
-        str,
-        Meta(description="Model folder; only generation_config.json is read. Empty: no defaults."),
-    ] = ""
-    served_model_name: ServedModelName = ""
+    routes_file: RoutesFile = ""
     api_keys_file: ApiKeysFile = ""
     max_requests: MaxRequests = 1024
     max_body_bytes: Annotated[

@@ -1,6 +1,5 @@
 """What every handler is given: the gateway, the limits, and what is made once at the start."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -19,7 +18,6 @@ class Context:
     gateway: Gateway
     callers: Callers
     limits: Limits
-    default_sampling: Mapping[str, float]
     keeper: StreamKeeper
     http: HttpMetrics
     responses: ResponseStore

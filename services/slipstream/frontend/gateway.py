@@ -12,8 +12,17 @@ from slipstream.messages import NodeInfo, Prompt, TextDelta, Tokenize, TraceFoun
 from slipstream.spans import TraceContext
 
 
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One name that may be asked for."""
+
+    name: str
+    max_model_len: int
+    root: str
+    """The model itself: another name for an alias."""
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the frontend knows about the cluster at this moment."""
+    """What the frontend knows at this moment about the cluster, or about one of its models."""
 
     ready: bool
     draining: bool = False
@@ -22,9 +31,14 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     refuses: str = ""
     """The same, if it has been missing for so long that requests are not taken any more."""
     model: str = ""
-    """Name of the served model; empty while unknown."""
+    """Who answers to the name that was asked for; empty: nobody. Without a name: the first of all
+    models."""
     max_model_len: int = 0
     vocab_size: int = 0
+    sampling: dict[str, float] = {}
+    """What the model's makers recommend where a client says nothing."""
+    models: list[ModelCard] = []
+    """All that may be asked for."""
     nodes: list[NodeInfo] = []
     retry_after_s: float = 1.0
     running: int = 0
@@ -36,7 +50,10 @@ StreamItem: TypeAlias = int | TextDelta | Problem
 
 
 class Gateway(Protocol):
-    def status(self) -> ClusterStatus: ...
+    def status(self, name: str = "", key: str = "") -> ClusterStatus:
+        """With a `name`: of the model that answers to it. `key`: of a call; the same one has the
+        same share of an alias."""
+        ...
 
     def open(
         self,
@@ -53,7 +70,7 @@ class Gateway(Protocol):
         """
         ...
 
-    async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec: ...
+    async def codec(self, prompt: Prompt | None, tokens: bytes, model: str) -> DeliverCodec: ...
 
     async def trace(self, name: str) -> TraceFound | None:
         """None: the scheduler does not answer."""

@@ -117,7 +117,7 @@ class FrontendMachine:
             case Closed(request_id):
                 effects += self._close(request_id)
             case CodecAsked():
-                alive = self.membership.alive(Role.TOKENIZER, now_s)
+                alive = self._tokenizers(event.model, now_s)
                 target = self._idlest(alive) if alive else None
                 effects.append(self._calls.ask(event, target, now_s))
             case Received(source, message):
@@ -171,7 +171,7 @@ class FrontendMachine:
         known = self._requests.get(submission.request_id)
         if known is not None and taken is None:
             return []
-        problem = self._refusal(now_s)
+        problem = self._refusal(submission.model, now_s)
         if problem is not None:
             self._counts[f"refused_{problem.code.value}"] += 1
             left = [] if known is None else self._close(submission.request_id)
@@ -188,12 +188,12 @@ class FrontendMachine:
         request.accepted += taken.accepted
         request.prompt_tokens_told = taken.prompt_tokens_told
         request.seeking = Seeking(taken.journaled, taken.owner, now_s + SEEK_S)
-        return request.seeking.ask(opened, self.membership.alive(Role.TOKENIZER, now_s))
+        return request.seeking.ask(opened, self._tokenizers(submission.model, now_s))
 
-    def _refusal(self, now_s: float) -> Problem | None:
+    def _refusal(self, model: str, now_s: float) -> Problem | None:
         if self.draining:
             code, message = ErrorCode.DRAINING, "The server is stopping; send the request again."
-        elif reason := self.patience.over(now_s):
+        elif reason := self.patience.over(now_s, model):
             code, message = ErrorCode.NOT_READY, not_ready(reason)
         elif len(self._requests) >= self.settings.max_requests:
             code = ErrorCode.QUEUE_FULL
@@ -230,7 +230,7 @@ class FrontendMachine:
 
     def _place(self, request: _Request, now_s: float) -> list[Effect]:
         """Give it to a tokenizer, or let it wait for one."""
-        alive = self.membership.alive(Role.TOKENIZER, now_s)
+        alive = self._tokenizers(request.submission.model, now_s)
         if not alive:
             return []
         lost, request.lost = request.lost, None
@@ -257,6 +257,9 @@ class FrontendMachine:
             timeout_s=max(0.0, left_s),
         )
         return [Send(target, submission)]
+
+    def _tokenizers(self, model: str, now_s: float) -> list[NodeId]:
+        return self.membership.alive(Role.TOKENIZER, now_s, model)
 
     def _idlest(self, alive: list[NodeId]) -> NodeId:
         """With the fewest streams of ours; of equals each in turn, or frontends with little to do

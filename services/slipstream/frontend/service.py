@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from aiohttp import web
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -26,13 +27,17 @@ from slipstream.core.submission import TAKEN
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
-from slipstream.frontend.gateway import ClusterStatus, StreamItem
+from slipstream.frontend.gateway import ClusterStatus, ModelCard, StreamItem
 from slipstream.frontend.journal import Journal
 from slipstream.frontend.machine import FrontendMachine
+from slipstream.frontend.models import Known, Models
 from slipstream.frontend.request_metrics import RequestMetrics
-from slipstream.messages import Prompt, Tokenize, TraceFound, WorkerInfo
+from slipstream.frontend.routes import Routes, read
+from slipstream.frontend.shadows import Shadows
+from slipstream.frontend.watched import Watched
+from slipstream.messages import Prompt, Tokenize, TraceFound
 from slipstream.runtime.metric_table import HTTP
-from slipstream.runtime.metrics import metrics, text
+from slipstream.runtime.metrics import merged, metrics, text
 from slipstream.runtime.ports import port_error
 from slipstream.spans import TraceContext
 from slipstream.types import RequestId
@@ -56,20 +61,20 @@ class FrontendService:
         settings: AppSettings,
         host: str,
         port: int,
-        model: str = "",
         journal: Journal | None = None,
     ) -> None:
-        """`model`: its name in the API; empty: as the workers say. `port` 0: any free one, which
-        is then in `port`."""
+        """`port` 0: any free one, which is then in `port`. SetupError: a file of the settings
+        cannot be used."""
         self.port = port
         self._machine, self._host = machine, host
-        self._model = model
-        self._worker: WorkerInfo | None = None
+        self._models = Models()
+        self._routes = Watched(settings.routes_file, read, Routes())
+        self._shadows = Shadows()
         self._streams: dict[RequestId, Callable[[StreamItem], None]] = {}
         self._calls: dict[str, asyncio.Future[DeliverCodec]] = {}
         self._traces: dict[str, asyncio.Future[TraceFound]] = {}
-        self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
-        self._defaults = settings.default_sampling
+        self._requests: dict[str, RequestMetrics] = {}
+        self._cluster = ClusterMetrics()
         self._asks_for_keys = bool(settings.api_keys_file)
         self._journal = journal
         self._runner = make_runner(build_app(self, settings, journal), SHUTDOWN_TIMEOUT_S)
@@ -88,9 +93,7 @@ class FrontendService:
         _log.info("HTTP on %s:%d", self._host, self.port)
         if not self._asks_for_keys and not is_loopback(self._host):
             _log.warning("whoever reaches %s may ask: no --api-keys-file is given", self._host)
-        if self._defaults:
-            said = ", ".join(f"{name} {value:g}" for name, value in self._defaults.items())
-            _log.info("generation_config.json: where a client says nothing, %s", said)
+        self._watching = asyncio.create_task(self._routes.watch())
 
     def execute(self, effect: Effect) -> None:
         match effect:
@@ -111,34 +114,52 @@ class FrontendService:
 
     async def close(self) -> None:
         """After the machine's last word: sends what is written, then closes every connection."""
+        self._watching.cancel()
         await self._runner.cleanup()
         if self._journal is not None:
             await self._journal.close()
 
     # --- Gateway ---
 
-    def status(self) -> ClusterStatus:
+    def status(self, name: str = "", key: str = "") -> ClusterStatus:
         machine, membership = self._machine, self._machine.membership
         now_s = time.monotonic()
-        reason = machine.patience.missing(now_s)
-        offered = [node.worker for node in membership.nodes.values() if node.worker is not None]
-        if offered:
-            # Kept: who asks for the model while every worker is away is told to come again.
-            self._worker = min(offered, key=lambda worker: worker.max_model_len)
-        worker = self._worker
+        known = self._models.look(membership.nodes.values(), now_s)
+        ready = [model for model in known if not machine.patience.missing(now_s, model)]
+        target = self._routes.now.target(name, key, ready, known) if name else ""
+        asked = target if target in known else ""
+        shown = asked or ("" if name else next(iter(known), ""))
+        model = known.get(shown, Known())
+        reason = machine.patience.missing(now_s, asked)
         return ClusterStatus(
             ready=not reason,
             draining=machine.draining,
             reason=reason,
-            refuses=machine.patience.over(now_s),
-            model=self._model or (worker.model if worker else ""),
-            max_model_len=worker.max_model_len if worker else 0,
-            vocab_size=worker.vocab_size if worker else 0,
+            refuses=machine.patience.over(now_s, asked),
+            model=shown,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            sampling=model.sampling,
+            models=self._cards(known),
             nodes=list(membership.nodes.values()),
             retry_after_s=machine.settings.retry_after_s,
             running=self._summed("running"),
             waiting=self._summed("waiting"),
         )
+
+    def _cards(self, known: Mapping[str, Known]) -> list[ModelCard]:
+        """The models, then the other names of those that are there."""
+        cards = {
+            name: ModelCard(name=name, max_model_len=model.max_model_len, root=name)
+            for name, model in known.items()
+        }
+        for alias, weights in self._routes.now.alias.items():
+            there = [name for name in weights if name in known]
+            if alias not in cards and there:
+                first = max(there, key=lambda name: weights[name])
+                length = min(known[name].max_model_len for name in there)
+                cards[alias] = ModelCard(name=alias, max_model_len=length, root=first)
+        return list(cards.values())
 
     def open(
         self,
@@ -148,9 +169,22 @@ class FrontendService:
         model: str,
         taken: Taken | None = None,
     ) -> Callable[[], None]:
+        if taken is None and (to := self._routes.now.copied(submission.model, context.trace_id)):
+            inner = partial(self._open, context=context, model=to, taken=None)
+            self._shadows.copy(submission, to, inner)
+        return self._open(submission, put, context, model, taken)
+
+    def _open(
+        self,
+        submission: Tokenize,
+        put: Callable[[StreamItem], None],
+        context: TraceContext,
+        model: str,
+        taken: Taken | None,
+    ) -> Callable[[], None]:
         request_id = submission.request_id
-        worker = self._worker
-        watched = self._requests.watch(submission, put, worker.max_model_len if worker else 0)
+        metrics = self._requests.setdefault(submission.model, RequestMetrics())
+        watched = metrics.watch(submission, put, self._models.max_model_len(submission.model))
         before = self._streams.get(request_id)
         if before is not None:  # its client has come back before its connection was seen to break
             before(TAKEN)
@@ -165,11 +199,11 @@ class FrontendService:
 
         return close
 
-    async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec:
+    async def codec(self, prompt: Prompt | None, tokens: bytes, model: str) -> DeliverCodec:
         call_id = uuid.uuid4().hex
         future: asyncio.Future[DeliverCodec] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
-        self._post(CodecAsked(call_id, prompt, tokens))
+        self._post(CodecAsked(call_id, prompt, tokens, model))
         try:
             return await future
         finally:
@@ -204,11 +238,24 @@ class FrontendService:
         status, load = self.status(), self._machine.load.gauges
         ready = "slipstream_ready"
         yield GaugeMetricFamily(ready, HTTP[ready], float(status.ready and not status.draining))
-        yield from self._cluster.nodes(load, self._machine.membership.nodes)
-        if status.model:  # without it nobody has asked for anything yet
-            labels = {"model_name": status.model}
-            yield from self._cluster.cluster(load, labels)
-            yield from self._requests.families(labels)
+        membership = self._machine.membership
+        yield from self._cluster.nodes(load, membership.nodes)
+        yield from self._shadows.families()
+        yield from merged(self._of_models(status.models))
+
+    def _of_models(self, cards: Sequence[ModelCard]) -> Iterator[Metric]:
+        """The same families for each of them; of those that were asked for, but are gone, too."""
+        membership, said = self._machine.membership, self._machine.load
+        for model in dict.fromkeys([*(card.root for card in cards), *self._requests]):
+            labels = {"model_name": model}
+            workers = {
+                node_id: gauges
+                for node_id, gauges in said.gauges.items()
+                if node_id in membership.nodes and membership.nodes[node_id].model == model
+            }
+            requests = said.requests.get(model, {})
+            yield from self._cluster.cluster(workers, requests, labels)
+            yield from self._requests.get(model, RequestMetrics()).families(labels)
 
     def _summed(self, name: str) -> int:
         return int(sum(gauges.get(name, 0) for gauges in self._machine.load.gauges.values()))

@@ -8,7 +8,7 @@ from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
 from slipstream.scheduler.fair_queue import FairQueue
 from slipstream.scheduler.fleet import Fleet
-from slipstream.scheduler.past import RETRY_AFTER_MAX_S
+from slipstream.scheduler.lane import RETRY_AFTER_MAX_S
 from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import TOKEN_BYTES, count_tokens
 
@@ -48,7 +48,7 @@ def refusal(
             "(--max-queued-tokens). Try again later.",
         )
     needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)
-    most = fleet.largest_pool_blocks()
+    most = fleet.largest_pool_blocks(submit.model)
     if 0 < most < needed:
         return Problem(
             code=ErrorCode.CONTEXT_LENGTH,

@@ -1,6 +1,5 @@
 """What was decided for each request and what came of it: for people, and to see how good it is."""
 
-import math
 from collections import OrderedDict, deque
 from statistics import median
 
@@ -13,10 +12,6 @@ from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
 KEPT = 4096
 ERRORS_MAX = 64
 """Of the latest first tokens: what the median error is taken over."""
-LATE_SHARE = 0.98
-LATE_KNOWN = 16
-LATE_FRESH_S = 10.0
-"""So long after the last first token nothing is known of how late they come."""
 
 
 class Decision(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -60,8 +55,6 @@ class Decisions:
     def __init__(self) -> None:
         self._of: OrderedDict[RequestId, tuple[Decision, float]] = OrderedDict()
         self._errors: deque[float] = deque(maxlen=ERRORS_MAX)
-        self._late: deque[float] = deque(maxlen=ERRORS_MAX)
-        self._margin = (0.0, -math.inf)
 
     def note(self, demand: Demand, placement: Placement, now_s: float, **more: object) -> Decision:
         """`more`: the fields that only the request knows."""
@@ -85,21 +78,19 @@ class Decisions:
             self._of.popitem(last=False)
         return decision
 
-    def first_token(self, message: FirstToken, now_s: float) -> None:
+    def first_token(self, message: FirstToken, now_s: float) -> float | None:
+        """How long after its prediction it came; None: there was none."""
         decision, placed_s = self._of.get(message.request_id, (None, 0.0))
         if decision is None or decision.attempt != message.attempt:
-            return
+            return None
         decision.actual_ttft_s = now_s - placed_s
         decision.cached_tokens = message.cached_tokens
         decision.fetched_blocks = message.fetched_blocks
-        if decision.predicted_ttft_s > 0.0 and decision.actual_ttft_s > 0.0:
-            error = decision.predicted_ttft_s - decision.actual_ttft_s
-            self._errors.append(abs(error) / decision.actual_ttft_s)
-            if now_s - self._margin[1] > LATE_FRESH_S:
-                self._late.clear()
-            self._late.append(-error)
-            late = sorted(self._late)[int(LATE_SHARE * len(self._late))]
-            self._margin = max(0.0, late) if len(self._late) >= LATE_KNOWN else 0.0, now_s
+        if not (decision.predicted_ttft_s > 0.0 and decision.actual_ttft_s > 0.0):
+            return None
+        late_s = decision.actual_ttft_s - decision.predicted_ttft_s
+        self._errors.append(abs(late_s) / decision.actual_ttft_s)
+        return late_s
 
     def of(self, request_id: RequestId) -> Decision | None:
         """The last one of this request, if it is kept."""
@@ -108,11 +99,6 @@ class Decisions:
     def latest(self) -> list[tuple[Decision, float]]:
         """With when each was made, oldest first."""
         return list(self._of.values())
-
-    def margin_s(self, now_s: float) -> float:
-        """What all but one in fifty first tokens of late came after their prediction, at most."""
-        margin_s, learnt_s = self._margin
-        return margin_s if now_s - learnt_s <= LATE_FRESH_S else 0.0
 
     def median_error(self) -> float:
         """Of the predicted time to the first token, relative to the actual one; 0 without any."""

@@ -1,4 +1,4 @@
-"""The queue, and the way out of it: onto workers, in order."""
+"""The queues, one for each model, and the way out of them: onto workers, in order."""
 
 import math
 from collections import Counter
@@ -6,19 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
-from slipstream.errors import Problem
-from slipstream.messages import Decode, Prefill, ShiftRole, WorkerLoad
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import Decode, FirstToken, Prefill, ShiftRole, WorkerLoad
 from slipstream.scheduler.admission import Expected, no_worker, too_late
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
-from slipstream.scheduler.fair_queue import FairQueue
 from slipstream.scheduler.fleet import Fleet
-from slipstream.scheduler.ledger import Ledger
-from slipstream.scheduler.past import Past
+from slipstream.scheduler.lane import Lane
+from slipstream.scheduler.ledger import Ledger, WorkerView
 from slipstream.scheduler.policy import Rules, place
 from slipstream.scheduler.prices import TransferPrices
 from slipstream.scheduler.request import Request, State
-from slipstream.scheduler.roles import Roles
 from slipstream.types import NodeId, RequestId
 
 CAUTION = 2.0
@@ -36,20 +34,16 @@ class Dispatcher:
         self,
         fleet: Fleet,
         rules: Rules,
-        past: Past | None = None,
         ttft_target_s: float = math.inf,
         recovery_wait_s: float = math.inf,
     ):
         self.fleet, self.rules, self.ttft_target_s = fleet, rules, ttft_target_s
         self._recovery_wait_s = recovery_wait_s
-        self._whole_s = math.inf
-        """When there were last workers for everything; infinite until the first look."""
-        self._past = past or Past()
+        self.lanes: dict[str, Lane] = {}
+        """Of the models that are served, and of those that are waited for."""
         self.ledger = Ledger()
         self.transfers = TransferPrices()
         self.decisions = Decisions()
-        self.roles = Roles()
-        self.queue = FairQueue()
         self.placed: Counter[str] = Counter()
         self.waited_s = 0.0
         """Of all that were placed, together."""
@@ -57,19 +51,26 @@ class Dispatcher:
         """In the queue, and not to be waited for any more: whoever drives this ends them."""
         self._begun: dict[str, set[RequestId]] = {}
         """Calls that have several choices, perhaps -> those that were placed and are not over."""
-        self._full_since_s = 0.0
-        """When the queue began; since then all places are taken."""
+
+    def lane(self, model: str) -> Lane:
+        return self.lanes.get(model) or self.lanes.setdefault(model, Lane(model))
+
+    def waits(self, request: Request) -> bool:
+        """Whether it is in a queue."""
+        lane = self.lanes.get(request.model)
+        return lane is not None and request.request_id in lane.queue
 
     def enqueue(self, request: Request, now_s: float) -> None:
         """Among those of its priority; what had begun before goes to the queue's head."""
         request.state = State.QUEUED
-        ahead = self.queue.join(request)
+        lane = self.lane(request.model)
+        ahead = lane.queue.join(request)
         if ahead and not request.resumed:
-            wait_s = ahead / self._past.pace_per_s(self._full_since_s, now_s)
+            wait_s = ahead / lane.pace.per_s(lane.full_since_s, now_s)
             self._judge(request, Expected(now_s - request.since_s, wait_s))
 
     def remove(self, request: Request) -> None:
-        self.queue.remove(request)
+        self.lane(request.model).queue.remove(request)
 
     def loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
         """A worker has said how it is."""
@@ -81,34 +82,54 @@ class Dispatcher:
 
     def sync(self, now_s: float) -> None:
         """The fleet has changed."""
-        self._missing(now_s)
-        taking = {node.node_id for node in self.fleet.workers()}
+        models = self.fleet.models()
+        self.lanes = {
+            name: lane for name, lane in self.lanes.items() if name in models or lane.queue
+        }
+        for model in models:
+            self._missing(self.lane(model), now_s)
+        taking = {node.node_id for model in models for node in self.fleet.workers(model)}
         self.ledger.sync(self.fleet.nodes.values(), taking)
         self.transfers.sync(self.ledger.views)
 
-    def _missing(self, now_s: float) -> str:
-        missing = self.fleet.missing()
-        self._whole_s = min(self._whole_s, now_s) if missing else now_s
+    def _missing(self, lane: Lane, now_s: float) -> str:
+        missing = self.fleet.missing(lane.model)
+        lane.whole_s = min(lane.whole_s, now_s) if missing else now_s
         return missing
 
     def dispatch(self, now_s: float) -> list[Effect]:
-        """Place what waits until somebody finds no room: nobody overtakes."""
+        """Place what waits."""
         effects: list[Effect] = []
-        views = list(self.ledger.views.values())
-        while self.queue:
-            request = self.queue.head
+        for lane in self.lanes.values():
+            if lane.queue:
+                effects += self._dispatch(lane, now_s)
+            if not lane.queue:
+                lane.full_since_s = now_s
+        return effects
+
+    def _views(self, lane: Lane) -> tuple[list[WorkerView], list[WorkerView]]:
+        """Workers of its model, and the others."""
+        own, others = [], []
+        for view in self.ledger.views.values():
+            (own if view.worker.model == lane.model else others).append(view)
+        return own, others
+
+    def _dispatch(self, lane: Lane, now_s: float) -> list[Effect]:
+        """Until somebody finds no room: nobody overtakes."""
+        effects: list[Effect] = []
+        views, others = self._views(lane)
+        while lane.queue:
+            request = lane.queue.head
             if (problem := request.overdue(now_s)) is not None:
                 self._turn_away(request, problem)
                 continue
             demand = request.demand()
             turn = self.placed["alone"] + self.placed["apart"]
-            placement = place(demand, views, self.transfers, self.rules, turn, now_s)
+            placement = place(demand, views, self.transfers, self.rules, turn, now_s, others)
             if placement is None:
                 break
             if self._judge(request, self._expected(request, placement, now_s)):
                 effects += self._assign(request, demand, placement, now_s)
-        if not self.queue:
-            self._full_since_s = now_s
         return effects
 
     def _expected(self, request: Request, placement: Placement, now_s: float) -> Expected:
@@ -119,7 +140,8 @@ class Dispatcher:
         if not (placement.ttft_s and known):
             return Expected(waited_s, 0.0)
         # Not more than a part of the target: else lateness would turn away who could mend it.
-        late_s = min(self.decisions.margin_s(now_s), LATE_MOST * self.ttft_target_s)
+        margin_s = self.lane(request.model).lateness.margin_s(now_s)
+        late_s = min(margin_s, LATE_MOST * self.ttft_target_s)
         ahead_s = placement.ttft_s + max((CAUTION - 1) * placement.ttft_s, late_s)
         return Expected(waited_s, ahead_s, CAUTION * placement.alone_s)
 
@@ -132,22 +154,25 @@ class Dispatcher:
         return problem is None
 
     def _turn_away(self, request: Request, problem: Problem) -> None:
-        self.queue.remove(request)
+        self.remove(request)
         self.late.append((request, problem))
 
     def expire(self, now_s: float) -> None:
         """Nobody waits for longer than the target, or goes on to wait who will have to; or for
         workers that do not come."""
-        missing = self._missing(now_s)
-        if now_s >= self._whole_s + self._recovery_wait_s:
-            for request in list(self.queue):
-                self._turn_away(request, no_worker(missing))
-        pace = self._past.pace_per_s(self._full_since_s, now_s)
-        for ahead, request in enumerate(list(self.queue)):
-            self._judge(request, Expected(now_s - request.since_s, ahead / pace))
+        for lane in self.lanes.values():
+            missing = self._missing(lane, now_s)
+            if now_s >= lane.whole_s + self._recovery_wait_s:
+                for request in list(lane.queue):
+                    self._turn_away(request, no_worker(missing))
+            pace = lane.pace.per_s(lane.full_since_s, now_s)
+            for ahead, request in enumerate(list(lane.queue)):
+                self._judge(request, Expected(now_s - request.since_s, ahead / pace))
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: Request, problem: Problem | None, now_s: float) -> None:
         """It is over, whatever came of it."""
+        if problem is None or problem.code is not ErrorCode.QUEUE_FULL:  # that had no place
+            self.lane(request.model).pace.ended(now_s)
         siblings = self._begun.get(request.call, set())
         siblings.discard(request.request_id)
         if not siblings:
@@ -160,16 +185,31 @@ class Dispatcher:
         self.transfers.fade(now_s)
         if self.rules != Rules("cost", "auto"):
             return []
-        shift = self.roles.shift(list(self.ledger.views.values()), len(self.queue), now_s)
-        if shift is None:
-            return []
-        told = Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))
-        return [told, Note(shift.line)]
+        effects: list[Effect] = []
+        for lane in self.lanes.values():
+            shift = lane.roles.shift(self._views(lane)[0], len(lane.queue), now_s)
+            if shift is not None:
+                told = Send(shift.node_id, ShiftRole(accept_decode=shift.accept_decode))
+                effects += [told, Note(shift.line)]
+        return effects
+
+    def statistics(self) -> dict[str, float]:
+        lanes = self.lanes.values()
+        return {
+            **{f"requests_placed_{name}_total": count for name, count in self.placed.items()},
+            "requests_waited_seconds_total": self.waited_s,
+            "queued_tokens": sum(lane.queue.num_tokens for lane in lanes),
+            "ttft_prediction_error_median": self.decisions.median_error(),
+            "role_shifts_total": sum(lane.roles.shifts for lane in lanes),
+        }
 
     def check(self, requests: Mapping[RequestId, Request]) -> None:
         """Against all that there are."""
-        self.queue.check()
-        assert {request.request_id for request in self.queue} <= requests.keys() and not self.late
+        assert not self.late
+        for model, lane in self.lanes.items():
+            lane.queue.check()
+            assert {request.request_id for request in lane.queue} <= requests.keys()
+            assert all(request.model == model == lane.model for request in lane.queue)
         assert all(placed and placed <= requests.keys() for placed in self._begun.values())
         live = [r for r in requests.values() if r.state is not State.FINISHING]
         for node_id, view in self.ledger.views.items():
@@ -182,8 +222,11 @@ class Dispatcher:
         request.state, request.decode = State.DECODING, worker
         self._give(request, worker, now_s)
 
-    def computed(self, request: Request, now_s: float) -> None:
-        """Its prompt is."""
+    def first_token(self, request: Request, message: FirstToken, now_s: float) -> None:
+        """Its prompt is computed."""
+        late_s = self.decisions.first_token(message, now_s)
+        if late_s is not None:
+            self.lane(request.model).lateness.learn(late_s, now_s)
         view = self.ledger.views.get(request.prefill or request.decode or "")
         if view is not None:
             view.computed(request.request_id, now_s)
@@ -214,7 +257,8 @@ class Dispatcher:
     def _assign(
         self, request: Request, demand: Demand, placement: Placement, now_s: float
     ) -> list[Effect]:
-        self.queue.take(request)
+        lane = self.lane(request.model)
+        lane.queue.take(request)
         source, target = placement.prefill, placement.decode
         request.prefill, request.decode, request.placed_s = source, target, now_s
         for worker in sorted(request.workers):
@@ -224,7 +268,7 @@ class Dispatcher:
         prompt = demand.prompt(cached)
         computes.give_prompt(request.request_id, prompt, now_s)
         work_s = computes.prices.prompt_s(prompt)
-        self.roles.demand.add(work_s, now_s)
+        lane.roles.demand.add(work_s, now_s)
         waited_s = max(0.0, now_s - request.since_s)
         self.waited_s += waited_s
         request.decision = self.decisions.note(

@@ -4,10 +4,11 @@ import math
 
 from slipstream.core.load import gauges_of
 from slipstream.core.machine import Effect, Send
-from slipstream.messages import ClusterLoad, Hello, NodeInfo, Peers, WorkerLoad
+from slipstream.messages import ClusterLoad, Hello, ModelState, NodeInfo, Peers, WorkerLoad
 from slipstream.types import Epoch, NodeId, Role
 
 GONE_MAX = 1024
+NOBODY = "no decode worker"
 
 
 class Fleet:
@@ -19,15 +20,16 @@ class Fleet:
         self.loads: dict[NodeId, WorkerLoad] = {}
         self._loaded_s: dict[NodeId, float] = {}
         self._gone: dict[NodeId, Epoch] = {}
-        self._model: str = ""
-        """Fingerprint of the first worker's model: workers with another one take no part."""
+        self._fingerprints: dict[str, str] = {}
+        """Model -> that of its first worker: workers with another one under the same name take no
+        part."""
 
     def hello(self, source: NodeId, hello: Hello) -> bool:
         """Note who speaks; whether it is its first word in this session."""
         first = source not in self.nodes
         self.nodes[source] = hello.node
         self._gone.pop(source, None)
-        self._model = self._model or _fingerprint(hello.node)
+        self._choose()
         return first
 
     def down(self, peer: NodeId) -> NodeInfo | None:
@@ -38,10 +40,20 @@ class Fleet:
             self._gone[peer] = node.epoch
             if len(self._gone) > GONE_MAX:
                 del self._gone[next(iter(self._gone))]
-            left = [_fingerprint(other) for other in self.nodes.values() if other.worker]
-            if self._model not in left:
-                self._model = left[0] if left else ""
+            self._choose()
         return node
+
+    def _choose(self) -> None:
+        """What each model is, as long as somebody who says so is there."""
+        said: dict[str, list[str]] = {}
+        for node in self.nodes.values():
+            if node.worker is not None:
+                said.setdefault(node.model, []).append(_fingerprint(node))
+        known = self._fingerprints
+        self._fingerprints = {
+            model: known[model] if known.get(model) in prints else prints[0]
+            for model, prints in said.items()
+        }
 
     def loaded(self, source: NodeId, load: WorkerLoad, now_s: float) -> None:
         self.loads[source], self._loaded_s[source] = load, now_s
@@ -54,51 +66,65 @@ class Fleet:
         """Nodes that take something new, in the order of their names."""
         return sorted(n.node_id for n in self.nodes.values() if n.role is role and not n.draining)
 
-    def workers(self) -> list[NodeInfo]:
-        """Workers of the cluster's model that take something new."""
-        nodes = self.nodes.values()
-        same = [node for node in nodes if node.worker and _fingerprint(node) == self._model]
+    def models(self) -> list[str]:
+        """What is served, or would be if nothing was missing."""
+        return sorted({node.model for node in self.nodes.values() if node.model})
+
+    def workers(self, model: str) -> list[NodeInfo]:
+        """Workers of a model that take something new."""
+        fingerprint = self._fingerprints.get(model)
+        nodes = [node for node in self.nodes.values() if node.worker and node.model == model]
+        same = [node for node in nodes if _fingerprint(node) == fingerprint]
         return [node for node in same if not node.draining]
 
-    def largest_pool_blocks(self) -> int:
+    def largest_pool_blocks(self, model: str) -> int:
         """0 without workers."""
-        return max((n.worker.num_blocks for n in self.workers() if n.worker is not None), default=0)
+        workers = self.workers(model)
+        return max((n.worker.num_blocks for n in workers if n.worker is not None), default=0)
 
-    def missing(self) -> str:
-        """What a request would wait for; empty if it can be served now."""
-        workers = [node.worker for node in self.workers() if node.worker is not None]
+    def missing(self, model: str) -> str:
+        """What a request for it would wait for; empty if it can be served now."""
+        workers = [node.worker for node in self.workers(model) if node.worker is not None]
         prefillers = [worker for worker in workers if worker.prefill_budget_tokens > 0]
         layouts = {worker.kv_layout_id for worker in workers if worker.accept_decode}
         if not layouts:
-            return "no decode worker"
+            return NOBODY
         if not any(worker.kv_layout_id in layouts for worker in prefillers):
             return "no worker that computes prompts"
-        if not self.of_role(Role.TOKENIZER):
+        tokenizers = self.of_role(Role.TOKENIZER)
+        if not any(self.nodes[node_id].model == model for node_id in tokenizers):
             return "no tokenizer"
         return ""
 
-    def tell_load(self, own: dict[NodeId, dict[str, float]]) -> list[Effect]:
-        """`own` gauges and the last word of each worker about itself, to every frontend."""
+    def tell_load(
+        self, own: dict[NodeId, dict[str, float]], requests: dict[str, dict[str, int]]
+    ) -> list[Effect]:
+        """`own` gauges, the `requests` of each model, and the last word of each worker about
+        itself, to every frontend."""
         loads = self.loads.items()
         load = ClusterLoad(
             gauges=own | {node_id: gauges_of(load) for node_id, load in loads},
             blocks_from={n: load.blocks_from for n, load in loads if load.blocks_from},
+            requests=requests,
         )
         return [Send(node, load) for node in self.of_role(Role.FRONTEND)]
 
     def announce(self) -> list[Effect]:
         """Tell everybody who is there."""
-        reason = self.missing()
+        models = [ModelState(name=name, missing=self.missing(name)) for name in self.models()]
+        ready = not all(model.missing for model in models)
+        reasons = [model.missing for model in models] or [NOBODY]
         peers = Peers(
             nodes=list(self.nodes.values()),
             gone=dict(self._gone),
-            ready=not reason,
-            reason=reason,
+            ready=ready,
+            reason="" if ready else reasons[0],
+            models=models,
             index_stride=self.index_stride,
         )
         return [Send(node_id, peers) for node_id in sorted(self.nodes)]
 
 
 def _fingerprint(node: NodeInfo) -> str:
-    """What a worker serves; empty for any other service."""
+    """Of a worker's model; empty for any other service."""
     return node.worker.kv_layout_id.partition("/")[0] if node.worker is not None else ""

@@ -140,7 +140,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.views: dict[NodeId, WorkerView] = {}
-        self._prices: dict[Device, StepPrices] = {}
+        self._prices: dict[tuple[str, Device], StepPrices] = {}
 
     def sync(self, nodes: Iterable[NodeInfo], taking: Collection[NodeId]) -> None:
         """Who is there now, and who of them takes something new."""
@@ -150,7 +150,7 @@ class Ledger:
                 continue
             view = known.get(node.node_id)
             if view is None or view.node.epoch != node.epoch:
-                prices = self._price_of(device_of(node, node.worker))
+                prices = self._price_of(node.model, device_of(node, node.worker))
                 view = WorkerView(node, node.worker, prices)
             view.sync(node, node.worker)
             view.taking = node.node_id in taking
@@ -161,11 +161,13 @@ class Ledger:
         for prices in dict.fromkeys(view.prices for view in self.views.values()):
             prices.fade(now_s)
 
-    def _price_of(self, device: Device) -> StepPrices:
-        """What it was last time; else that of other devices. Workers of one device have one
-        price: what differs between theirs is noise, and would part streams that belong together."""
-        known = self._prices.pop(device, None)
-        self._prices[device] = prices = known or StepPrices(list(self._prices.values()))
+    def _price_of(self, model: str, device: Device) -> StepPrices:
+        """What it was last time; else that of the model on other devices. Workers of one device
+        have one price: what differs between theirs is noise, and would part streams that belong
+        together."""
+        known = self._prices.pop((model, device), None)
+        same = [prices for (name, _), prices in self._prices.items() if name == model]
+        self._prices[model, device] = prices = known or StepPrices(same)
         if len(self._prices) > PRICES_MAX:
             del self._prices[next(iter(self._prices))]
         return prices

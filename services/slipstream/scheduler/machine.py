@@ -61,9 +61,8 @@ class SchedulerMachine:
         self.counters: Counter[str] = Counter()
         rules = Rules(settings.policy, settings.disaggregation)
         self.past = Past()
-        self.dispatcher = Dispatcher(
-            self.fleet, rules, self.past, settings.ttft_target_s, settings.recovery_wait_s
-        )
+        waits = settings.ttft_target_s, settings.recovery_wait_s
+        self.dispatcher = Dispatcher(self.fleet, rules, *waits)
         self._reports, self._suspects = Reports(), Suspects()
         self._counted: dict[str, float] = {}
         self._recovering = False
@@ -85,11 +84,7 @@ class SchedulerMachine:
         return {
             **{f"requests_{state}": states[state] for state in State},
             **{f"requests_{name}_total": count for name, count in self.counters.items()},
-            **{f"requests_placed_{name}_total": n for name, n in self.dispatcher.placed.items()},
-            "requests_waited_seconds_total": self.dispatcher.waited_s,
-            "queued_tokens": self.dispatcher.queue.num_tokens,
-            "ttft_prediction_error_median": self.dispatcher.decisions.median_error(),
-            "role_shifts_total": self.dispatcher.roles.shifts,
+            **self.dispatcher.statistics(),
             "nodes": len(self.fleet.nodes),
             **self._counted,
         }
@@ -97,7 +92,7 @@ class SchedulerMachine:
     def check(self) -> None:
         for request_id, request in self.requests.items():
             assert request.request_id == request_id
-            assert (request.state is State.QUEUED) == (request_id in self.dispatcher.queue)
+            assert (request.state is State.QUEUED) == self.dispatcher.waits(request)
             assert (request.prefill is not None) <= (request.state is State.PREFILLING)
             placed = request.state in (State.PREFILLING, State.DECODING, State.FINISHING)
             assert placed == (request.decode is not None), request.state
@@ -149,8 +144,7 @@ class SchedulerMachine:
             case FirstToken():
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and source in request.workers:
-                    self.dispatcher.computed(request, now_s)
-                    self.dispatcher.decisions.first_token(message, now_s)
+                    self.dispatcher.first_token(request, message, now_s)
                     return self._freed(request, now_s)
             case Located():
                 request = self._current(message.request_id, message.attempt)
@@ -249,14 +243,14 @@ class SchedulerMachine:
                 return [Send(source, failed(submit.request_id, tombstone.problem))]
             again = Resume(request_id=submit.request_id, attempt=tombstone.attempt + 1)
             return [Send(source, again)]
-        queue, live = self.dispatcher.queue, len(self.requests)
+        lane, live = self.dispatcher.lane(submit.model), len(self.requests)
         problem = refusal(
-            submit, self.fleet, self.settings, queue, live=live, draining=self._draining
+            submit, self.fleet, self.settings, lane.queue, live=live, draining=self._draining
         )
         if problem is not None:
             self.counters[f"refused_{problem.code}"] += 1
             if problem.code is ErrorCode.QUEUE_FULL:
-                retry_after_s = self.past.retry_after_s(now_s)
+                retry_after_s = lane.pace.retry_after_s(now_s)
                 problem = msgspec.structs.replace(problem, retry_after_s=retry_after_s)
             return [Send(source, failed(submit.request_id, problem))]
         self.counters["accepted"] += 1
@@ -373,7 +367,7 @@ class SchedulerMachine:
         finished = request.state is State.FINISHING and problem is None
         effects = [] if finished else self._withdraw(request, now_s)
         del self.requests[request.request_id]
-        self.dispatcher.ended(request)
+        self.dispatcher.ended(request, problem, now_s)
         self.counters["ended"] += 1
         self.past.bury(request.request_id, request.attempt, problem, now_s)
         return effects + self._freed(request, now_s)
@@ -392,6 +386,11 @@ class SchedulerMachine:
         self.dispatcher.expire(now_s)  # of those that are left: who has ended is not refused too
         if now_s >= self._load_due_s:
             self._load_due_s = now_s + LOAD_S
-            effects += self.fleet.tell_load({self.node.node_id: self.statistics()})
+            states: dict[str, Counter[str]] = {}
+            for request in self.requests.values():
+                states.setdefault(request.model, Counter())[request.state] += 1
+            effects += self.fleet.tell_load(
+                {self.node.node_id: self.statistics()}, {m: {**n} for m, n in states.items()}
+            )
             effects += self.dispatcher.tick(now_s)
         return effects

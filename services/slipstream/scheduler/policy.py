@@ -34,18 +34,20 @@ def place(
     rules: Rules,
     turn: int,
     now_s: float,
+    others: Sequence[WorkerView] = (),
 ) -> Placement | None:
     """The pair, or the one worker, for this request; None: nobody has room.
 
-    `turn`: how many were placed before. `always`: through a prefill worker as long as one lives;
-    when none does, the decode workers do it all. `auto` leaves it to the prices; the other policies
-    have none, and do as with `always`.
+    `views`: workers of its model; `others`, of other models, count where they share a device with
+    these. `turn`: how many were placed before. `always`: through a prefill worker as long as one
+    lives; when none does, the decode workers do it all. `auto` leaves it to the prices; the other
+    policies have none, and do as with `always`.
     """
     room = [view for view in views if view.taking and view.admits(demand.num_blocks)]
     free = [view for view in room if view.worker.accept_decode]
     alone = [view for view in free if view.prefills]
     if rules.policy == "cost":
-        market = Market(demand, views, transfers, now_s)
+        market = Market(demand, [*views, *others] if others else views, transfers, now_s)
         if rules.disaggregation == "auto":
             sources = [view for view in room if view.prefills]
             found = market.alone(alone)

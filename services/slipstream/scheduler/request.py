@@ -70,6 +70,10 @@ class Request:
         return self.submit.request_id
 
     @property
+    def model(self) -> str:
+        return self.submit.model
+
+    @property
     def num_tokens(self) -> int:
         """Tokens whose KV an attempt has to have before it makes a new one."""
         return count_tokens(self.submit.prompt) + count_tokens(self.submit.accepted)
@@ -152,7 +156,7 @@ def failed(request_id: RequestId, problem: Problem) -> Failed:
 
 def question(request: Request, fleet: Fleet, stride: int) -> Locate | None:
     """What the index is asked for it; None without a full block, or a worker to ask about."""
-    hashes, workers = request.submit.block_hashes, fleet.workers()
+    hashes, workers = request.submit.block_hashes, fleet.workers(request.model)
     if stride > 1:
         starts = range((stride - 1) * HASH_BYTES, len(hashes), stride * HASH_BYTES)
         hashes = b"".join(hashes[start : start + HASH_BYTES] for start in starts)

@@ -6,7 +6,7 @@ import msgspec
 
 from slipstream.config import StartError
 from slipstream.errors import ExitCode
-from slipstream.messages import NodeInfo
+from slipstream.messages import NodeInfo, TokenizerInfo
 from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.shell import run_service
 from slipstream.runtime.wall import wall_offset_ns
@@ -15,6 +15,7 @@ from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.grammar_check import GrammarCheck
 from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.recommended import recommended_sampling
 from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.tokenizer.spans import TokenizerSpans
 
@@ -39,6 +40,10 @@ def run(config: TokenizerConfig) -> int:
         epoch=new_epoch(config),
         address=config.advertise,
         host=host_identity(),
+        tokenizer=TokenizerInfo(
+            model=config.served_model_name or folder.resolve().name,
+            sampling=recommended_sampling(folder),
+        ),
     )
     machine = TokenizerMachine(node, settings, codec)
     grammars = GrammarCheck(folder, vocab_size or codec.vocab_size, eos_token_ids)

@@ -16,7 +16,7 @@ LATE = Problem(code=ErrorCode.DEADLINE, message="The request's time budget is us
 
 
 class Limits(NamedTuple):
-    """What every worker can take; 0 and empty while there is none."""
+    """What every worker of a model can take; 0 and empty while there is none."""
 
     max_model_len: int
     vocab_size: int
@@ -71,6 +71,11 @@ def _too_many_logprobs(wanted: int | None, num_prompt: int) -> Problem | None:
         "send a shorter prompt.",
         param="prompt_logprobs",
     )
+
+
+def not_ours(asked: str, model: str) -> Problem:
+    text = f"This tokenizer serves the model '{model}', not '{asked}'; send the request again."
+    return Problem(code=ErrorCode.NOT_READY, message=text, retry_after_s=1.0)
 
 
 def unusable(message: str) -> Problem:

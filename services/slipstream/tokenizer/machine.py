@@ -42,7 +42,15 @@ from slipstream.messages import (
     TokensOut,
     TokenSpan,
 )
-from slipstream.tokenizer.admission import LATE, Limits, fitted, limits, unknown_token, unusable
+from slipstream.tokenizer.admission import (
+    LATE,
+    Limits,
+    fitted,
+    limits,
+    not_ours,
+    unknown_token,
+    unusable,
+)
 from slipstream.tokenizer.codec_calls import CodecCalls
 from slipstream.tokenizer.detokenizer import TokenBytes
 from slipstream.tokenizer.settings import TokenizerSettings
@@ -63,7 +71,7 @@ class TokenizerMachine:
     def __init__(self, node: NodeInfo, settings: TokenizerSettings, codec: TokenBytes) -> None:
         self.settings = settings
         self.membership = Membership(node)
-        self._codec = codec
+        self._model, self._codec = node.model, codec
         self._calls = CodecCalls(codec, settings.max_codec_calls, settings.max_codec_tokens)
         self._live: dict[RequestId, Stream] = {}
         self._ended: dict[RequestId, Stream] = {}
@@ -110,7 +118,8 @@ class TokenizerMachine:
         return effects
 
     def limits(self) -> Limits:
-        return limits(self.membership.nodes.values(), self.settings.max_model_len)
+        nodes = (n for n in self.membership.nodes.values() if n.model == self._model)
+        return limits(nodes, self.settings.max_model_len)
 
     def statistics(self) -> dict[str, float]:
         return {
@@ -163,6 +172,8 @@ class TokenizerMachine:
         return self._live.get(request_id) or self._ended.get(request_id)
 
     def _tokenize(self, source: NodeId, message: Tokenize, now_s: float) -> list[Effect]:
+        if message.model != self._model:
+            return self._refuse(source, message, not_ours(message.model, self._model))
         known = self._known(message.request_id)
         owner = message.attempt // ATTEMPTS_PER_OWNER
         if known is not None and (owner, source) != (known.owner, known.frontend):

@@ -233,6 +233,7 @@ class Stream:
             accepted=pack_tokens(self.tokens),
             sampling=self.sampling,
             timeout_s=max(0.0, self.deadline_s - now_s),
+            model=self.submission.model,
             salt=salt,
             block_hashes=b"".join(self._hashes),
             priority=self.submission.priority,

@@ -184,6 +184,7 @@ class CodecAsked(_Record, frozen=True):
     call_id: str
     prompt: Prompt | None = None
     tokens: bytes = b""
+    model: str = ""
 
 
 class TraceAsked(_Record, frozen=True):

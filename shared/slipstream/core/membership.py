@@ -31,6 +31,8 @@ class Membership:
         self.node = node
         self.scheduler_up = False
         self.ready, self.reason = False, "no word from the scheduler"
+        self.models: dict[str, str] = {}
+        """Model -> what is missing to serve it, as the scheduler says."""
         self.nodes: dict[NodeId, NodeInfo] = {}
         self.index_stride = 1
         """Which blocks the index hears of; the scheduler's to say, for it asks."""
@@ -58,12 +60,14 @@ class Membership:
                 self._learn(peers)
         return []
 
-    def alive(self, role: Role, now_s: float) -> list[NodeId]:
-        """Nodes of a role that may be spoken to, in the order of their names."""
+    def alive(self, role: Role, now_s: float, model: str = "") -> list[NodeId]:
+        """Nodes of a role that may be spoken to, in the order of their names; of a model, if one is
+        named."""
         return sorted(
             node.node_id
             for node in self.nodes.values()
             if node.role == role
+            and model in ("", node.model)
             and not node.draining
             and self._shunned_until_s.get(node.node_id, 0.0) <= now_s
         )
@@ -85,6 +89,7 @@ class Membership:
 
     def _learn(self, peers: Peers) -> None:
         self.ready, self.reason = peers.ready, peers.reason
+        self.models = {model.name: model.missing for model in peers.models}
         self.index_stride = peers.index_stride
         for node in peers.nodes:
             known = self.nodes.get(node.node_id)
