@@ -12,7 +12,7 @@ from slipstream.core.machine import DeliverCodec, Taken
 from slipstream.errors import Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
-from slipstream.frontend.gateway import ClusterStatus, StreamItem
+from slipstream.frontend.gateway import ClusterStatus, ModelCard, StreamItem
 from slipstream.frontend.journal import Journal
 from slipstream.messages import (
     ClusterLoad,
@@ -146,6 +146,7 @@ class FakeGateway:
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
             nodes=nodes,
+            models=[ModelCard(name=MODEL, max_model_len=MAX_MODEL_LEN, root=MODEL)],
             retry_after_s=1.5,
         )
         self.script: Callable[[Tokenize], Script] = lambda s: answer(s, ["Hello", " world"])
@@ -160,10 +161,11 @@ class FakeGateway:
         self.broken = False
         self.load = ClusterLoad(gauges={})
 
-    def status(self) -> ClusterStatus:
+    def status(self, name: str = "", key: str = "") -> ClusterStatus:
         if self.broken:
             raise KeyError("/tmp/secret")
-        return self.now
+        known = name in ("", *(card.name for card in self.now.models))
+        return self.now if known else msgspec.structs.replace(self.now, model="")
 
     def open(
         self,
@@ -180,7 +182,8 @@ class FakeGateway:
         self.streams.append(FakeStream(self.script(submission), put))
         return self.streams[-1].close
 
-    async def codec(self, prompt: Prompt | None, tokens: bytes) -> DeliverCodec:
+    async def codec(self, prompt: Prompt | None, tokens: bytes, model: str) -> DeliverCodec:
+        assert model == MODEL
         msgspec.msgpack.encode((prompt, tokens))
         self.codec_calls.append((prompt, unpack_tokens(tokens)))
         return self.coded

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from frontend.fakes import FakeGateway, Server, answer, chat_body, entry, serving
 from slipstream.core.machine import DeliverCodec
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings
+from slipstream.frontend.gateway import ModelCard
 from slipstream.messages import ChatPrompt, TextPrompt, Tokenize, TokenPrompt
 from slipstream.types import SamplingParams, pack_tokens
 
@@ -128,8 +130,10 @@ async def test_what_is_named_is_what_is_sampled(server: Server) -> None:
 
 
 async def test_the_models_defaults_yield_to_the_client() -> None:
-    settings = AppSettings(default_sampling={"temperature": 0.25, "top_k": 20})
-    async with serving(FakeGateway(), settings) as server:
+    gateway = FakeGateway()
+    recommended = {"temperature": 0.25, "top_k": 20}
+    gateway.now = msgspec.structs.replace(gateway.now, sampling=recommended)
+    async with serving(gateway, AppSettings()) as server:
         given = await sampling(server, top_k=5)
         assert (given.temperature, given.top_k, given.top_p) == (0.25, 5, 1.0)
         assert (await sampling(server, temperature=0)).temperature == 0
@@ -305,6 +309,7 @@ async def test_readiness(server: Server) -> None:
         "reason": "",
         "model": "demo",
         "max_model_len": 100,
+        "models": [{"name": "demo", "ready": True, "reason": ""}],
         "nodes": [
             {
                 "node_id": "decode-0",
@@ -329,9 +334,15 @@ async def test_models_version_and_root(server: Server) -> None:
     (card,) = listed["data"]
     assert listed["object"] == "list" and card == await get(server, "/v1/models/demo")
     assert (card["id"], card["object"], card["max_model_len"]) == ("demo", "model", 100)
-    changed(server, model="org/name")
-    assert (await get(server, "/v1/models/org/name"))["id"] == "org/name"
-    changed(server, model="", ready=False, refuses="no decode worker")
+    other = ModelCard(name="org/name", max_model_len=9, root="demo")
+    changed(server, models=[*server.gateway.now.models, other])
+    card = await get(server, "/v1/models/org/name")
+    assert (card["id"], card["root"], card["max_model_len"]) == ("org/name", "demo", 9)
+    assert [card["id"] for card in (await get(server, "/v1/models"))["data"]] == [
+        "demo",
+        "org/name",
+    ]
+    changed(server, models=[], model="", ready=False, refuses="no decode worker")
     assert (await get(server, "/v1/models"))["data"] == []
     assert (await get(server, "/version"))["version"]
     assert (await get(server, "/"))["name"] == "slipstream"

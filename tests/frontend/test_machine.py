@@ -36,7 +36,6 @@ from slipstream.messages import (
     Failed,
     Hello,
     NodeInfo,
-    Peers,
     TextDelta,
     TextOut,
     TextPrompt,
@@ -44,7 +43,7 @@ from slipstream.messages import (
     Tokenized,
 )
 from slipstream.types import FinishReason, NodeId, Role, pack_tokens, unpack_tokens
-from tokenizer.machines import plain, submission
+from tokenizer.machines import peers, plain, submission
 
 T0, T1 = "tokenizer-0", "tokenizer-1"
 PATIENCE_S = FrontendSettings().recovery_wait_s
@@ -97,7 +96,7 @@ class Rig:
 
     def peers(self, *names: NodeId, ready: bool = True) -> None:
         nodes = [tokenizer(name) for name in names]
-        self.hear(SCHEDULER, Peers(nodes=nodes, ready=ready, reason="" if ready else "no worker"))
+        self.hear(SCHEDULER, peers(*nodes, missing="" if ready else "no worker"))
 
     def open(self, message: Tokenize | None = None) -> None:
         self.handle(Opened(message or submission("r")))

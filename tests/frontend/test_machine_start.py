@@ -1,33 +1,15 @@
-"""What the frontend reads of a model folder, and says when it starts."""
+"""What the frontend says when it starts."""
 
 from pathlib import Path
 
 import pytest
 
-from slipstream.config import StartError
-from slipstream.frontend.__main__ import default_sampling
 from slipstream.frontend.api_keys import ApiKey, add
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.machine import FrontendMachine, FrontendSettings
 from slipstream.frontend.service import FrontendService
 from slipstream.messages import NodeInfo
 from slipstream.types import Role
-
-
-def test_default_sampling(tmp_path: Path) -> None:
-    assert default_sampling("") == {}
-    assert default_sampling(str(tmp_path)) == {}
-    file = tmp_path / "generation_config.json"
-    file.write_text('{"temperature": 0.2, "top_p": 0.9, "top_k": -1, "eos_token_id": 2}')
-    assert default_sampling(str(tmp_path)) == {"temperature": 0.2, "top_p": 0.9, "top_k": -1}
-
-
-@pytest.mark.parametrize("content", ["{", '{"temperature": 3}', '{"top_k": 1.5}', '{"top_p": "x"}'])
-def test_defaults_that_nobody_could_be_served_with(tmp_path: Path, content: str) -> None:
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(StartError, match=r"generation_config\.json") as raised:
-        default_sampling(str(tmp_path))
-    assert raised.value.exit_code == 4
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ def test_buckets_tell_apart_what_vllms_cannot() -> None:
         assert list(edges) == sorted(set(edges))
 
 
+REQUESTS = {"queued": 3, "locating": 1, "prefilling": 2, "decoding": 5, "finishing": 7}
 LOAD = {
     SCHEDULER: {
         "requests_queued": 3,
@@ -175,7 +176,8 @@ LOAD = {
 
 def test_the_cluster_in_vllms_words() -> None:
     metrics = ClusterMetrics()
-    found = values(text(metrics.cluster(LOAD, LABELS)))
+    workers = {node_id: gauges for node_id, gauges in LOAD.items() if node_id != SCHEDULER}
+    found = values(text(metrics.cluster(workers, REQUESTS, LABELS)))
     assert found["vllm:num_requests_running"] == 2 + 5 - 3
     assert found["vllm:num_requests_waiting"] == 3 + 1 + 3
     assert found["vllm:kv_cache_usage_perc"] == 20 / 100
@@ -185,7 +187,7 @@ def test_the_cluster_in_vllms_words() -> None:
     assert found["vllm:external_prefix_cache_queries_total"] == 106
     assert found["vllm:external_prefix_cache_hits_total"] == 16
     assert found["vllm:num_preemptions_total"] == 2
-    empty = values(text(ClusterMetrics().cluster({}, LABELS)))
+    empty = values(text(ClusterMetrics().cluster({}, {}, LABELS)))
     assert (empty["vllm:kv_cache_usage_perc"], empty["vllm:num_requests_running"]) == (0, 0)
 
 

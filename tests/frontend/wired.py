@@ -31,7 +31,6 @@ from slipstream.messages import (
     SCHEDULER,
     AnyMessage,
     ChatPrompt,
-    Peers,
     Prompt,
     Resend,
     Resume,
@@ -46,7 +45,7 @@ from slipstream.messages import (
 from slipstream.tokenizer.machine import TokenizerMachine
 from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.types import FinishReason, NodeId, Role, unpack_tokens
-from tokenizer.machines import EOS, ByteCodec, ids, plain, span, worker
+from tokenizer.machines import EOS, ByteCodec, ids, peers, plain, span, worker
 
 FRONTEND, WORKER = "frontend-0", "decode-0"
 TOKENIZERS = ("tokenizer-0", "tokenizer-1")
@@ -94,7 +93,7 @@ class Cluster:
         match event:
             case PeerUp(peer, _):
                 known = [worker(), *(plain(name, Role.TOKENIZER) for name in TOKENIZERS)]
-                self.world.send(SCHEDULER, peer, Peers(nodes=known, ready=True))
+                self.world.send(SCHEDULER, peer, peers(*known))
             case PeerDown(peer):
                 for run in self.running.values():
                     if run.tokenizer == peer and run.orphan_s is None:

@@ -18,9 +18,16 @@ from slipstream.messages import (
     WorkerLoad,
 )
 from slipstream.scheduler.admission import TIMES_ALONE, Expected, too_late
-from slipstream.scheduler.decisions import ERRORS_MAX, LATE_FRESH_S, LATE_KNOWN
+from slipstream.scheduler.decisions import ERRORS_MAX
 from slipstream.scheduler.dispatcher import CAUTION
-from slipstream.scheduler.past import PACE_KNOWN_S, RATE_WINDOW_S, RETRY_AFTER_MAX_S, Past
+from slipstream.scheduler.lane import (
+    LATE_FRESH_S,
+    LATE_KNOWN,
+    PACE_KNOWN_S,
+    RATE_WINDOW_S,
+    RETRY_AFTER_MAX_S,
+    Pace,
+)
 from slipstream.scheduler.prices import KNOWN_WELL
 
 TARGET_S = 5.0
@@ -53,14 +60,23 @@ def test_no_target_no_refusal() -> None:
 
 
 def test_the_pace_is_of_the_time_since_all_places_are_taken() -> None:
-    past = Past()
+    pace = Pace()
     for number in range(8):
-        past.bury(f"r{number}", 1, None, 100.0 + number)
-    full = Problem(code=ErrorCode.QUEUE_FULL, message="Refused.")
-    past.bury("refused", 1, full, 107.0)
-    assert past.pace_per_s(100.0, 100.0 + PACE_KNOWN_S / 2) == math.inf
-    assert past.pace_per_s(103.0, 107.0) == pytest.approx((1 + 4) / 4)
-    assert past.pace_per_s(0.0, 107.0) == pytest.approx((1 + 8) / RATE_WINDOW_S)
+        pace.ended(100.0 + number)
+    assert pace.per_s(100.0, 100.0 + PACE_KNOWN_S / 2) == math.inf
+    assert pace.per_s(103.0, 107.0) == pytest.approx((1 + 4) / 4)
+    assert pace.per_s(0.0, 107.0) == pytest.approx((1 + 8) / RATE_WINDOW_S)
+
+
+def test_who_was_refused_says_nothing_of_the_pace() -> None:
+    rig = Rig(*WORKING)
+    rig.submit("a")
+    dispatcher = rig.machine.dispatcher
+    request = rig.machine.requests["a"]
+    dispatcher.ended(request, Problem(code=ErrorCode.QUEUE_FULL, message="Refused."), rig.now_s)
+    assert dispatcher.lane("fake").pace.retry_after_s(rig.now_s) == 5.0, "nothing is known"
+    dispatcher.ended(request, None, rig.now_s)
+    assert dispatcher.lane("fake").pace.retry_after_s(rig.now_s) == RATE_WINDOW_S
 
 
 COUNTS = "steps running waiting waiting_tokens blocks_free blocks_used blocks_cached blocks_leased"

@@ -184,7 +184,7 @@ def test_drawn_queues_are_placed_in_order_and_within_what_workers_hold(seed: int
         assert order == waiting[: len(order)]
         del waiting[: len(order)]
         assert desk.queued == waiting
-        for info in desk.fleet.workers():
+        for info in desk.fleet.workers("fake"):
             held = [request for request in desk.live if info.node_id in request.workers]
             blocks = sum(request.num_blocks for request in held)
             assert info.worker is not None and len(held) <= 3

@@ -88,8 +88,8 @@ def test_only_the_first_word_of_a_session_is_news() -> None:
 def test_a_foreign_model_takes_no_part() -> None:
     foreign = node("decode-1", kv_layout_id=FOREIGN, num_blocks=99)
     fleet = fleet_of(*WORKING, foreign)
-    assert [info.node_id for info in fleet.workers()] == ["prefill-0", "decode-0"]
-    assert fleet.largest_pool_blocks() == 16
+    assert [info.node_id for info in fleet.workers("fake")] == ["prefill-0", "decode-0"]
+    assert fleet.largest_pool_blocks("fake") == 16
     assert foreign in peers(fleet).nodes, "it is told who is there, and may drain"
 
 
@@ -98,16 +98,16 @@ def test_a_model_goes_with_its_last_worker() -> None:
     for name in ("decode-0", "decode-1"):
         fleet.down(name)
         say(fleet, node(name, kv_layout_id=FOREIGN))
-    assert [worker.node_id for worker in fleet.workers()] == ["decode-0", "decode-1"]
+    assert [worker.node_id for worker in fleet.workers("fake")] == ["decode-0", "decode-1"]
 
 
 def test_a_cluster_without_workers_takes_any_model() -> None:
     fleet = fleet_of(*WORKING)
     fleet.down("prefill-0")
     fleet.down("decode-0")
-    assert fleet.largest_pool_blocks() == 0
+    assert fleet.largest_pool_blocks("fake") == 0
     say(fleet, node("decode-1", kv_layout_id=FOREIGN))
-    assert [info.node_id for info in fleet.workers()] == ["decode-1"]
+    assert [info.node_id for info in fleet.workers("fake")] == ["decode-1"]
 
 
 def test_a_role_is_listed_by_name_without_those_that_drain() -> None:
@@ -123,11 +123,12 @@ def test_gauges_are_the_last_word_of_each_worker() -> None:
     load = WorkerLoad(**numbers, counters={"preemptions_total": 3.0})
     fleet.loaded("decode-0", load, 0.0)
     own = {"scheduler": {"nodes": 2.0}}
-    (told,) = fleet.tell_load(own)
+    requests = {"fake": {"queued": 3}}
+    (told,) = fleet.tell_load(own, requests)
     gauges = own | {"decode-0": {**numbers, "preemptions_total": 3.0}}
-    assert told == Send("frontend-0", ClusterLoad(gauges=gauges))
+    assert told == Send("frontend-0", ClusterLoad(gauges=gauges, requests=requests))
     fleet.down("decode-0")
-    assert fleet.tell_load(own) == [Send("frontend-0", ClusterLoad(gauges=own))]
+    assert fleet.tell_load(own, {}) == [Send("frontend-0", ClusterLoad(gauges=own))]
 
 
 def test_the_memory_of_the_gone_is_bounded() -> None:

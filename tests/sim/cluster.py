@@ -27,6 +27,7 @@ from slipstream.messages import (
     NodeInfo,
     TextDelta,
     Tokenize,
+    TokenizerInfo,
     TokenPrompt,
     WorkerInfo,
 )
@@ -50,6 +51,7 @@ from slipstream.types import (
     unpack_tokens,
 )
 
+WORKERS = Role.PREFILL, Role.DECODE
 MAX_MODEL_LEN = 256
 TIMEOUT_S = 300.0
 PAUSES_S = (0.3, 2.0, 4.0, 14.0)
@@ -83,6 +85,7 @@ class Client:
     """One HTTP request, and what its caller has seen of the answer."""
 
     request_id: str
+    model: str
     prompt: list[int]
     sampling: SamplingParams
     expected: list[int]
@@ -112,7 +115,7 @@ class Client:
     """As they were told: position, tokens, text."""
 
     @classmethod
-    def draw(cls, rng: Random, number: int, stems: list[list[int]]) -> "Client":
+    def draw(cls, rng: Random, number: int, stems: list[list[int]], model: str) -> "Client":
         prompt = random_prompt(rng, stems, longest=150)
         sampling = SamplingParams(
             max_tokens=rng.choice((1, 1, 2, 5, 12, 40)),
@@ -128,9 +131,9 @@ class Client:
         bad_words = ("no",) if number % 5 == 2 else ()
         bad_tokens = tuple(tuple(word.encode()) for word in bad_words)
         held = msgspec.structs.replace(sampling, grammar=grammar, bad_tokens=bad_tokens)
-        tokens, reason = right_answer(prompt, held)
+        tokens, reason = right_answer(prompt, held, model)
         expected, text, reason = _shown(prompt, tokens, reason, sampling)
-        client = cls(f"r{number}", prompt, sampling, expected, reason, text)
+        client = cls(f"r{number}", model, prompt, sampling, expected, reason, text)
         client.priority = rng.choice((0, 0, 0, -1, 3))
         if grammar:
             client.constraint = Constraint(kind=ConstraintKind.GRAMMAR, text=grammar)
@@ -154,6 +157,7 @@ class Client:
             prompt=TokenPrompt(tokens=pack_tokens(self.prompt)),
             sampling=self.sampling,
             timeout_s=max(0.0, self.opened_s + self.timeout_s - now_s),
+            model=self.model,
             priority=self.priority,
             constraint=self.constraint,
             bad_words=self.bad_words,
@@ -234,15 +238,17 @@ class Cluster:
         self.policy = rng.choice(
             ("cost", "cost", "cost", "prefix", "load", "random", "round-robin")
         )
+        self.models = ("fake", "other") if seed % 3 == 0 else ("fake",)
         self.layout = self._draw_layout()
         self.num_blocks = rng.choice((16, 16, 24, 64))
         self.offload_after_hits = rng.choice((None, 0, 1, 2))
         self.max_num_seqs = rng.choice((1, 3, 8))
         self.budget_tokens = rng.choice((16, 48, 256))
+        asked = Random(f"models {seed}")
         stems = [[rng.randrange(1, VOCAB) for _ in range(150)] for _ in range(rng.choice((1, 3)))]
         self.clients: dict[str, Client] = {}
         for number in range(rng.randrange(6, 24)):
-            client = Client.draw(rng, number, stems)
+            client = Client.draw(rng, number, stems, asked.choice(self.models))
             self.clients[client.request_id] = client
             stems.append(client.prompt + client.expected)  # a chat may go on
         for node_id in self.layout:
@@ -280,19 +286,24 @@ class Cluster:
         for role, choices in counts.items():
             for index in range(self.rng.choice(choices)):
                 layout[SCHEDULER if role is Role.SCHEDULER else f"{role}-{index}"] = role
+        for model in self.models[1:]:
+            layout |= {f"{role}-{model}": role for role in (Role.TOKENIZER, *WORKERS)}
         return layout
+
+    def _model_of(self, node_id: NodeId) -> str:
+        return next((model for model in self.models if node_id.endswith(f"-{model}")), "fake")
 
     # --- Processes --------------------------------------------------------------------------------
 
     def _start(self, node_id: NodeId) -> None:
         if node_id in self.world.processes:
             return
-        role = self.layout[node_id]
+        role, model = self.layout[node_id], self._model_of(node_id)
         worker = None
-        if role in (Role.PREFILL, Role.DECODE):
+        if role in WORKERS:
             worker = WorkerInfo(
-                model="fake",
-                kv_layout_id="fake/float32/l1",
+                model=model,
+                kv_layout_id=f"{model}/float32/l1",
                 num_blocks=self.num_blocks,
                 block_bytes=128,
                 max_model_len=MAX_MODEL_LEN,
@@ -302,7 +313,14 @@ class Cluster:
                 accept_decode=role is Role.DECODE or self.disaggregation == "never",
             )
         epoch = int((self.world.now_s + 1.0) * 1e9)
-        info = NodeInfo(node_id=node_id, role=role, epoch=epoch, address=node_id, worker=worker)
+        info = NodeInfo(
+            node_id=node_id,
+            role=role,
+            epoch=epoch,
+            address=node_id,
+            worker=worker,
+            tokenizer=TokenizerInfo(model=model) if role is Role.TOKENIZER else None,
+        )
         machine = self._machine(info)
         deliver = partial(self._deliver, node_id)
         Process(self.world, info, machine, _recorder(info, machine), deliver)

@@ -25,6 +25,11 @@ def _mix(previous: int, token: int) -> int:
     return ((previous ^ (token + 0x9E3779B9)) * 0x2545F4914F6CDD1D + 1) & _MASK
 
 
+def _first(model: str, adapter: str = "") -> int:
+    """What a chain begins with: another one for each model, with and without an adapter."""
+    return 1 + zlib.crc32(f"{model}@{adapter}".encode())
+
+
 def _sample(blocks: list[int], tail: list[int], params: SamplingParams, position: int) -> int:
     held_to = zlib.crc32(params.grammar.encode()), *params.bad_tokens
     key = (*blocks, *tail, params.seed, params.choice, position, *held_to)
@@ -48,7 +53,8 @@ def prompt_scores(prompt: list[int]) -> list[TokenLogprobs]:
 class Device:
     """One worker's memory and what its runner remembers of each request."""
 
-    def __init__(self, num_blocks: int):
+    def __init__(self, num_blocks: int, model: str):
+        self._model = model
         self.memory = [[0] * BLOCK_TOKENS for _ in range(num_blocks)]
         self._admitted: dict[tuple[RequestId, int], Admission] = {}
         self._tokens: dict[tuple[RequestId, int], list[int]] = {}
@@ -81,6 +87,7 @@ class Device:
             return RowOutput(*key, (), None, _scores(self._tokens[key], row)) if wanted else None
         admission, tokens = self._admitted[key], self._tokens[key]
         table = [self.memory[block] for block in row.block_ids]
+        first = _first(self._model, admission.adapter)
         inputs, at = row.tokens, row.start
         if row.after_previous:
             inputs, at = (tokens[-1],), len(tokens) - 1
@@ -88,7 +95,7 @@ class Device:
         elif row.sample:
             del tokens[admission.num_prompt + row.position :]
         for offset, token in enumerate(inputs):
-            _write(table, at + offset, token)
+            _write(table, at + offset, token, first)
         scores = _scores(tokens, row)
         if not row.sample:
             return RowOutput(*key, (), None, scores) if scores else None
@@ -101,18 +108,20 @@ class Device:
             if draft == row.drafts:
                 break
             right = hash((token, end)) % 3 != 0
-            _write(table, end, token if right else token + 1)  # proposed, computed all the same
+            _write(
+                table, end, token if right else token + 1, first
+            )  # proposed, computed all the same
             if not right:
                 break
         logprobs = None
         if admission.sampling.logprobs is not None:
-            first = len(tokens) - len(drawn) - admission.num_prompt
-            logprobs = tuple(_logprob(token, first + i) for i, token in enumerate(drawn))
+            before = len(tokens) - len(drawn) - admission.num_prompt
+            logprobs = tuple(_logprob(token, before + i) for i, token in enumerate(drawn))
         return RowOutput(*key, tuple(drawn), logprobs, scores, row.drafts)
 
 
-def _write(table: list[list[int]], at: int, token: int) -> None:
-    previous = table[(at - 1) // BLOCK_TOKENS][(at - 1) % BLOCK_TOKENS] if at else 1
+def _write(table: list[list[int]], at: int, token: int, first: int) -> None:
+    previous = table[(at - 1) // BLOCK_TOKENS][(at - 1) % BLOCK_TOKENS] if at else first
     table[at // BLOCK_TOKENS][at % BLOCK_TOKENS] = _mix(previous, token)
 
 
@@ -122,11 +131,13 @@ def _draw(table: list[list[int]], end: int, admission: Admission, position: int)
     return _sample(blocks, table[full][:rest] if rest else [], admission.sampling, position)
 
 
-def right_answer(prompt: list[int], params: SamplingParams) -> tuple[list[int], FinishReason]:
+def right_answer(
+    prompt: list[int], params: SamplingParams, model: str, adapter: str = ""
+) -> tuple[list[int], FinishReason]:
     """What one undisturbed machine would have generated."""
     blocks: list[int] = []
     tail: list[int] = []
-    previous = 1
+    previous = _first(model, adapter)
     output: list[int] = []
     pending = prompt
     while True:

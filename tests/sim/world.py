@@ -132,7 +132,9 @@ class Process:
         checked = Checked(machine, spans, self._note)
         scheduler = None if info.role is Role.SCHEDULER else (SCHEDULER, SCHEDULER)
         self.node = Node(info, checked, scheduler)
-        self.device = Device(info.worker.num_blocks) if info.worker is not None else None
+        self.device = (
+            Device(info.worker.num_blocks, info.model) if info.worker is not None else None
+        )
         self.tier = Tier(self)
         self._steps: deque[m.BatchPlan] = deque()
         """Given to the device, the first one is computed."""

@@ -22,11 +22,13 @@ from slipstream.messages import (
     INBOXES,
     SCHEDULER,
     AnyMessage,
+    ModelState,
     NodeInfo,
     Peers,
     TextOut,
     TextPrompt,
     Tokenize,
+    TokenizerInfo,
     TokensOut,
     TokenSpan,
     WorkerInfo,
@@ -58,7 +60,7 @@ def ids(text: str) -> list[int]:
 
 def worker(node_id: NodeId = "decode-0", max_model_len: int = MAX_MODEL_LEN) -> NodeInfo:
     info = WorkerInfo(
-        model="bytes",
+        model=MODEL,
         kv_layout_id="layout",
         num_blocks=64,
         block_bytes=64,
@@ -71,8 +73,18 @@ def worker(node_id: NodeId = "decode-0", max_model_len: int = MAX_MODEL_LEN) -> 
     return NodeInfo(node_id=node_id, role=Role.DECODE, epoch=1, address="a", worker=info)
 
 
+MODEL = "bytes"
+
+
 def plain(node_id: NodeId, role: Role, epoch: int = 1) -> NodeInfo:
-    return NodeInfo(node_id=node_id, role=role, epoch=epoch, address=node_id)
+    knows = TokenizerInfo(model=MODEL) if role is Role.TOKENIZER else None
+    return NodeInfo(node_id=node_id, role=role, epoch=epoch, address=node_id, tokenizer=knows)
+
+
+def peers(*nodes: NodeInfo, missing: str = "") -> Peers:
+    """What the scheduler says of a cluster that serves one model."""
+    state = ModelState(name=MODEL, missing=missing)
+    return Peers(nodes=list(nodes), ready=not missing, reason=missing, models=[state])
 
 
 def submission(
@@ -91,6 +103,7 @@ def submission(
         prompt=TextPrompt(text=prompt),
         sampling=msgspec.convert(params, SamplingParams),
         timeout_s=timeout_s,
+        model=MODEL,
         attempt=attempt,
         accepted=pack_tokens(list(accepted)),
         clamp_max_tokens=clamp,

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
+
 from slipstream.core.machine import Event, Received, Started, TimerFired
 from slipstream.core.prefix import HASH_BYTES
 from slipstream.messages import (
@@ -24,6 +26,7 @@ from slipstream.messages import (
     StepSample,
     StreamEnded,
     Submit,
+    TokenizerInfo,
     TransferSample,
     WorkerInfo,
     WorkerLoad,
@@ -34,7 +37,7 @@ from slipstream.scheduler.policy import place
 from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import NodeId, Role, SamplingParams
 
-TOKENIZER, INDEX = "tokenizer-0", "kvindex-0"
+TOKENIZER, INDEX, MODEL = "tokenizer-0", "kvindex-0", "m"
 PROMPT_TOKENS = 8000
 HASHES = random.Random(1).randbytes(PROMPT_TOKENS // 16 * HASH_BYTES)
 
@@ -52,7 +55,9 @@ class Cluster:
         self.machine, self.draw = SchedulerMachine(node, settings), draw
         self.workers = [_worker(number) for number in range(workers)]
         self.give(Started())
-        for other in (_node(TOKENIZER, Role.TOKENIZER), _node(INDEX, Role.KVINDEX), *self.workers):
+        tokenizer = _node(TOKENIZER, Role.TOKENIZER)
+        tokenizer = msgspec.structs.replace(tokenizer, tokenizer=TokenizerInfo(model=MODEL))
+        for other in (tokenizer, _node(INDEX, Role.KVINDEX), *self.workers):
             self.give(Received(other.node_id, Hello(node=other)))
         self.give(TimerFired("recovered"))
         for each in self.workers:
@@ -76,6 +81,7 @@ class Cluster:
             prompt=bytes(4 * PROMPT_TOKENS),
             sampling=SamplingParams(max_tokens=300, seed=1),
             timeout_s=600.0,
+            model=MODEL,
             block_hashes=HASHES,
         )
         self.give(Received(TOKENIZER, submit))
@@ -112,7 +118,7 @@ def _node(node_id: NodeId, role: Role, worker: WorkerInfo | None = None) -> Node
 def _worker(number: int) -> NodeInfo:
     role = Role.PREFILL if number % 4 == 0 else Role.DECODE
     info = WorkerInfo(
-        model="m",
+        model=MODEL,
         kv_layout_id="m/bfloat16/l1",
         num_blocks=50_000,
         block_bytes=1 << 21,

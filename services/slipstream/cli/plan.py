@@ -193,7 +193,7 @@ def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:
     config = layout.config
     model = {"model": str(layout.model), "served_model_name": layout.model_name}
     if role is Role.FRONTEND:
-        return {"host": config.host, "port": str(config.port + index), **model}
+        return {"host": config.host, "port": str(config.port + index)}
     if role is Role.TOKENIZER:
         return model
     if role in _WORKERS:

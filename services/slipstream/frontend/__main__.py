@@ -17,7 +17,6 @@ from slipstream.runtime.redis_url import require_url
 from slipstream.runtime.shell import run_service
 from slipstream.runtime.wall import wall_offset_ns
 
-
 CUT_S = 3.0
 """For the clients of requests that the end of the drain has cut to read why."""
 

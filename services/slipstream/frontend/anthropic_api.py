@@ -25,9 +25,7 @@ _count_decoder = msgspec.json.Decoder(CountTokensRequest)
 async def messages(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     body = await validate.read_json(request, _decoder)
-    status = context.gateway.status()
-    validate.check_ready(status)
-    validate.check_model(body.model, status)
+    status = calls.asked(request, context, body.model)
     asked = read(body)
     fields = asked.fields | sampling_fields(body)
     with naming(NAMES, asked.origins):
@@ -68,9 +66,7 @@ async def _events(
 async def count_tokens(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     body = await validate.read_json(request, _count_decoder)
-    status = context.gateway.status()
-    validate.check_ready(status)
-    validate.check_model(body.model, status)
+    status = calls.asked(request, context, body.model)
     asked = read(body)
     with naming(NAMES, asked.origins):
         count = await count_chat_tokens(request, context, asked.fields, status)

@@ -45,8 +45,7 @@ _FIRST = ChatDelta(role="assistant", content="")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     body = await validate.read_json(request, _decoder)
-    status = context.gateway.status()
-    validate.check_ready(status)
+    status = calls.asked(request, context, body.model)
     call = chat_call(request, context, body, status)
     top = body.top_logprobs or 0
     with Answers(context.gateway, call, context.journal) as answers:
@@ -64,7 +63,6 @@ def chat_call(
     prefix: str = "chatcmpl-",
 ) -> Call:
     """ApiError for what is not to be served."""
-    validate.check_model(body.model, status)
     n = sampling.choices(body.n, context.limits)
     validate.check_served(body, n)
     wanted = sampling.wanted_tokens(body, body.max_completion_tokens, status)
@@ -72,13 +70,12 @@ def chat_call(
     params = sampling.sampling(
         body,
         status,
-        context.default_sampling,
         max_tokens=wanted or max(status.max_model_len, 1),
         logprobs=top if body.logprobs else None,
     )
     prompt = _prompt(body, context)
     return calls.new_call(
-        *(request, context, body, prefix, [prompt], n, params),
+        *(request, context, body, status, prefix, [prompt], n, params),
         clamp=wanted is None,
         parse=True,
         forced=prompt.tool_choice.startswith("="),

@@ -42,14 +42,15 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 async def completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     body = await validate.read_json(request, _decoder)
-    status = context.gateway.status()
-    validate.check_ready(status)
+    status = calls.asked(request, context, body.model)
     call, asked = _call(request, context, body, status)
     shown = Shown(bool(body.echo), body.max_tokens != 0, body.prompt_logprobs is not None)
     heads = [""] * len(call.submissions)
     if shown.echo:
         heads = [
-            text for prompt in asked for text in [await _text(context.gateway, prompt)] * call.n
+            text
+            for prompt in asked
+            for text in [await _text(context.gateway, prompt, call.model)] * call.n
         ]
     with Answers(context.gateway, call, context.journal) as answers:
         if not call.stream:
@@ -91,7 +92,6 @@ class Shown(NamedTuple):
 def _call(
     request: web.Request, context: Context, body: CompletionRequest, status: ClusterStatus
 ) -> tuple[Call, Sequence[TextPrompt | TokenPrompt]]:
-    validate.check_model(body.model, status)
     n = sampling.choices(body.n, context.limits)
     validate.check_served(body, n)
     special = body.add_special_tokens
@@ -102,7 +102,6 @@ def _call(
     params = sampling.sampling(
         body,
         status,
-        context.default_sampling,
         max_tokens=MAX_TOKENS if wanted is None else max(1, wanted),
         logprobs=body.logprobs,
     )
@@ -111,13 +110,14 @@ def _call(
         params = msgspec.structs.replace(params, prompt_logprobs=most)
     # Our default of 16 is no reason to refuse a prompt that leaves room for fewer.
     clamp = wanted is None
-    return calls.new_call(request, context, body, "cmpl-", asked, n, params, clamp=clamp), asked
+    given = request, context, body, status
+    return calls.new_call(*given, "cmpl-", asked, n, params, clamp=clamp), asked
 
 
-async def _text(gateway: Gateway, prompt: TextPrompt | TokenPrompt) -> str:
+async def _text(gateway: Gateway, prompt: TextPrompt | TokenPrompt, model: str) -> str:
     if isinstance(prompt, TextPrompt):
         return prompt.text
-    decoded = await gateway.codec(None, prompt.tokens)
+    decoded = await gateway.codec(None, prompt.tokens, model)
     if decoded.problem is not None:
         raise ApiError(decoded.problem)
     return decoded.text

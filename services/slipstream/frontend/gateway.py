@@ -19,6 +19,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     root: str
     """The model itself: another name for an alias."""
+    reason: str = ""
+    """Why it cannot be served now."""
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,11 +7,19 @@ from aiohttp import web
 
 from slipstream.core.machine import DeliverCodec
 from slipstream.errors import ErrorCode
-from slipstream.frontend import validate
+from slipstream.frontend import gateway, validate
 from slipstream.frontend.calls import json_response
 from slipstream.frontend.context import CONTEXT, Context
 from slipstream.frontend.gateway import ClusterStatus
-from slipstream.frontend.info_shapes import Alive, Index, NodeOut, Readiness, Version, WorkerOut
+from slipstream.frontend.info_shapes import (
+    Alive,
+    Index,
+    ModelOut,
+    NodeOut,
+    Readiness,
+    Version,
+    WorkerOut,
+)
 from slipstream.frontend.messages_in import chat_messages, template_args, token_ids
 from slipstream.frontend.openai import (
     DetokenizeReply,
@@ -31,33 +39,35 @@ _tokenize = msgspec.json.Decoder(TokenizeRequest)
 _detokenize = msgspec.json.Decoder(DetokenizeRequest)
 
 
-def _card(context: Context, status: ClusterStatus) -> ModelCard:
+def _card(context: Context, card: gateway.ModelCard) -> ModelCard:
     return ModelCard(
-        id=status.model,
+        id=card.name,
         created=context.started_unix_s,
-        root=status.model,
-        max_model_len=status.max_model_len,
+        root=card.root,
+        max_model_len=card.max_model_len,
     )
 
 
 async def models(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
-    status = context.gateway.status()
-    return json_response(ModelList(data=[_card(context, status)] if status.model else []))
+    cards = context.gateway.status().models
+    return json_response(ModelList(data=[_card(context, card) for card in cards]))
 
 
 async def model(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
-    status = context.gateway.status()
-    validate.check_model(request.match_info["model"], status)
-    return json_response(_card(context, status))
+    name = request.match_info["model"]
+    status = context.gateway.status(name)
+    validate.check_model(name, status)
+    (card,) = (card for card in status.models if card.name == name)
+    return json_response(_card(context, card))
 
 
 async def tokenize(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     body = await validate.read_json(request, _tokenize)
     status = _asked(context, body.model)
-    coded = await context.gateway.codec(_prompt(body, context), b"")
+    coded = await context.gateway.codec(_prompt(body, context), b"", status.model)
     _check(coded)
     tokens = unpack_tokens(coded.tokens)
     return json_response(
@@ -93,13 +103,15 @@ async def detokenize(request: web.Request) -> web.Response:
     status = _asked(context, body.model)
     if not body.tokens:
         return json_response(DetokenizeReply(prompt=""))
-    coded = await context.gateway.codec(None, token_ids(body.tokens, "tokens", status))
+    tokens = token_ids(body.tokens, "tokens", status)
+    coded = await context.gateway.codec(None, tokens, status.model)
     _check(coded)
     return json_response(DetokenizeReply(prompt=coded.text))
 
 
 def _asked(context: Context, name: str | None) -> ClusterStatus:
-    status = context.gateway.status()
+    """Who names no model means the first one."""
+    status = context.gateway.status(name or "")
     validate.check_ready(status)
     if name is not None:
         validate.check_model(name, status)
@@ -118,7 +130,10 @@ async def live(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """A request can be served now, or 503 with what is missing."""
-    status = request.app[CONTEXT].gateway.status()
+    named = request.query.get("model", "")
+    status = request.app[CONTEXT].gateway.status(named)
+    if named:
+        validate.check_model(named, status)
     serving = status.ready and not status.draining
     word = "draining" if status.draining else "ready" if status.ready else "not_ready"
     said = Readiness(
@@ -126,6 +141,10 @@ async def ready(request: web.Request) -> web.Response:
         reason=status.reason,
         model=status.model,
         max_model_len=status.max_model_len,
+        models=[
+            ModelOut(name=card.name, ready=not card.reason, reason=card.reason)
+            for card in status.models
+        ],
         nodes=[_node(node) for node in status.nodes],
     )
     response = json_response(said, 200 if serving else 503)

@@ -31,8 +31,16 @@ class NodeOut(msgspec.Struct, kw_only=True):
     worker: WorkerOut | None
 
 
+class ModelOut(msgspec.Struct, kw_only=True):
+    name: str
+    ready: bool
+    reason: str
+    """What is missing."""
+
+
 class Readiness(msgspec.Struct, kw_only=True):
-    """With 200 if a request can be served now, else with 503."""
+    """With 200 if a request can be served now, else with 503: one for some model, or for the one
+    that `?model=` names."""
 
     status: str
     """ready, not_ready or draining."""
@@ -40,4 +48,5 @@ class Readiness(msgspec.Struct, kw_only=True):
     """What is missing."""
     model: str
     max_model_len: int
+    models: list[ModelOut]
     nodes: list[NodeOut]

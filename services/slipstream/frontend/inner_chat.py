@@ -45,7 +45,7 @@ async def count_chat_tokens(
 ) -> int:
     """Tokens of the prompt that such a chat would have."""
     call = chat(request, context, fields, status, "count_")
-    coded = await context.gateway.codec(call.submissions[0].prompt, b"")
+    coded = await context.gateway.codec(call.submissions[0].prompt, b"", call.model)
     if coded.problem is not None:
         raise ApiError(coded.problem)
     return count_tokens(coded.tokens)

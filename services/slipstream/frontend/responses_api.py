@@ -41,9 +41,7 @@ _count_decoder = msgspec.json.Decoder(InputTokensRequest)
 async def responses(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     body = await validate.read_json(request, _decoder)
-    status = context.gateway.status()
-    validate.check_ready(status)
-    validate.check_model(body.model, status)
+    status = calls.asked(request, context, body.model)
     own = _own(request)
     asked = await read(body, own, context.limits.max_body_bytes)
     with naming(NAMES, asked.origins):
@@ -185,9 +183,7 @@ async def input_items(request: web.Request) -> web.Response:
 async def input_tokens(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     body = await validate.read_json(request, _count_decoder)
-    status = context.gateway.status()
-    validate.check_ready(status)
-    validate.check_model(body.model, status)
+    status = calls.asked(request, context, body.model)
     asked = await read(body, _own(request), context.limits.max_body_bytes)
     fields = {
         "model": body.model,

@@ -1,7 +1,6 @@
 """Sampling parameters of a body: within their ranges, or refused by name."""
 
 import random
-from collections.abc import Mapping
 
 from slipstream.errors import ErrorCode
 from slipstream.frontend.gateway import ClusterStatus
@@ -67,16 +66,15 @@ def wanted_tokens(
 def sampling(
     body: Generate,
     status: ClusterStatus,
-    defaults: Mapping[str, float],
     *,
     max_tokens: int,
     logprobs: int | None,
 ) -> SamplingParams:
-    """Sampling parameters of the first choice. `defaults` stand where the client says nothing."""
+    """Sampling parameters of the first choice; where the client says nothing, the model's."""
 
     def given(name: str, otherwise: float) -> float:
         value = getattr(body, name)
-        return defaults.get(name, otherwise) if value is None else value
+        return status.sampling.get(name, otherwise) if value is None else value
 
     top_k = int(given("top_k", 0))
     min_tokens = body.min_tokens or 0

@@ -83,6 +83,7 @@ class FrontendService:
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
+        self._watching = asyncio.create_task(self._routes.watch())
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._host, self.port).start()
@@ -93,7 +94,6 @@ class FrontendService:
         _log.info("HTTP on %s:%d", self._host, self.port)
         if not self._asks_for_keys and not is_loopback(self._host):
             _log.warning("whoever reaches %s may ask: no --api-keys-file is given", self._host)
-        self._watching = asyncio.create_task(self._routes.watch())
 
     def execute(self, effect: Effect) -> None:
         match effect:
@@ -140,17 +140,23 @@ class FrontendService:
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
             sampling=model.sampling,
-            models=self._cards(known),
+            models=self._cards(known, now_s),
             nodes=list(membership.nodes.values()),
             retry_after_s=machine.settings.retry_after_s,
             running=self._summed("running"),
             waiting=self._summed("waiting"),
         )
 
-    def _cards(self, known: Mapping[str, Known]) -> list[ModelCard]:
+    def _cards(self, known: Mapping[str, Known], now_s: float) -> list[ModelCard]:
         """The models, then the other names of those that are there."""
+        missing = self._machine.patience.missing
         cards = {
-            name: ModelCard(name=name, max_model_len=model.max_model_len, root=name)
+            name: ModelCard(
+                name=name,
+                max_model_len=model.max_model_len,
+                root=name,
+                reason=missing(now_s, name),
+            )
             for name, model in known.items()
         }
         for alias, weights in self._routes.now.alias.items():
@@ -158,7 +164,13 @@ class FrontendService:
             if alias not in cards and there:
                 first = max(there, key=lambda name: weights[name])
                 length = min(known[name].max_model_len for name in there)
-                cards[alias] = ModelCard(name=alias, max_model_len=length, root=first)
+                reasons = [cards[name].reason for name in there]
+                cards[alias] = ModelCard(
+                    name=alias,
+                    max_model_len=length,
+                    root=first,
+                    reason=reasons[0] if all(reasons) else "",
+                )
         return list(cards.values())
 
     def open(

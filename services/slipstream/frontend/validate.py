@@ -24,6 +24,8 @@ TIMEOUT_MAX_S = 86_400.0
 SALT_CHARS_MAX = 128
 DEPTH_MAX = 128
 """Of schemas."""
+NAMES_SHOWN = 8
+"""Of models, in a message."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,9 +140,11 @@ def check_ready(status: ClusterStatus) -> None:
 def check_model(model: str, status: ClusterStatus) -> None:
     if not model:
         refuse("model is empty; GET /v1/models lists what is served.", "model")
-    if model != status.model:
+    if not status.model:
+        names = ", ".join(shown(card.name) for card in status.models[:NAMES_SHOWN])
+        more = ", … (GET /v1/models)" if len(status.models) > NAMES_SHOWN else ""
         refuse(
-            f"The model {shown(model)} does not exist. Served here: {shown(status.model)}.",
+            f"The model {shown(model)} does not exist. Served here: {names}{more}.",
             "model",
             ErrorCode.MODEL_NOT_FOUND,
         )

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from slipstream.config import SetupError, WorkerConfig
 from slipstream.core.machine import Closed, Deliver, Effect, Opened
 from slipstream.core.worker import WorkerMachine, WorkerSettings
@@ -25,7 +27,7 @@ from slipstream.frontend.gateway import StreamItem
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.settings import FrontendSettings
 from slipstream.kv.choice import Transports
-from slipstream.messages import SCHEDULER, NodeInfo, Tokenize, WorkerInfo
+from slipstream.messages import SCHEDULER, NodeInfo, Tokenize, TokenizerInfo, WorkerInfo
 from slipstream.offline.process import Network, Process
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.settings import SchedulerSettings
@@ -54,6 +56,7 @@ class Cluster:
         model = read_model(config.model, config.model_impl, config.load_format == "dummy")
         plan = plan_of(config, model)
         self.codec = TokenizerCodec(Path(config.model))
+        self.model = Path(config.model).name
         # What is left on a GPU shows when the model is there; on a CPU the pool comes first.
         self._runner = load_runner(config, plan, plan.device)
         room = room_of(config, plan, self._runner)
@@ -90,7 +93,7 @@ class Cluster:
         config, model = self._config, self._model
         header = self._segment.header
         worker = WorkerInfo(
-            model=Path(config.model).name,
+            model=self.model,
             kv_layout_id=header.kv_layout_id,
             num_blocks=header.num_blocks,
             block_bytes=header.block_bytes,
@@ -121,7 +124,8 @@ class Cluster:
     def _start_tokenizer(self, network: Network) -> tuple[Process, EncodeExecutor]:
         folder = Path(self._config.model)
         vocab_size, eos_token_ids = read_logits(folder)
-        info = _info("tokenizer-0", Role.TOKENIZER)
+        knows = TokenizerInfo(model=self.model)
+        info = msgspec.structs.replace(_info("tokenizer-0", Role.TOKENIZER), tokenizer=knows)
         settings = TokenizerSettings(eos_token_ids=eos_token_ids, max_streams=2 * OPEN_MAX)
         machine = TokenizerMachine(info, settings, self.codec)
         grammars = GrammarCheck(folder, vocab_size or self.codec.vocab_size, eos_token_ids)

@@ -193,6 +193,7 @@ class LLM:
             prompt=TokenPrompt(tokens=pack_tokens(tokens)),
             sampling=params.wire(self._cluster.max_model_len, seed=seed),
             timeout_s=LONGEST_S,
+            model=self._cluster.model,
             clamp_max_tokens=params.max_tokens is None,
             constraint=params.constraint(),
             bad_words=tuple(params.bad_words),

@@ -109,7 +109,8 @@ class Dispatcher:
 
     def _views(self, lane: Lane) -> tuple[list[WorkerView], list[WorkerView]]:
         """Workers of its model, and the others."""
-        own, others = [], []
+        own: list[WorkerView] = []
+        others: list[WorkerView] = []
         for view in self.ledger.views.values():
             (own if view.worker.model == lane.model else others).append(view)
         return own, others

@@ -11,7 +11,7 @@ import msgspec
 from slipstream.core.machine import Effect, Event, Machine, PeerUp, Send, Started
 from slipstream.core.worker import WorkerMachine, WorkerSettings
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
-from slipstream.messages import SCHEDULER, Decode, NodeInfo, WorkerInfo
+from slipstream.messages import SCHEDULER, Decode, NodeInfo, TokenizerInfo, WorkerInfo
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.policy import Disaggregation, Policy
 from slipstream.scheduler.settings import SchedulerSettings
@@ -86,7 +86,8 @@ class Cluster:
         self.scheduler = TimedScheduler(
             SchedulerMachine(_node(SCHEDULER, Role.SCHEDULER), scheduler_settings(run))
         )
-        node = _node("tokenizer-0", Role.TOKENIZER)
+        knows = TokenizerInfo(model=hardware.model)
+        node = msgspec.structs.replace(_node("tokenizer-0", Role.TOKENIZER), tokenizer=knows)
         timed = [
             msgspec.structs.replace(request, arrival_s=request.arrival_s + START_S)
             for request in scaled(requests, run.rate_scale)

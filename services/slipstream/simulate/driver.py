@@ -74,7 +74,7 @@ class Driver:
         limits: Limits,
         timeout_s: float,
     ):
-        self.membership = Membership(node)
+        self.membership, self._model = Membership(node), node.model
         self.streams = [Stream(request) for request in requests]
         self.gaps_s = array("d")
         self.open = len(self.streams)
@@ -120,6 +120,7 @@ class Driver:
             accepted=stream.accepted,
             sampling=SamplingParams(max_tokens=request.output_tokens, seed=number, ignore_eos=True),
             timeout_s=max(0.0, request.arrival_s + self._timeout_s - now_s),
+            model=self._model,
             block_hashes=self._prompts.hashes(request),
         )
         return [Send(SCHEDULER, submit)]

@@ -293,6 +293,8 @@ HTTP = {
     "slipstream_key_requests_total": "POST requests let in, by API key.",
     "slipstream_key_tokens_total": "Tokens of prompts and answers, by API key.",
     "slipstream_key_refused_total": "Requests over the limits of their API key.",
+    "slipstream_shadow_requests_total": "Copies of requests that a model computed to be looked"
+    " at, by how they ended.",
     "slipstream_slow_readers_cut_total": "Connections closed because their client did not read.",
 }
 """Of a frontend's shell, by full name; so is VLLM."""

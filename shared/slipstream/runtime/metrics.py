@@ -85,6 +85,17 @@ def families(
     return [found[name] for name in sorted(found)]
 
 
+def merged(families: Iterable[Metric]) -> list[Metric]:
+    """Of each name one family, with the samples of all."""
+    found: dict[str, Metric] = {}
+    for family in families:
+        if family.name in found:
+            found[family.name].samples += family.samples
+        else:
+            found[family.name] = family
+    return list(found.values())
+
+
 @lru_cache
 def _zeros(*kinds: str) -> dict[str, float]:
     return {key: 0.0 for kind in kinds for key in KINDS[kind][0] if key.endswith("_total")}
