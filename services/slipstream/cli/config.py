@@ -47,9 +47,13 @@ from slipstream.scheduler.config import (
     check_otlp_endpoint,
 )
 from slipstream.tokenizer.config import ReasoningFormat, ToolFormat
+from slipstream.types import Role
 
 Count = Annotated[int, Meta(ge=1, le=64)]
 WorkerCount = Annotated[int, Meta(ge=0, le=64)]
+
+
+_ORDER = Role.SCHEDULER, Role.KVINDEX, Role.TOKENIZER, Role.FRONTEND, Role.PREFILL, Role.DECODE
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,6 +118,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = 5
     redis_url: RedisUrl = ""
     journal_ttl_s: JournalTtl = 120.0
+    join: Annotated[
+        str,
+        Meta(
+            description="Serve one more model in a cluster that runs on this machine: its run "
+            "directory, or auto for the only one. Starts tokenizers and workers; --host and --port "
+            "name a frontend that is there."
+        ),
+    ] = ""
     run_dir: Annotated[
         str,
         Meta(description="Folder under which the private run directory is made; empty: temporary."),
@@ -154,6 +166,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         check_otlp_endpoint(self.otlp_endpoint)
         check_offload(self.offload_disk_bytes, self.offload_dir)
         check_ranks(self.tensor_parallel_size, bool(self.offload_host_bytes or self.offload_dir))
+        if self.join and self.run_dir:
+            raise ValueError("--join names the run directory; leave --run-dir out")
         if self.port + self.frontend - 1 > 65535:
             raise ValueError(f"--port {self.port}: no room for --frontend {self.frontend}")
         if not self.metrics_port:
@@ -172,6 +186,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def num_services(self) -> int:
         """Processes of ours; Redis is none."""
-        scheduler = 1
-        workers = self.prefill + self.decode
-        return scheduler + self.kvindex + self.tokenizer + self.frontend + workers
+        return sum(self.counts.values())
+
+    @property
+    def counts(self) -> dict[Role, int]:
+        """Processes of each role, in the order in which they are started."""
+        shared = {Role.SCHEDULER: 1, Role.KVINDEX: self.kvindex, Role.FRONTEND: self.frontend}
+        own = {Role.TOKENIZER: self.tokenizer, Role.PREFILL: self.prefill, Role.DECODE: self.decode}
+        counts = own if self.join else shared | own
+        return {role: counts[role] for role in _ORDER if role in counts}

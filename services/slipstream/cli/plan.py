@@ -1,6 +1,7 @@
 """Which processes `slipstream serve` starts, with which arguments. Starts nothing."""
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -17,6 +18,9 @@ from slipstream.kv.cuda_driver import count_gpus
 from slipstream.types import Role
 
 REDIS = "redis"
+NAME_CHARS_MAX = 24
+"""Of a model's, in the name of a process: paths of sockets are short."""
+_OTHERS = re.compile(r"[^A-Za-z0-9._]")
 _NEVER_INHERITED = (
     "node_id",
     "listen",
@@ -76,22 +80,20 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def private_redis(self) -> bool:
-        return not self.config.redis_url and self.config.kvindex > 0
+        return not self.config.redis_url and self.config.counts.get(Role.KVINDEX, 0) > 0
+
+    def node_id(self, role: Role, index: int) -> str:
+        """Among those of a cluster that runs already, with the model's name in it."""
+        if not self.config.join:
+            return f"{role}-{index}"
+        return f"{role}-{_OTHERS.sub('_', self.model_name)[:NAME_CHARS_MAX]}-{index}"
 
 
 def plan(layout: Layout) -> list[ChildSpec]:
     """All children, in the order in which they are started."""
-    counts = {
-        Role.SCHEDULER: 1,
-        Role.KVINDEX: layout.config.kvindex,
-        Role.TOKENIZER: layout.config.tokenizer,
-        Role.FRONTEND: layout.config.frontend,
-        Role.PREFILL: layout.config.prefill,
-        Role.DECODE: layout.config.decode,
-    }
     children = [redis_child(layout)] if layout.private_redis else []
     position = 0
-    for role, count in counts.items():
+    for role, count in layout.config.counts.items():
         for index in range(count):
             children.append(_service(layout, role, index, position))
             position += 1
@@ -153,8 +155,9 @@ def redis_binary(name: str, environ: Mapping[str, str]) -> str:
 
 def _service(layout: Layout, role: Role, index: int, position: int) -> ChildSpec:
     config = layout.config
+    node_id = layout.node_id(role, index)
     settings = {
-        "node_id": f"{role}-{index}",
+        "node_id": node_id,
         "run_dir": str(layout.run_dir),
         **_role_settings(layout, role, index),
     }
@@ -184,9 +187,7 @@ def _service(layout: Layout, role: Role, index: int, position: int) -> ChildSpec
     if role in _WORKERS:
         env = _WORKER_ENV | env
     command = (sys.executable, "-P", "-m", "slipstream.cli.main", str(role), *flags)
-    return ChildSpec(
-        node_id=f"{role}-{index}", role=str(role), argv=command, env=env, flags=tuple(flags)
-    )
+    return ChildSpec(node_id=node_id, role=str(role), argv=command, env=env, flags=tuple(flags))
 
 
 def _role_settings(layout: Layout, role: Role, index: int) -> dict[str, str]:

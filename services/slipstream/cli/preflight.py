@@ -62,6 +62,10 @@ def _check(config: ServiceConfig, env: Mapping[str, str]) -> None:
         from slipstream.frontend.api_keys import read
 
         read(config.api_keys_file)
+    if isinstance(config, FrontendConfig) and config.routes_file:
+        from slipstream.frontend import routes
+
+        routes.read(config.routes_file)
     if isinstance(config, KvIndexConfig):
         from slipstream.runtime.redis_url import require_url
 

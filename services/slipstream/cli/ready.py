@@ -5,6 +5,7 @@ import http.client
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -51,13 +52,13 @@ def reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def ask(host: str, port: int) -> Answer:
-    """One question to one frontend; blocks for up to two seconds."""
+def ask(host: str, port: int, model: str = "") -> Answer:
+    """One question to one frontend, of one model if it is named; blocks for up to two seconds."""
     connection = http.client.HTTPConnection(
         _ANY_ADDRESS.get(host, host), port, timeout=_ASK_TIMEOUT_S
     )
     try:
-        connection.request("GET", "/readyz")
+        connection.request("GET", "/readyz" + (f"?model={quote(model)}" if model else ""))
         response = connection.getresponse()
         body = msgspec.json.decode(response.read(), type=Readyz)
         return Answer(response.status == http.client.OK, body)
@@ -70,14 +71,18 @@ def ask(host: str, port: int) -> Answer:
 
 
 async def until_ready(
-    host: str, ports: Sequence[int], expected: Collection[str], phase: Callable[[str], None]
+    host: str,
+    ports: Sequence[int],
+    model: str,
+    expected: Collection[str],
+    phase: Callable[[str], None],
 ) -> Readyz:
-    """Waits until every frontend is ready and sees all of `expected`; calls `phase` with what is
-    missing."""
+    """Waits until every frontend can serve the model and sees all of `expected`; calls `phase` with
+    what is missing."""
     last = Readyz()
     for index, port in enumerate(ports):
         while True:
-            answer = await asyncio.to_thread(ask, host, port)
+            answer = await asyncio.to_thread(ask, host, port, model)
             if answer.ready and answer.body is not None and not _absent(answer.body, expected):
                 last = answer.body
                 break
@@ -101,7 +106,7 @@ def _absent(body: Readyz, expected: Collection[str]) -> list[str]:
 
 def ready_block(
     readyz: Readyz, *, url: str, model: str, folder: str, pids: Mapping[str, int],
-    transports: str, redis: str, seconds: float, asks_for_keys: bool = False,
+    transports: str, redis: str, run_dir: str, seconds: float, asks_for_keys: bool = False,
 ) -> list[str]:  # fmt: skip
     """The lines that tell a person that it runs, what runs, and what to type next."""
     context = f", context {readyz.max_model_len} tokens" if readyz.max_model_len else ""
@@ -110,6 +115,7 @@ def ready_block(
     rows += _kv_rows(readyz)
     rows.append(("Transports", _transports(readyz) or transports))
     rows.append(("Redis", redis))
+    rows.append(("Run", run_dir))
     lines = [f"READY  {url}  in {seconds:.1f} s", ""]
     seen: set[str] = set()
     for name, value in rows:

@@ -52,6 +52,36 @@ def run_dir_base(wanted: str, environ: Mapping[str, str]) -> Path:
     return Path("/tmp")
 
 
+def running(base: Path) -> list[Path]:
+    """Folders of runs of ours that live."""
+    found = []
+    for path in sorted(base.glob(f"{_PREFIX}*")):
+        try:
+            if path.is_symlink() or path.stat().st_uid != os.getuid():
+                continue
+            with (path / _LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found.append(path)
+        except OSError:
+            continue
+    return found
+
+
+def joined(wanted: str, environ: Mapping[str, str]) -> Path:
+    """The folder of the run that `wanted` names. SetupError: there is no such run."""
+    base = run_dir_base("", environ) if wanted == "auto" else Path(wanted).absolute().parent
+    runs = running(base)
+    if wanted != "auto":
+        runs = [path for path in runs if path == Path(wanted).absolute()]
+    if len(runs) == 1:
+        return runs[0]
+    what = f"none runs in {base}" if not runs else f"several run: {', '.join(map(str, runs))}"
+    raise SetupError(
+        f"slipstream serve: --join {wanted}: {what}; give the run directory that READY names"
+    )
+
+
 def sweep(base: Path, shm_dir: str) -> None:
     """Removes folders and segments of runs of ours that no supervisor holds any more."""
     for path in base.glob(f"{_PREFIX}*"):

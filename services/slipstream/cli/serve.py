@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slipstream.cli.models import Model, models_dir, prepare
 from slipstream.cli.plan import REDIS, Layout, metrics_ports, plan, redis_binary
 from slipstream.cli.preflight import preflight
 from slipstream.cli.ready import Readyz, reachable, ready_block, until_ready
-from slipstream.cli.run_dir import private_run_dir, run_dir_base, sweep
+from slipstream.cli.run_dir import joined, private_run_dir, run_dir_base, sweep
 from slipstream.cli.screen import Screen
 from slipstream.cli.supervisor import Failure, Supervisor
 from slipstream.config import Loaded, StartError
@@ -36,11 +37,11 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
     assert isinstance(config, ServeConfig)
     started = time.monotonic()
     screen = Screen()
-    for port in _http_ports(config):
+    for port in () if config.join else _http_ports(config):
         require_free("slipstream serve", "--port", config.host, port)
     for port in metrics_ports(config):
         require_free("slipstream serve", "--metrics-port", "127.0.0.1", port)
-    base = run_dir_base(config.run_dir, environ)
+    base = joined(config.join, environ) if config.join else run_dir_base(config.run_dir, environ)
     layout = Layout(
         config=config,
         given=[name for name, origin in loaded.origin.items() if origin != "default"],
@@ -50,14 +51,16 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
         run_dir=base,
         environ=environ,
     )
-    sweep(base, config.shm_dir)  # or what a killed run has left would count as memory in use
+    if not config.join:
+        sweep(base, config.shm_dir)  # or what a killed run has left would count as memory in use
     preflight(plan(layout))  # before the model, which may have to be fetched or converted
     try:
         weights = config.load_format != "dummy"
         model = prepare(config.model, models_dir(environ), screen.console, weights)
     except StartError as error:
         raise StartError(f"slipstream serve: {error}", error.exit_code) from None
-    with private_run_dir(base, config.shm_dir) as run_dir:
+    run_dirs = nullcontext(base) if config.join else private_run_dir(base, config.shm_dir)
+    with run_dirs as run_dir:
         layout = msgspec.structs.replace(
             layout,
             model=model.folder,
@@ -68,7 +71,8 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
 
 
 def _http_ports(config: ServeConfig) -> list[int]:
-    return [config.port + index for index in range(config.frontend)]
+    """Of a cluster that is joined, one is enough."""
+    return [config.port + index for index in range(1 if config.join else config.frontend)]
 
 
 async def _supervise(layout: Layout, model: Model, screen: Screen, started: float) -> int:
@@ -128,7 +132,8 @@ async def _until_ready(
         last_phase = text
         screen.phase(text)
 
-    polling = asyncio.create_task(until_ready(config.host, _http_ports(config), expected, phase))
+    asked = until_ready(config.host, _http_ports(config), layout.model_name, expected, phase)
+    polling = asyncio.create_task(asked)
     signal_task = asyncio.create_task(signalled.wait())
     first: set[asyncio.Future[Any]] = {polling, signal_task, supervisor.failed}
     await asyncio.wait(first, timeout=config.ready_timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -156,8 +161,10 @@ def _block(layout: Layout, supervisor: Supervisor, readyz: Readyz, seconds: floa
         redis = (
             f"{redis_binary('redis-cli', layout.environ) or 'redis-cli'} -s {layout.redis_socket}"
         )
-    elif config.kvindex:
+    elif config.redis_url:
         redis = "as given by --redis-url"
+    elif config.join:
+        redis = "of the cluster that was joined"
     return ready_block(
         readyz,
         url=f"http://{reachable(config.host)}:{config.port}",
@@ -166,6 +173,7 @@ def _block(layout: Layout, supervisor: Supervisor, readyz: Readyz, seconds: floa
         pids={"serve": os.getpid(), **supervisor.pids()},
         transports=config.transports,
         redis=redis,
+        run_dir=str(layout.run_dir),
         seconds=seconds,
         asks_for_keys=bool(config.api_keys_file),
     )
