@@ -59,6 +59,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Where it was read from."""
     rank: Count = 0
     num_bytes: Count = 0
+    generation: Count = 0
+    """The scheduler's number of the change that brought it; 0: the worker was started with it."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -87,6 +89,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     down."""
     rank_transports: tuple[dict[str, str], ...] = ()
     """As `transports`, of the worker's other ranks: each has its part of every block."""
+    adapters: tuple[AdapterInfo, ...] = ()
+    """Requests may want these."""
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -126,6 +130,8 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
     missing: str = ""
     """Why a request for it could not be served now; empty: it could."""
+    adapters: list[AdapterInfo] = []
+    """Of each name the version that new requests get."""
 
 
 class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -306,6 +312,14 @@ class TraceFound(Message, kw_only=True, frozen=True):
     """Requests of which there are traces."""
 
 
+class AdapterChanged(Message, kw_only=True, frozen=True):
+    """Scheduler -> frontend, in answer to `ChangeAdapter`. Lost with the session: the asker gives
+    up in time."""
+
+    call_id: str
+    problem: Problem | None = None
+
+
 class Sought(Message, kw_only=True, frozen=True):
     """Tokenizer -> frontend, in answer to `Seek`. Lost with the session: the asker gives up in
     time."""
@@ -316,7 +330,15 @@ class Sought(Message, kw_only=True, frozen=True):
 
 
 FrontendInbox: TypeAlias = (
-    Peers | Tokenized | TextOut | Failed | CodecResult | ClusterLoad | TraceFound | Sought
+    Peers
+    | Tokenized
+    | TextOut
+    | Failed
+    | CodecResult
+    | ClusterLoad
+    | TraceFound
+    | AdapterChanged
+    | Sought
 )
 
 
@@ -333,6 +355,8 @@ class Tokenize(Message, kw_only=True, frozen=True):
     timeout_s: Seconds
     model: str = ""
     """Whose tokens are wanted; a tokenizer of another one refuses."""
+    adapter: str = ""
+    """The id of the one whose weights are added; empty: none."""
     attempt: int = 1
     accepted: bytes = b""
     salt: str = ""
@@ -431,6 +455,7 @@ class Submit(Message, kw_only=True, frozen=True):
     sampling: SamplingParams
     timeout_s: Seconds
     model: str = ""
+    adapter: str = ""
     salt: str = ""
     block_hashes: bytes = b""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
@@ -533,6 +558,27 @@ class FindTrace(Message, kw_only=True, frozen=True):
     """A request's id, an answer's, or the client's `x-request-id`."""
 
 
+class ChangeAdapter(Message, kw_only=True, frozen=True):
+    """Frontend -> scheduler: from now on requests may ask for this adapter, or not any more."""
+
+    call_id: str
+    model: str
+    name: Name
+    path: str = ""
+    """Where each worker finds it; empty: the adapter goes."""
+    replace: bool = False
+    """In the place of the one that has its name."""
+
+
+class AdapterAnswer(Message, kw_only=True, frozen=True):
+    """Worker -> scheduler: what became of a `WantAdapter`. Who has it said `Hello` before."""
+
+    name: Name
+    path: str
+    adapter: AdapterInfo | None = None
+    problem: Problem | None = None
+
+
 SchedulerInbox: TypeAlias = (
     Hello
     | Submit
@@ -545,6 +591,8 @@ SchedulerInbox: TypeAlias = (
     | Located
     | Spans
     | FindTrace
+    | ChangeAdapter
+    | AdapterAnswer
 )
 
 
@@ -562,6 +610,7 @@ class Prefill(Message, kw_only=True, frozen=True):
     tokenizer: NodeId
     decode: NodeId
     timeout_s: Seconds
+    adapter: str = ""
     salt: str = ""
     claimed_blocks: Count = 0
     """What the index said is cached here; the worker counts how often that was wrong."""
@@ -585,6 +634,7 @@ class Decode(Message, kw_only=True, frozen=True):
     prefill: NodeId | None = None
     prefill_epoch: Epoch = 0
     timeout_s: Seconds
+    adapter: str = ""
     salt: str = ""
     claimed_blocks: Count = 0
     holder: NodeId | None = None
@@ -606,6 +656,20 @@ class ShiftRole(Message, kw_only=True, frozen=True):
     answers with `Hello`."""
 
     accept_decode: bool
+
+
+class WantAdapter(Message, kw_only=True, frozen=True):
+    """Scheduler -> worker: have this adapter. Answered by `AdapterAnswer`."""
+
+    name: Name
+    path: str
+    generation: Count
+
+
+class UnwantAdapter(Message, kw_only=True, frozen=True):
+    """Scheduler -> worker: no request will want this version any more."""
+
+    adapter_id: str
 
 
 class KvReady(Message, kw_only=True, frozen=True):
@@ -702,6 +766,8 @@ WorkerInbox: TypeAlias = (
     | Decode
     | Drop
     | ShiftRole
+    | WantAdapter
+    | UnwantAdapter
     | KvReady
     | Borrow
     | Lent

@@ -7,7 +7,8 @@ from core.workers import PROMPT, Worker, answer
 from slipstream.core import machine as m
 from slipstream.core.load import load_of
 from slipstream.core.reading import ANSWER_S
-from slipstream.core.worker import TICK_S, WorkerSettings
+from slipstream.core.worker import TICK_S
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.messages import Borrow, Decode, Lent, Release, Released, Renew
 from slipstream.types import NodeId
 

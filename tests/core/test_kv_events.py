@@ -17,7 +17,8 @@ from slipstream.core.kv_events import (
 )
 from slipstream.core.machine import Effect, Event, PublishKvEvents, Started
 from slipstream.core.prefix import block_hashes, namespace
-from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_settings import WorkerSettings
 
 SPACE = namespace("toy", "")
 

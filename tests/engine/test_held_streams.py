@@ -12,7 +12,8 @@ from core.builders import decode, node_info, worker_info
 from engine.test_runner import runner_for
 from engine.tiny import WORDS, WORDS_VOCAB, generate, prompt_of
 from slipstream.core.machine import BatchDone, BatchPlan, Event, Received, RunBatch, Send, Started
-from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.engine.runner import Runner
 from slipstream.messages import SCHEDULER, Finished, TokensOut
 from slipstream.types import SamplingParams, unpack_tokens

@@ -14,7 +14,8 @@ from sim.journal import Journals, Writer
 from sim.world import Process, World, random_prompt
 from slipstream.core import machine as m
 from slipstream.core.span_recorder import SpanRecorder
-from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.core.worker_spans import WorkerSpans
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.machine import FrontendMachine

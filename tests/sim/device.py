@@ -53,7 +53,7 @@ def prompt_scores(prompt: list[int]) -> list[TokenLogprobs]:
 class Device:
     """One worker's memory and what its runner remembers of each request."""
 
-    def __init__(self, num_blocks: int, model: str):
+    def __init__(self, num_blocks: int, model: str = "fake"):
         self._model = model
         self.memory = [[0] * BLOCK_TOKENS for _ in range(num_blocks)]
         self._admitted: dict[tuple[RequestId, int], Admission] = {}
@@ -132,7 +132,7 @@ def _draw(table: list[list[int]], end: int, admission: Admission, position: int)
 
 
 def right_answer(
-    prompt: list[int], params: SamplingParams, model: str, adapter: str = ""
+    prompt: list[int], params: SamplingParams, model: str = "fake", adapter: str = ""
 ) -> tuple[list[int], FinishReason]:
     """What one undisturbed machine would have generated."""
     blocks: list[int] = []

@@ -13,7 +13,8 @@ import numpy as np
 
 from slipstream.config import load, resolve
 from slipstream.core.machine import BatchPlan, RowOutput
-from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.decode.config import DecodeConfig
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.step_loop import Made

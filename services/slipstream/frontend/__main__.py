@@ -47,6 +47,7 @@ def run(config: FrontendConfig) -> int:
             stall_timeout_s=config.stall_timeout_s or math.inf,
         ),
         routes_file=config.routes_file,
+        allow_lora_updates=config.allow_lora_updates,
         keep_alive_s=config.keep_alive_s,
         response_store_bytes=config.response_store_bytes,
         response_keep_s=config.response_keep_s,

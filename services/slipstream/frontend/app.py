@@ -17,6 +17,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from slipstream.errors import ErrorCode
 from slipstream.frontend import (
+    adapters_api,
     anthropic_api,
     anthropic_errors,
     chat_api,
@@ -45,6 +46,7 @@ _log = logging.getLogger("slipstream.frontend")
 
 class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
+    allow_lora_updates: bool = False
     routes_file: str = ""
     """Aliases and shadows; empty: none."""
     keep_alive_s: float = 10.0
@@ -75,6 +77,7 @@ def build_app(
         http=http,
         responses=MemoryStore(settings.response_store_bytes, settings.response_keep_s),
         journal=journal,
+        allow_lora_updates=settings.allow_lora_updates,
         system_fingerprint=settings.system_fingerprint,
         started_unix_s=int(time.time()),
         version=_version(),
@@ -93,6 +96,8 @@ def build_app(
             web.post("/v1/messages/count_tokens", anthropic_api.count_tokens),
             web.get("/v1/models", info_api.models),
             web.get("/v1/models/{model:.+}", info_api.model),
+            web.post("/v1/load_lora_adapter", adapters_api.load),
+            web.post("/v1/unload_lora_adapter", adapters_api.unload),
             web.post("/tokenize", info_api.tokenize),
             web.post("/detokenize", info_api.detokenize),
             web.get("/health", info_api.ready),

@@ -50,7 +50,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         heads = [
             text
             for prompt in asked
-            for text in [await _text(context.gateway, prompt, call.model)] * call.n
+            for text in [await _text(context.gateway, prompt, status.model)] * call.n
         ]
     with Answers(context.gateway, call, context.journal) as answers:
         if not call.stream:

@@ -29,6 +29,13 @@ RoutesFile: TypeAlias = Annotated[
         "none. It may change at any time."
     ),
 ]
+LoraUpdates: TypeAlias = Annotated[
+    bool,
+    Meta(
+        description="LoRA adapters may be loaded and unloaded over HTTP; with API keys by an "
+        "operator's."
+    ),
+]
 StallTimeout: TypeAlias = Annotated[
     float,
     Meta(
@@ -48,6 +55,7 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
     host: Annotated[str, Meta(min_length=1, description="Address for HTTP.")] = "127.0.0.1"
     port: Annotated[PortNumber, Meta(description="Port for HTTP; 0: any free one.")] = 8000
     routes_file: RoutesFile = ""
+    allow_lora_updates: LoraUpdates = False
     api_keys_file: ApiKeysFile = ""
     max_requests: MaxRequests = 1024
     max_body_bytes: Annotated[

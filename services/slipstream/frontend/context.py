@@ -22,6 +22,7 @@ class Context:
     http: HttpMetrics
     responses: ResponseStore
     journal: Journal | None
+    allow_lora_updates: bool
     system_fingerprint: str
     started_unix_s: int
     version: str

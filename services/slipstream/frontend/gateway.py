@@ -18,7 +18,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     max_model_len: int
     root: str
-    """The model itself: another name for an alias."""
+    """The model itself: another name for an alias; where an adapter was read."""
+    parent: str | None = None
+    """Of an adapter: the model that it is for."""
     reason: str = ""
     """Why it cannot be served now."""
 
@@ -35,6 +37,10 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     """Who answers to the name that was asked for; empty: nobody. Without a name: the first of all
     models."""
+    name: str = ""
+    """What the answer says: the model, or its adapter."""
+    adapter: str = ""
+    """Whose weights are added to the model's, by its id."""
     max_model_len: int = 0
     vocab_size: int = 0
     sampling: dict[str, float] = {}
@@ -76,6 +82,10 @@ class Gateway(Protocol):
 
     async def trace(self, name: str) -> TraceFound | None:
         """None: the scheduler does not answer."""
+        ...
+
+    async def adapter(self, model: str, name: str, path: str, replace: bool) -> Problem | None:
+        """A LoRA adapter comes, or without a path goes, everywhere. None: so it did."""
         ...
 
     def cluster(self) -> Cluster: ...

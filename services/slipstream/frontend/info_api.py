@@ -44,6 +44,7 @@ def _card(context: Context, card: gateway.ModelCard) -> ModelCard:
         id=card.name,
         created=context.started_unix_s,
         root=card.root,
+        parent=card.parent,
         max_model_len=card.max_model_len,
     )
 

@@ -45,7 +45,8 @@ async def count_chat_tokens(
 ) -> int:
     """Tokens of the prompt that such a chat would have."""
     call = chat(request, context, fields, status, "count_")
-    coded = await context.gateway.codec(call.submissions[0].prompt, b"", call.model)
+    asked = call.submissions[0]
+    coded = await context.gateway.codec(asked.prompt, b"", asked.model)
     if coded.problem is not None:
         raise ApiError(coded.problem)
     return count_tokens(coded.tokens)

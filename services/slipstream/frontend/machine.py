@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from slipstream.core.machine import (
+    AdapterAsked,
     Closed,
     CodecAsked,
     Deliver,
+    DeliverAdapter,
     Drain,
     Effect,
     Event,
@@ -34,6 +36,8 @@ from slipstream.frontend.patience import Patience, not_ready
 from slipstream.frontend.seeking import SEEK_S, Seeking
 from slipstream.frontend.settings import FrontendSettings
 from slipstream.messages import (
+    SCHEDULER,
+    AdapterChanged,
     Cancel,
     ClusterLoad,
     CodecResult,
@@ -120,6 +124,8 @@ class FrontendMachine:
                 alive = self._tokenizers(event.model, now_s)
                 target = self._idlest(alive) if alive else None
                 effects.append(self._calls.ask(event, target, now_s))
+            case AdapterAsked(change):
+                effects.append(Send(SCHEDULER, change))
             case Received(source, message):
                 effects += self._received(source, message, now_s)
             case PeerUp(peer, epoch):
@@ -341,6 +347,8 @@ class FrontendMachine:
                 return self._heard(source, message, now_s)
             case Peers():
                 return self._place_waiting(now_s)
+            case AdapterChanged():
+                return [DeliverAdapter(message)]
             case ClusterLoad():
                 self.load = message
         return []

@@ -8,10 +8,11 @@ import math
 
 from slipstream.core.machine import Event, Received
 from slipstream.core.membership import Membership
-from slipstream.messages import Peers
+from slipstream.messages import ModelState, Peers
 from slipstream.types import Role
 
 MODELS_MAX = 1024
+_NOBODY = ModelState(name="", missing="no worker of this model")
 
 
 class Patience:
@@ -40,7 +41,7 @@ class Patience:
             return membership.reason or "the cluster is starting"
         if not membership.scheduler_up:
             return "the scheduler is silent"
-        if model and (missing := membership.models.get(model, "no worker of this model")):
+        if model and (missing := membership.models.get(model, _NOBODY).missing):
             return missing
         if not membership.alive(Role.TOKENIZER, now_s, model):
             return "no tokenizer answers"

@@ -7,14 +7,17 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
+import msgspec
 from aiohttp import web
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from slipstream.config import is_loopback
 from slipstream.core.machine import (
+    AdapterAsked,
     Closed,
     CodecAsked,
     Deliver,
+    DeliverAdapter,
     DeliverCodec,
     DeliverTrace,
     Effect,
@@ -24,6 +27,7 @@ from slipstream.core.machine import (
     TraceAsked,
 )
 from slipstream.core.submission import TAKEN
+from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
@@ -35,7 +39,14 @@ from slipstream.frontend.request_metrics import RequestMetrics
 from slipstream.frontend.routes import Routes, read
 from slipstream.frontend.shadows import Shadows
 from slipstream.frontend.watched import Watched
-from slipstream.messages import Prompt, Tokenize, TraceFound
+from slipstream.messages import (
+    AdapterChanged,
+    AdapterInfo,
+    ChangeAdapter,
+    Prompt,
+    Tokenize,
+    TraceFound,
+)
 from slipstream.runtime.metric_table import HTTP
 from slipstream.runtime.metrics import merged, metrics, text
 from slipstream.runtime.ports import port_error
@@ -45,6 +56,8 @@ from slipstream.types import RequestId
 SHUTDOWN_TIMEOUT_S = 2.0
 """For answers that are written but not sent yet; shorter than what the shell grants."""
 
+ADAPTER_TIMEOUT_S = 90.0
+"""Longer than the scheduler waits for the workers."""
 TRACE_TIMEOUT_S = 2.0
 TRACES_ASKED_MAX = 4
 """At a time, for an answer can be a megabyte; one more is told that nobody answers."""
@@ -73,6 +86,7 @@ class FrontendService:
         self._streams: dict[RequestId, Callable[[StreamItem], None]] = {}
         self._calls: dict[str, asyncio.Future[DeliverCodec]] = {}
         self._traces: dict[str, asyncio.Future[TraceFound]] = {}
+        self._changes: dict[str, asyncio.Future[AdapterChanged]] = {}
         self._requests: dict[str, RequestMetrics] = {}
         self._cluster = ClusterMetrics()
         self._asks_for_keys = bool(settings.api_keys_file)
@@ -109,6 +123,10 @@ class FrontendService:
                 asked = self._traces.get(found.call_id)
                 if asked is not None and not asked.done():
                     asked.set_result(found)
+            case DeliverAdapter(changed):
+                change = self._changes.get(changed.call_id)
+                if change is not None and not change.done():
+                    change.set_result(changed)
             case _:
                 raise AssertionError(f"not for a frontend: {type(effect).__name__}")
 
@@ -126,8 +144,10 @@ class FrontendService:
         now_s = time.monotonic()
         known = self._models.look(membership.nodes.values(), now_s)
         ready = [model for model in known if not machine.patience.missing(now_s, model)]
-        target = self._routes.now.target(name, key, ready, known) if name else ""
-        asked = target if target in known else ""
+        adapters = self._adapters(known)
+        ready += [other for other, (model, _) in adapters.items() if model in ready]
+        target = self._routes.now.target(name, key, ready, {*known, *adapters}) if name else ""
+        asked, adapter = adapters.get(target, (target if target in known else "", None))
         shown = asked or ("" if name else next(iter(known), ""))
         model = known.get(shown, Known())
         reason = machine.patience.missing(now_s, asked)
@@ -137,39 +157,56 @@ class FrontendService:
             reason=reason,
             refuses=machine.patience.over(now_s, asked),
             model=shown,
+            name=target if asked else shown,
+            adapter=adapter.adapter_id if adapter else "",
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
             sampling=model.sampling,
-            models=self._cards(known, now_s),
+            models=self._cards(known, adapters, now_s),
             nodes=list(membership.nodes.values()),
             retry_after_s=machine.settings.retry_after_s,
             running=self._summed("running"),
             waiting=self._summed("waiting"),
         )
 
-    def _cards(self, known: Mapping[str, Known], now_s: float) -> list[ModelCard]:
-        """The models, then the other names of those that are there."""
-        missing = self._machine.patience.missing
+    def _adapters(self, known: Mapping[str, Known]) -> dict[str, tuple[str, AdapterInfo]]:
+        """Name -> model and version."""
+        models = self._machine.membership.models.values()
+        return {
+            adapter.name: (model.name, adapter)
+            for model in models
+            if model.name in known
+            for adapter in model.adapters
+        }
+
+    def _cards(
+        self,
+        known: Mapping[str, Known],
+        adapters: Mapping[str, tuple[str, AdapterInfo]],
+        now_s: float,
+    ) -> list[ModelCard]:
+        """The models, their adapters, then the other names of those that are there."""
         cards = {
             name: ModelCard(
                 name=name,
                 max_model_len=model.max_model_len,
                 root=name,
-                reason=missing(now_s, name),
+                reason=self._machine.patience.missing(now_s, name),
             )
             for name, model in known.items()
         }
+        for name, (model, adapter) in adapters.items():
+            like = cards[model]
+            cards[name] = msgspec.structs.replace(like, name=name, root=adapter.path, parent=model)
         for alias, weights in self._routes.now.alias.items():
-            there = [name for name in weights if name in known]
+            there = [cards[name] for name in weights if name in cards]
             if alias not in cards and there:
-                first = max(there, key=lambda name: weights[name])
-                length = min(known[name].max_model_len for name in there)
-                reasons = [cards[name].reason for name in there]
+                first = max(there, key=lambda card: weights[card.name])
                 cards[alias] = ModelCard(
                     name=alias,
-                    max_model_len=length,
-                    root=first,
-                    reason=reasons[0] if all(reasons) else "",
+                    max_model_len=min(card.max_model_len for card in there),
+                    root=first.name,
+                    reason=first.reason if all(card.reason for card in there) else "",
                 )
         return list(cards.values())
 
@@ -235,6 +272,23 @@ class FrontendService:
         finally:
             del self._traces[call_id]
 
+    async def adapter(self, model: str, name: str, path: str, replace: bool) -> Problem | None:
+        call_id = uuid.uuid4().hex
+        future: asyncio.Future[AdapterChanged] = asyncio.get_running_loop().create_future()
+        self._changes[call_id] = future
+        change = ChangeAdapter(call_id=call_id, model=model, name=name, path=path, replace=replace)
+        self._post(AdapterAsked(change))
+        try:
+            return (await asyncio.wait_for(future, ADAPTER_TIMEOUT_S)).problem
+        except TimeoutError:
+            return Problem(
+                code=ErrorCode.NOT_READY,
+                message="The scheduler does not say what became of it; see GET /v1/models.",
+                retry_after_s=1.0,
+            )
+        finally:
+            del self._changes[call_id]
+
     def cluster(self) -> Cluster:
         machine = self._machine
         node_id = machine.membership.node.node_id
@@ -258,7 +312,8 @@ class FrontendService:
     def _of_models(self, cards: Sequence[ModelCard]) -> Iterator[Metric]:
         """The same families for each of them; of those that were asked for, but are gone, too."""
         membership, said = self._machine.membership, self._machine.load
-        for model in dict.fromkeys([*(card.root for card in cards), *self._requests]):
+        names = [card.name for card in cards if card.root == card.name]
+        for model in dict.fromkeys([*names, *self._requests]):
             labels = {"model_name": model}
             workers = {
                 node_id: gauges

@@ -12,7 +12,8 @@ import msgspec
 
 from slipstream.config import SetupError, WorkerConfig
 from slipstream.core.machine import Closed, Deliver, Effect, Opened
-from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.models import read_model
 from slipstream.engine.sizing import size_pool

@@ -6,9 +6,8 @@ from typing import NamedTuple
 from slipstream.core.job import blocks_for
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import Submit
-from slipstream.scheduler.fair_queue import FairQueue
 from slipstream.scheduler.fleet import Fleet
-from slipstream.scheduler.lane import RETRY_AFTER_MAX_S
+from slipstream.scheduler.lane import RETRY_AFTER_MAX_S, Lane
 from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.types import TOKEN_BYTES, count_tokens
 
@@ -22,7 +21,8 @@ def refusal(
     submit: Submit,
     fleet: Fleet,
     settings: SchedulerSettings,
-    queue: FairQueue,
+    lane: Lane,
+    now_s: float,
     *,
     live: int,
     draining: bool,
@@ -39,13 +39,15 @@ def refusal(
             code=ErrorCode.QUEUE_FULL,
             message=f"{live} requests are live, the limit is {settings.max_requests} "
             "(--max-requests). Try again later.",
+            retry_after_s=lane.pace.retry_after_s(now_s),
         )
-    waiting, max_tokens = queue.num_tokens, settings.max_queued_tokens
+    waiting, max_tokens = lane.queue.num_tokens, settings.max_queued_tokens
     if waiting and waiting + count_tokens(submit.prompt) > max_tokens and not begun:
         return Problem(
             code=ErrorCode.QUEUE_FULL,
             message=f"Prompts of {waiting} tokens wait, the limit is {max_tokens} "
             "(--max-queued-tokens). Try again later.",
+            retry_after_s=lane.pace.retry_after_s(now_s),
         )
     needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)
     most = fleet.largest_pool_blocks(submit.model)

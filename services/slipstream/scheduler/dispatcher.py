@@ -116,17 +116,18 @@ class Dispatcher:
         return own, others
 
     def _dispatch(self, lane: Lane, now_s: float) -> list[Effect]:
-        """Until somebody finds no room: nobody overtakes."""
+        """Until somebody finds no room: nobody overtakes, but those whose adapter no worker has."""
         effects: list[Effect] = []
         views, others = self._views(lane)
-        while lane.queue:
-            request = lane.queue.head
+        there = frozenset().union(*(view.adapters for view in views if view.taking))
+        while (request := next((r for r in lane.queue if r.adapter in there), None)) is not None:
             if (problem := request.overdue(now_s)) is not None:
                 self._turn_away(request, problem)
                 continue
             demand = request.demand()
             turn = self.placed["alone"] + self.placed["apart"]
-            placement = place(demand, views, self.transfers, self.rules, turn, now_s, others)
+            able = [view for view in views if request.adapter in view.adapters]
+            placement = place(demand, able, self.transfers, self.rules, turn, now_s, others)
             if placement is None:
                 break
             if self._judge(request, self._expected(request, placement, now_s)):
@@ -166,9 +167,21 @@ class Dispatcher:
             if now_s >= lane.whole_s + self._recovery_wait_s:
                 for request in list(lane.queue):
                     self._turn_away(request, no_worker(missing))
+            self._expire_adapters(lane, now_s)
             pace = lane.pace.per_s(lane.full_since_s, now_s)
             for ahead, request in enumerate(list(lane.queue)):
                 self._judge(request, Expected(now_s - request.since_s, ahead / pace))
+
+    def _expire_adapters(self, lane: Lane, now_s: float) -> None:
+        """Nobody waits for ever for an adapter that no worker has."""
+        views = self._views(lane)[0]
+        there = frozenset().union(*(view.adapters for view in views))
+        away = {request.adapter for request in lane.queue} - there - {""}
+        lane.had_s = {adapter: lane.had_s.get(adapter, now_s) for adapter in away}
+        for request in list(lane.queue):
+            if now_s >= lane.had_s.get(request.adapter, math.inf) + self._recovery_wait_s:
+                name = request.adapter.partition("@")[0]
+                self._turn_away(request, no_worker(f"no worker with the LoRA adapter '{name}'"))
 
     def ended(self, request: Request, problem: Problem | None, now_s: float) -> None:
         """It is over, whatever came of it."""
@@ -300,6 +313,7 @@ class Dispatcher:
             "sampling": submit.sampling,
             "tokenizer": request.tokenizer,
             "timeout_s": max(0.0, request.deadline_s - now_s),
+            "adapter": submit.adapter,
             "salt": submit.salt,
             "decision": request.decision.header,
         }

@@ -1,10 +1,19 @@
 """Who is there: every process that said Hello in a session that still stands."""
 
 import math
+from collections.abc import Mapping
 
 from slipstream.core.load import gauges_of
 from slipstream.core.machine import Effect, Send
-from slipstream.messages import ClusterLoad, Hello, ModelState, NodeInfo, Peers, WorkerLoad
+from slipstream.messages import (
+    AdapterInfo,
+    ClusterLoad,
+    Hello,
+    ModelState,
+    NodeInfo,
+    Peers,
+    WorkerLoad,
+)
 from slipstream.types import Epoch, NodeId, Role
 
 GONE_MAX = 1024
@@ -18,6 +27,8 @@ class Fleet:
         self.index_stride = index_stride
         self.nodes: dict[NodeId, NodeInfo] = {}
         self.loads: dict[NodeId, WorkerLoad] = {}
+        self.adapters: dict[str, list[AdapterInfo]] = {}
+        """By model, those that may be asked for."""
         self._loaded_s: dict[NodeId, float] = {}
         self._gone: dict[NodeId, Epoch] = {}
         self._fingerprints: dict[str, str] = {}
@@ -97,7 +108,7 @@ class Fleet:
         return ""
 
     def tell_load(
-        self, own: dict[NodeId, dict[str, float]], requests: dict[str, dict[str, int]]
+        self, own: dict[NodeId, dict[str, float]], requests: Mapping[str, Mapping[str, int]]
     ) -> list[Effect]:
         """`own` gauges, the `requests` of each model, and the last word of each worker about
         itself, to every frontend."""
@@ -105,13 +116,16 @@ class Fleet:
         load = ClusterLoad(
             gauges=own | {node_id: gauges_of(load) for node_id, load in loads},
             blocks_from={n: load.blocks_from for n, load in loads if load.blocks_from},
-            requests=requests,
+            requests={model: dict(states) for model, states in requests.items()},
         )
         return [Send(node, load) for node in self.of_role(Role.FRONTEND)]
 
     def announce(self) -> list[Effect]:
         """Tell everybody who is there."""
-        models = [ModelState(name=name, missing=self.missing(name)) for name in self.models()]
+        models = [
+            ModelState(name=name, missing=self.missing(name), adapters=self.adapters.get(name, []))
+            for name in self.models()
+        ]
         ready = not all(model.missing for model in models)
         reasons = [model.missing for model in models] or [NOBODY]
         peers = Peers(

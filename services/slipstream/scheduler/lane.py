@@ -73,3 +73,5 @@ class Lane:
         """When the queue began; since then all places are taken."""
         self.whole_s = math.inf
         """When there were last workers for everything; infinite until the first look."""
+        self.had_s: dict[str, float] = {}
+        """Adapters that somebody waits for and no worker has -> when one had it last."""

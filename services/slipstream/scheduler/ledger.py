@@ -45,6 +45,8 @@ class WorkerView:
     device: Device = field(init=False)
     """Workers of one host that name the same compete for it."""
 
+    adapters: frozenset[str] = field(init=False)
+    """Ids; the empty one among them, of requests that want none."""
     prefills: bool = field(init=False)
     chunk_tokens: int = field(init=False)
     """Of a prompt, that a step computes."""
@@ -59,6 +61,7 @@ class WorkerView:
         """What it says of itself now."""
         self.node, self.worker, self.known_costs = node, worker, None
         self.device = device_of(node, worker)
+        self.adapters = frozenset(["", *(adapter.adapter_id for adapter in worker.adapters)])
         self.prefills = worker.prefill_budget_tokens > 0
         self.chunk_tokens = max(BLOCK_TOKENS, worker.prefill_budget_tokens)
 

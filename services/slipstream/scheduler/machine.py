@@ -8,8 +8,6 @@ the tokenizer, which from then on takes nothing older and submits again.
 
 from collections import Counter
 
-import msgspec
-
 from slipstream.core.machine import (
     Counted,
     Drain,
@@ -25,7 +23,9 @@ from slipstream.core.machine import (
 )
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
+    AdapterAnswer,
     AttemptFailed,
+    ChangeAdapter,
     Finished,
     FirstToken,
     Hello,
@@ -37,6 +37,7 @@ from slipstream.messages import (
     WorkerLoad,
 )
 from slipstream.messages import Started as JobStarted
+from slipstream.scheduler.adapters import Adapters
 from slipstream.scheduler.admission import refusal
 from slipstream.scheduler.dispatcher import Dispatcher
 from slipstream.scheduler.fleet import Fleet
@@ -59,11 +60,11 @@ class SchedulerMachine:
         self.fleet = Fleet(settings.index_stride)
         self.requests: dict[RequestId, Request] = {}
         self.counters: Counter[str] = Counter()
-        rules = Rules(settings.policy, settings.disaggregation)
-        self.past = Past()
+        self.past, rules = Past(), Rules(settings.policy, settings.disaggregation)
         waits = settings.ttft_target_s, settings.recovery_wait_s
         self.dispatcher = Dispatcher(self.fleet, rules, *waits)
         self._reports, self._suspects = Reports(), Suspects()
+        self.adapters = Adapters(self.fleet)
         self._counted: dict[str, float] = {}
         self._recovering = False
         self._draining = False
@@ -80,7 +81,7 @@ class SchedulerMachine:
         return effects
 
     def statistics(self) -> dict[str, float]:
-        states = Counter(request.state for request in self.requests.values())
+        states = sum(self._states().values(), Counter[str]())
         return {
             **{f"requests_{state}": states[state] for state in State},
             **{f"requests_{name}_total": count for name, count in self.counters.items()},
@@ -88,6 +89,13 @@ class SchedulerMachine:
             "nodes": len(self.fleet.nodes),
             **self._counted,
         }
+
+    def _states(self) -> dict[str, Counter[str]]:
+        """By model: how many requests are in each state."""
+        states: dict[str, Counter[str]] = {}
+        for request in self.requests.values():
+            states.setdefault(request.model, Counter())[request.state] += 1
+        return states
 
     def check(self) -> None:
         for request_id, request in self.requests.items():
@@ -98,6 +106,7 @@ class SchedulerMachine:
             assert placed == (request.decode is not None), request.state
             assert all(worker in self.fleet.nodes for worker in request.workers)
         self.dispatcher.check(self.requests)
+        self.adapters.check()
 
     # --- Events -----------------------------------------------------------------------------------
 
@@ -116,7 +125,7 @@ class SchedulerMachine:
             case PeerDown(peer):
                 return self._peer_down(peer, now_s)
             case Started():
-                self._recovering = True
+                self._recovering = self.adapters.recovering = True
                 grace_s = self.settings.recovery_grace_s
                 return [
                     SetTimer("tick", now_s + TICK_S),
@@ -157,6 +166,8 @@ class SchedulerMachine:
                 return self._finished(source, message, now_s)
             case AttemptFailed():
                 return self._attempt_failed(source, message, now_s)
+            case ChangeAdapter() | AdapterAnswer():
+                return self.adapters.received(source, message, now_s)
         return []
 
     def _current(self, request_id: RequestId, attempt: int) -> Request | None:
@@ -167,6 +178,7 @@ class SchedulerMachine:
 
     def _hello(self, source: NodeId, hello: Hello, now_s: float) -> list[Effect]:
         first = self.fleet.hello(source, hello)
+        self.adapters.hello(hello.node)
         self.dispatcher.sync(now_s)
         effects = self.fleet.announce()
         for live in hello.live if first and hello.node.worker else ():
@@ -186,7 +198,7 @@ class SchedulerMachine:
         if node is None:
             return []
         self._reports.lost(peer)
-        effects = self.fleet.announce()
+        effects = [*self.fleet.announce(), *self.adapters.down(peer, now_s)]
         for guilty in self._suspects.died(node, heard_s, self.requests.values()):
             effects += self._fail(guilty, quarantined(guilty), now_s)
         for request in list(self.requests.values()):
@@ -199,7 +211,7 @@ class SchedulerMachine:
 
     def _recovered(self) -> list[Effect]:
         """Attempts that nobody has reported so far are fenced off by the next one."""
-        self._recovering = False
+        self._recovering = self.adapters.recovering = False
         unknown = [r for r in self.requests.values() if r.state is State.RECOVERING]
         return [effect for request in unknown for effect in self._resume(request)]
 
@@ -244,14 +256,10 @@ class SchedulerMachine:
             again = Resume(request_id=submit.request_id, attempt=tombstone.attempt + 1)
             return [Send(source, again)]
         lane, live = self.dispatcher.lane(submit.model), len(self.requests)
-        problem = refusal(
-            submit, self.fleet, self.settings, lane.queue, live=live, draining=self._draining
-        )
+        given = submit, self.fleet, self.settings, lane, now_s
+        problem = refusal(*given, live=live, draining=self._draining)
         if problem is not None:
             self.counters[f"refused_{problem.code}"] += 1
-            if problem.code is ErrorCode.QUEUE_FULL:
-                retry_after_s = lane.pace.retry_after_s(now_s)
-                problem = msgspec.structs.replace(problem, retry_after_s=retry_after_s)
             return [Send(source, failed(submit.request_id, problem))]
         self.counters["accepted"] += 1
         timeout_s = min(submit.timeout_s, self.settings.max_request_timeout_s)
@@ -384,13 +392,10 @@ class SchedulerMachine:
                 self.counters["orphaned"] += 1
                 effects += self._end(request, now_s)
         self.dispatcher.expire(now_s)  # of those that are left: who has ended is not refused too
+        effects += self.adapters.tick({r.adapter for r in self.requests.values()}, now_s)
         if now_s >= self._load_due_s:
             self._load_due_s = now_s + LOAD_S
-            states: dict[str, Counter[str]] = {}
-            for request in self.requests.values():
-                states.setdefault(request.model, Counter())[request.state] += 1
-            effects += self.fleet.tell_load(
-                {self.node.node_id: self.statistics()}, {m: {**n} for m, n in states.items()}
-            )
+            own = {self.node.node_id: self.statistics()}
+            effects += self.fleet.tell_load(own, self._states())
             effects += self.dispatcher.tick(now_s)
         return effects

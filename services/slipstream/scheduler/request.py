@@ -74,6 +74,10 @@ class Request:
         return self.submit.model
 
     @property
+    def adapter(self) -> str:
+        return self.submit.adapter
+
+    @property
     def num_tokens(self) -> int:
         """Tokens whose KV an attempt has to have before it makes a new one."""
         return count_tokens(self.submit.prompt) + count_tokens(self.submit.accepted)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import msgspec
 
 from slipstream.core.machine import Effect, Event, Machine, PeerUp, Send, Started
-from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.kvindex.machine import KvIndexMachine, KvIndexSettings
 from slipstream.messages import SCHEDULER, Decode, NodeInfo, TokenizerInfo, WorkerInfo
 from slipstream.scheduler.machine import SchedulerMachine

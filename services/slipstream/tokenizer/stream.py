@@ -219,7 +219,7 @@ class Stream:
         """To run from here on. Without a layout nobody could hold the blocks: no hashes. Nor are
         there any where all of the prompt is computed in any case."""
         salt = self.submission.salt
-        space = namespace(kv_layout_id, salt)
+        space = namespace(kv_layout_id, salt, self.submission.adapter)
         if space != self._space:
             self._space, self._hashes = space, []
         if kv_layout_id and self.sampling.prompt_logprobs is None:
@@ -234,6 +234,7 @@ class Stream:
             sampling=self.sampling,
             timeout_s=max(0.0, self.deadline_s - now_s),
             model=self.submission.model,
+            adapter=self.submission.adapter,
             salt=salt,
             block_hashes=b"".join(self._hashes),
             priority=self.submission.priority,

@@ -269,9 +269,8 @@ class Batcher:
 
     def _admission(self, job: Job) -> Admission:
         job.on_device = True
-        return Admission(
-            job.request_id, job.attempt, tuple(job.tokens), job.num_prompt, job.sampling
-        )
+        known = job.request_id, job.attempt, tuple(job.tokens), job.num_prompt, job.sampling
+        return Admission(*known, job.adapter)
 
     def _row(self, job: Job, end: int) -> Row:
         start, drawing = job.num_computed + job.ahead, job.drawing

@@ -39,6 +39,7 @@ class Job:
     deadline_s: float
     handover: NodeId | None = None
     path: str = ""
+    adapter: str = ""
     block_ids: list[BlockId] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
     num_computed: int = 0
@@ -80,6 +81,7 @@ class Job:
             deadline_s=now_s + message.timeout_s,
             handover=message.decode if isinstance(message, Prefill) else None,
             path=">".join(dict.fromkeys(pair)),
+            adapter=message.adapter,
             decision=message.decision,
         )
 

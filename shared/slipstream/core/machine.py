@@ -13,7 +13,16 @@ import msgspec
 
 from slipstream.core.kv_events import KvEvent
 from slipstream.errors import Problem
-from slipstream.messages import AdapterInfo, AnyMessage, Prompt, TextDelta, Tokenize, TraceFound
+from slipstream.messages import (
+    AdapterChanged,
+    AdapterInfo,
+    AnyMessage,
+    ChangeAdapter,
+    Prompt,
+    TextDelta,
+    Tokenize,
+    TraceFound,
+)
 from slipstream.spans import Trace, TraceContext
 from slipstream.types import (
     BlockHash,
@@ -195,6 +204,13 @@ class TraceAsked(_Record, frozen=True):
     name: str
 
 
+class AdapterAsked(_Record, frozen=True):
+    """An operator wants a LoRA adapter to be there, or without a path to go. Ends as
+    `DeliverAdapter`, or not at all."""
+
+    change: ChangeAdapter
+
+
 class Held(_Record, frozen=True):
     """How many leading blocks of a prompt a worker is said to have, and how many of these lie in
     a tier below its pool."""
@@ -239,6 +255,7 @@ Event: TypeAlias = (
     | Closed
     | CodecAsked
     | TraceAsked
+    | AdapterAsked
     | StoreDone
     | Counted
 )
@@ -419,6 +436,10 @@ class DeliverTrace(_Record, frozen=True):
     found: TraceFound
 
 
+class DeliverAdapter(_Record, frozen=True):
+    changed: AdapterChanged
+
+
 class ExportTrace(_Record, frozen=True):
     """Spans for a collector outside. Nothing comes back."""
 
@@ -503,6 +524,7 @@ Effect: TypeAlias = (
     | Deliver
     | DeliverCodec
     | DeliverTrace
+    | DeliverAdapter
     | ExportTrace
     | StoreApply
     | StoreReplace

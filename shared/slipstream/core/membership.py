@@ -15,7 +15,15 @@ from slipstream.core.machine import (
     Started,
     TimerFired,
 )
-from slipstream.messages import SCHEDULER, Hello, LiveRequest, NodeInfo, Peers, WorkerInfo
+from slipstream.messages import (
+    SCHEDULER,
+    Hello,
+    LiveRequest,
+    ModelState,
+    NodeInfo,
+    Peers,
+    WorkerInfo,
+)
 from slipstream.types import NodeId, Role
 
 HELLO_TIMER = "hello"
@@ -31,8 +39,8 @@ class Membership:
         self.node = node
         self.scheduler_up = False
         self.ready, self.reason = False, "no word from the scheduler"
-        self.models: dict[str, str] = {}
-        """Model -> what is missing to serve it, as the scheduler says."""
+        self.models: dict[str, ModelState] = {}
+        """As the scheduler says."""
         self.nodes: dict[NodeId, NodeInfo] = {}
         self.index_stride = 1
         """Which blocks the index hears of; the scheduler's to say, for it asks."""
@@ -89,7 +97,7 @@ class Membership:
 
     def _learn(self, peers: Peers) -> None:
         self.ready, self.reason = peers.ready, peers.reason
-        self.models = {model.name: model.missing for model in peers.models}
+        self.models = {model.name: model for model in peers.models}
         self.index_stride = peers.index_stride
         for node in peers.nodes:
             known = self.nodes.get(node.node_id)

@@ -1,7 +1,8 @@
 """Identity of KV blocks: a chain of hashes, the same on every machine and in every process.
 
 SHA-256 over (namespace, parent, 16 token ids), cut to 128 bits. The namespace holds everything else
-that changes the bytes: model, dtype, block layout and the client's cache salt.
+that changes the bytes: model, dtype, block layout, adapter with its version, and the client's cache
+salt.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ HASH_BYTES = 16
 BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 
-def namespace(kv_layout_id: str, salt: str) -> bytes:
-    return hashlib.sha256(f"slipstream-kv-1\0{kv_layout_id}\0{salt}".encode()).digest()
+def namespace(kv_layout_id: str, salt: str, adapter: str = "") -> bytes:
+    parts = ["slipstream-kv-1", kv_layout_id, salt, *([adapter] if adapter else [])]
+    return hashlib.sha256("\0".join(parts).encode()).digest()
 
 
 def extend_hashes(hashes: list[BlockHash], tokens: Sequence[int], space: bytes) -> None:

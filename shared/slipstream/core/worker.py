@@ -18,6 +18,7 @@ from slipstream.core.job import Job, unfit
 from slipstream.core.kv_events import KvEvents
 from slipstream.core.load import Samples, gauges_of, load_of, load_with_samples
 from slipstream.core.machine import (
+    AdapterRead,
     BatchDone,
     BatchFailed,
     BlocksDigested,
@@ -45,6 +46,8 @@ from slipstream.core.prefix import namespace
 from slipstream.core.reporter import IndexReporter
 from slipstream.core.step_watch import StepWatch
 from slipstream.core.token_log import TokenLog
+from slipstream.core.worker_adapters import WorkerAdapters
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     SCHEDULER,
@@ -66,6 +69,8 @@ from slipstream.messages import (
     ShiftRole,
     SnapshotRequest,
     StreamAck,
+    UnwantAdapter,
+    WantAdapter,
 )
 from slipstream.messages import Started as JobStarted
 from slipstream.types import BLOCK_TOKENS, Epoch, NodeId, RequestId
@@ -75,25 +80,6 @@ LOG_KEEP_S = 30.0
 DEADLINE_SLACK_S = 5.0
 """A worker ends what is overdue by itself only if the scheduler did not."""
 _NO_TOKEN = Problem(code=ErrorCode.INTERNAL, message="The model made no token.")
-
-
-class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    eos_token_ids: tuple[int, ...] = ()
-    lease_s: float = 10.0
-    renew_s: float = 2.0
-    pull_timeout_s: float = 10.0
-    step_timeout_s: float = 10.0
-    stuck_s: float = 120.0
-    """How long after its time a READ may hang, until nothing but a new process helps."""
-    enable_prefix_caching: bool = True
-    offload_after_hits: int | None = None
-    """None: there are no tiers below the pool."""
-    steps_in_flight: int = 1
-    """2: the next one is planned while one runs."""
-    draft_tokens: int = 0
-    """At most so many are proposed to a stream in a step."""
-    kv_events: bool = False
-    """Emit `PublishKvEvents`."""
 
 
 class WorkerMachine:
@@ -125,6 +111,7 @@ class WorkerMachine:
         self._eos = frozenset(settings.eos_token_ids)
         self.counted: dict[str, float] = {}
         """By the executor, as of late."""
+        self.adapters = WorkerAdapters(self.info.adapters)
         self._draining = False
         self._epochs: dict[NodeId, Epoch] = {}
         """Of the peers whose sessions are up."""
@@ -148,6 +135,7 @@ class WorkerMachine:
             expected.update(job.block_ids)
         for block, count in enumerate(self.pool.references):
             assert count == expected[block], f"block {block}: {count} held, {expected[block]} known"
+        self.adapters.check(self._adapters_used())
         load = load_of(self)
         assert load.blocks_free + load.blocks_used + load.blocks_leased == self.info.num_blocks
 
@@ -163,6 +151,9 @@ class WorkerMachine:
                 return self._batch_failed(step, cause, now_s)
             case PullDone() | BlocksDigested() | BlocksSaved() | BlocksMoved():
                 return self.exchange.happened(event, now_s)
+            case AdapterRead():
+                answer = self.adapters.read(event)
+                return self._offer(now_s, adapters=self.adapters.offered) + answer
             case Counted(values):
                 self.counted = values
             case TimerFired("tick"):
@@ -197,10 +188,12 @@ class WorkerMachine:
                 return self._drop(message.request_id, message.attempt)
             case ShiftRole(accept_decode=accept) if accept != self.info.accept_decode:
                 shifted = not self.info.shifted
-                self.info = msgspec.structs.replace(
-                    self.info, accept_decode=accept, shifted=shifted
-                )
-                return self.membership.offer(self.info, now_s)
+                return self._offer(now_s, accept_decode=accept, shifted=shifted)
+            case WantAdapter():
+                return self.adapters.want(message)
+            case UnwantAdapter():
+                self.adapters.unwant(message)
+                return self._offer(now_s, adapters=self.adapters.offered)
             case StreamAck():
                 self.log.acknowledge(message.request_id, message.attempt)
             case Resend():
@@ -223,17 +216,24 @@ class WorkerMachine:
         if known is not None and known.attempt >= message.attempt:
             return []
         effects = [] if known is None else self._drop(known.request_id, known.attempt)
-        problem = unfit(message, self.info)
-        if problem is not None:
-            return effects + self._failed(
-                (message.request_id, message.attempt), "unfit", problem=problem
-            )
-        space = namespace(self.info.kv_layout_id, message.salt)
+        key = message.request_id, message.attempt
+        if (problem := unfit(message, self.info)) is not None:
+            return effects + self._failed(key, "unfit", problem=problem)
+        if not self.adapters.has(message.adapter):
+            return effects + self._failed(key, "no_adapter")
+        space = namespace(self.info.kv_layout_id, message.salt, message.adapter)
         job = Job.of(message, space, self.membership.node.node_id, now_s)
         self.jobs[job.request_id] = job
         if message.claimed_blocks:
             self.reporter.claimed(job.full_hashes(len(job.tokens)), message.claimed_blocks)
         return effects + self.exchange.expect(job, message, now_s)
+
+    def _adapters_used(self) -> set[str]:
+        return {job.adapter for job in (*self.jobs.values(), *self.batcher.dropped)}
+
+    def _offer(self, now_s: float, **changes: Any) -> list[Effect]:
+        self.info = msgspec.structs.replace(self.info, **changes)
+        return self.membership.offer(self.info, now_s)
 
     # --- The step ---------------------------------------------------------------------------------
 
@@ -323,6 +323,7 @@ class WorkerMachine:
                 self.batcher.add(job)
         while (plan := self.batcher.plan()) is not None:
             effects += [RunBatch(plan), self.steps.timer(self.batcher.in_flight, now_s)]
+        effects += self.adapters.settle(self._adapters_used())
         effects += self.exchange.tiers.flush()
         effects += self.reporter.flush(now_s)
         if self._draining and self._empty():

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from slipstream.config import SetupError, StartError, WorkerConfig, format_bytes
-from slipstream.core.worker import WorkerMachine, WorkerSettings
+from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_settings import WorkerSettings
 from slipstream.core.worker_spans import WorkerSpans
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.kv_events import KvEventPublisher

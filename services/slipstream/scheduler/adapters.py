@@ -1,0 +1,237 @@
+"""Which LoRA adapters there are, and that every worker of their model has them.
+
+What is wanted is held here; what a worker has, it says in `Hello`. Twice a second the two are
+compared: who lacks one is told to load it, who has one that nobody can ask for any more, to let it
+go. A version that was replaced stays until the last request that began with it has ended.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from slipstream.core.machine import Effect, Note, Send
+from slipstream.errors import ErrorCode, Problem
+from slipstream.messages import (
+    AdapterAnswer,
+    AdapterChanged,
+    AdapterInfo,
+    ChangeAdapter,
+    NodeInfo,
+    UnwantAdapter,
+    WantAdapter,
+)
+from slipstream.scheduler.fleet import Fleet
+from slipstream.types import NodeId
+
+LOAD_S = 60.0
+"""How long a change waits for the workers."""
+AGAIN_S = 10.0
+"""After this a worker that lacks an adapter is told again."""
+CHANGES_MAX, REMOVED_MAX = 64, 4096
+
+
+@dataclass(slots=True, eq=False)
+class _Change:
+    """An adapter that is being loaded by all workers of a model."""
+
+    asked: ChangeAdapter
+    frontend: NodeId
+    generation: int
+    due_s: float
+    waits_for: set[NodeId]
+    read: dict[NodeId, AdapterInfo] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.asked.model, self.asked.name
+
+
+class Adapters:
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._wanted: dict[tuple[str, str], AdapterInfo] = {}
+        """(Model, name) -> the version that new requests get."""
+        self._removed: OrderedDict[tuple[str, str], int] = OrderedDict()
+        """Those that were taken away -> the generation by then."""
+        self._changes: dict[str, _Change] = {}
+        self._told_s: dict[tuple[NodeId, str], float] = {}
+        self._generation = 0
+        self.recovering = False
+        """A young scheduler knows of no change before it."""
+
+    def of(self, model: str) -> list[AdapterInfo]:
+        return [adapter for (name, _), adapter in sorted(self._wanted.items()) if name == model]
+
+    def hello(self, node: NodeInfo) -> None:
+        """Take what a worker was started with for wanted, and, while what was wanted is not known,
+        what it was told to load."""
+        for adapter in node.worker.adapters if node.worker is not None else ():
+            key = node.model, adapter.name
+            self._generation = max(self._generation, adapter.generation)
+            known = self._wanted.get(key)
+            if known is not None and known.generation >= adapter.generation:
+                continue
+            pending = any(change.key == key for change in self._changes.values())
+            if (adapter.generation and not self.recovering) or pending or key in self._removed:
+                continue
+            self._wanted[key] = adapter
+        self._list()
+
+    def down(self, peer: NodeId, now_s: float) -> list[Effect]:
+        for key in [key for key in self._told_s if key[0] == peer]:
+            del self._told_s[key]
+        for change in self._changes.values():
+            change.waits_for.discard(peer)
+            change.read.pop(peer, None)
+        return self._settle(now_s)
+
+    def received(
+        self,
+        source: NodeId,
+        message: ChangeAdapter | AdapterAnswer,
+        now_s: float,
+    ) -> list[Effect]:
+        if isinstance(message, ChangeAdapter):
+            return self._change(source, message, now_s)
+        return self._answered(source, message, now_s)
+
+    def _change(self, frontend: NodeId, asked: ChangeAdapter, now_s: float) -> list[Effect]:
+        problem = self._refusal(asked)
+        if problem is None and not asked.path:
+            self._remove(asked)
+        if problem is not None or not asked.path:
+            told = AdapterChanged(call_id=asked.call_id, problem=problem)
+            return [*self._fleet.announce(), Send(frontend, told)]
+        self._generation += 1
+        workers = {node.node_id for node in self._workers(asked.model)}
+        due_s = now_s + LOAD_S
+        self._changes[asked.call_id] = _Change(asked, frontend, self._generation, due_s, workers)
+        want = WantAdapter(name=asked.name, path=asked.path, generation=self._generation)
+        return [Send(worker, want) for worker in sorted(workers)]
+
+    def _answered(self, worker: NodeId, answer: AdapterAnswer, now_s: float) -> list[Effect]:
+        for change in list(self._changes.values()):
+            named = (change.asked.name, change.asked.path) == (answer.name, answer.path)
+            if not named or worker not in change.waits_for:
+                continue
+            change.waits_for.discard(worker)
+            if answer.adapter is None:
+                problem = answer.problem or _broken(f"{worker} did not say why")
+                return self._over(change, problem)
+            change.read[worker] = answer.adapter
+        if answer.problem is not None:
+            why = f"{worker} lacks the adapter {answer.name}: {answer.problem.message}"
+            return [Note(why), *self._settle(now_s)]
+        return self._settle(now_s)
+
+    def tick(self, used: Collection[str], now_s: float) -> list[Effect]:
+        """`used`: ids that live requests have."""
+        effects = self._settle(now_s)
+        pending = {change.key for change in self._changes.values()}
+        for node in self._fleet.nodes.values():
+            if node.worker is None:
+                continue
+            there = {adapter.adapter_id for adapter in node.worker.adapters}
+            wanted = {adapter.adapter_id: adapter for adapter in self.of(node.model)}
+            for adapter in node.worker.adapters:
+                kept = adapter.adapter_id in wanted or adapter.adapter_id in used
+                if not kept and (node.model, adapter.name) not in pending:
+                    unwant = UnwantAdapter(adapter_id=adapter.adapter_id)
+                    effects += self._tell(node.node_id, f"-{adapter.adapter_id}", unwant, now_s)
+            for adapter_id in wanted.keys() - there:
+                known = wanted[adapter_id]
+                want = WantAdapter(name=known.name, path=known.path, generation=known.generation)
+                effects += self._tell(node.node_id, adapter_id, want, now_s)
+        return effects
+
+    def check(self) -> None:
+        assert len(self._changes) <= CHANGES_MAX
+        for change in self._changes.values():
+            assert change.waits_for <= self._fleet.nodes.keys()
+
+    def _tell(
+        self, worker: NodeId, what: str, message: WantAdapter | UnwantAdapter, now_s: float
+    ) -> Iterator[Effect]:
+        if now_s >= self._told_s.get((worker, what), -AGAIN_S) + AGAIN_S:
+            self._told_s[worker, what] = now_s
+            yield Send(worker, message)
+
+    def _workers(self, model: str) -> list[NodeInfo]:
+        return [node for node in self._fleet.nodes.values() if node.worker and node.model == model]
+
+    def _refusal(self, asked: ChangeAdapter) -> Problem | None:
+        key, name = (asked.model, asked.name), asked.name
+        if self.recovering or len(self._changes) >= CHANGES_MAX:
+            text = "The scheduler is finding out what there is, or is busy; ask again."
+            return Problem(code=ErrorCode.NOT_READY, message=text, retry_after_s=2.0)
+        if any(change.key == key for change in self._changes.values()):
+            return _invalid(f"The LoRA adapter '{name}' is being loaded; wait for that to end.")
+        if not asked.path:
+            if key in self._wanted:
+                return None
+            text = f"There is no LoRA adapter '{name}'. GET /v1/models lists what there is."
+            return Problem(code=ErrorCode.MODEL_NOT_FOUND, message=text, param="lora_name")
+        if name in self._fleet.models():
+            return _invalid(f"'{name}' is the name of a model; give the adapter another one.")
+        elsewhere = [model for model, other in self._wanted if other == name != model]
+        if elsewhere and asked.model not in elsewhere:
+            return _invalid(f"'{name}' is an adapter of '{elsewhere[0]}'; give another name.")
+        if key in self._wanted and not asked.replace:
+            return _invalid(
+                f"The LoRA adapter '{name}' is loaded already; unload it, or say load_inplace: "
+                "true."
+            )
+        if not self._workers(asked.model):
+            text = f"There is no worker of the model '{asked.model}' now; ask again."
+            return Problem(code=ErrorCode.NO_WORKER, message=text, retry_after_s=5.0)
+        return None
+
+    def _remove(self, asked: ChangeAdapter) -> None:
+        key = asked.model, asked.name
+        del self._wanted[key]
+        self._removed[key] = self._generation
+        if len(self._removed) > REMOVED_MAX:
+            self._removed.popitem(last=False)
+        self._list()
+
+    def _settle(self, now_s: float) -> list[Effect]:
+        """Changes that nothing is waited for any more."""
+        effects: list[Effect] = []
+        for change in list(self._changes.values()):
+            ids = {adapter.adapter_id for adapter in change.read.values()}
+            if len(ids) > 1:
+                text = f"The workers found different files in {change.asked.path}."
+                effects += self._over(change, _invalid(text))
+            elif not change.waits_for and not ids:
+                effects += self._over(change, _broken("its workers are gone"))
+            elif not change.waits_for:
+                adapter = next(iter(change.read.values()))
+                self._wanted[change.key] = msgspec.structs.replace(
+                    adapter, generation=change.generation
+                )
+                self._removed.pop(change.key, None)
+                self._list()
+                effects += [*self._fleet.announce(), *self._over(change, None)]
+            elif now_s >= change.due_s:
+                late = ", ".join(sorted(change.waits_for))
+                effects += self._over(change, _broken(f"{late} did not load it in {LOAD_S:g} s"))
+        return effects
+
+    def _over(self, change: _Change, problem: Problem | None) -> list[Effect]:
+        del self._changes[change.asked.call_id]
+        told = AdapterChanged(call_id=change.asked.call_id, problem=problem)
+        return [Send(change.frontend, told)]
+
+    def _list(self) -> None:
+        self._fleet.adapters = {model: self.of(model) for model, _ in self._wanted}
+
+
+def _invalid(message: str) -> Problem:
+    return Problem(code=ErrorCode.INVALID_VALUE, message=message, param="lora_name")
+
+
+def _broken(why: str) -> Problem:
+    text = f"The LoRA adapter is not loaded: {why}. Ask again."
+    return Problem(code=ErrorCode.NOT_READY, message=text, retry_after_s=5.0)

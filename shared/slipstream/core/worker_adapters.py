@@ -1,0 +1,67 @@
+"""The LoRA adapters of one worker: what the scheduler wants here is loaded, and kept for as long as
+a request has it."""
+
+from collections.abc import Collection
+
+import msgspec
+
+from slipstream.core.machine import AdapterRead, DropAdapter, Effect, LoadAdapter, Send
+from slipstream.messages import SCHEDULER, AdapterAnswer, AdapterInfo, UnwantAdapter, WantAdapter
+
+
+class WorkerAdapters:
+    def __init__(self, held: Collection[AdapterInfo]) -> None:
+        """`held`: what it was started with."""
+        self._held = {adapter.adapter_id: adapter for adapter in held}
+        self._loading: dict[tuple[str, str], int] = {}
+        """(Name, path) -> generation."""
+        self._unwanted: set[str] = set()
+        """Held still, for requests that have it."""
+
+    @property
+    def offered(self) -> tuple[AdapterInfo, ...]:
+        return tuple(a for name, a in self._held.items() if name not in self._unwanted)
+
+    def has(self, adapter_id: str) -> bool:
+        return not adapter_id or adapter_id in self._held
+
+    def want(self, message: WantAdapter) -> list[Effect]:
+        key = message.name, message.path
+        begun = key in self._loading
+        self._loading[key] = max(message.generation, self._loading.get(key, 0))
+        return [] if begun else [LoadAdapter(*key)]
+
+    def read(self, event: AdapterRead) -> list[Effect]:
+        """To be told after what is `offered` now: who hears the answer knows that it is here."""
+        generation = self._loading.pop((event.name, event.path), 0)
+        adapter = event.adapter
+        if adapter is not None:
+            adapter = msgspec.structs.replace(adapter, generation=generation)
+            self._held[adapter.adapter_id] = adapter
+            self._unwanted.discard(adapter.adapter_id)
+        return [
+            Send(
+                SCHEDULER,
+                AdapterAnswer(
+                    name=event.name, path=event.path, adapter=adapter, problem=event.problem
+                ),
+            )
+        ]
+
+    def unwant(self, message: UnwantAdapter) -> None:
+        if message.adapter_id in self._held:
+            self._unwanted.add(message.adapter_id)
+
+    def settle(self, used: Collection[str]) -> list[Effect]:
+        """`used`: those of the requests that are here."""
+        if not self._unwanted:
+            return []
+        gone = sorted(self._unwanted - set(used))
+        self._unwanted -= set(gone)
+        for adapter_id in gone:
+            del self._held[adapter_id]
+        return [DropAdapter(adapter_id) for adapter_id in gone]
+
+    def check(self, used: Collection[str]) -> None:
+        assert self._unwanted <= self._held.keys()
+        assert set(used) - {""} <= self._held.keys()
