@@ -61,6 +61,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_bytes: Count = 0
     generation: Count = 0
     """The scheduler's number of the change that brought it; 0: the worker was started with it."""
+    retired: bool = False
+    """For requests that began with it alone."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -667,9 +669,11 @@ class WantAdapter(Message, kw_only=True, frozen=True):
 
 
 class UnwantAdapter(Message, kw_only=True, frozen=True):
-    """Scheduler -> worker: no request will want this version any more."""
+    """Scheduler -> worker: no new request gets this version."""
 
     adapter_id: str
+    at_once: bool = False
+    """Nor is there an old one: its memory can go."""
 
 
 class KvReady(Message, kw_only=True, frozen=True):

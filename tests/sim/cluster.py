@@ -11,6 +11,7 @@ import msgspec
 from sim.device import EOS, VOCAB, prompt_scores, right_answer
 from sim.faults import Faults
 from sim.journal import Journals, Writer
+from sim.operator import MODEL, NAMES, Operator
 from sim.world import Process, World, random_prompt
 from slipstream.core import machine as m
 from slipstream.core.span_recorder import SpanRecorder
@@ -89,9 +90,14 @@ class Client:
     model: str
     prompt: list[int]
     sampling: SamplingParams
-    expected: list[int]
-    reason: FinishReason
-    text: str
+    held: SamplingParams
+    """The same, and what the answer is held to."""
+    expected: list[int] = field(default_factory=list)
+    reason: FinishReason = FinishReason.STOP
+    text: str = ""
+    adapter: str = ""
+    """By its name; `adapter_id`: the version that it got."""
+    adapter_id: str = ""
     frontend: NodeId = ""
     tokens: list[int] = field(default_factory=list)
     shown: str = ""
@@ -132,9 +138,8 @@ class Client:
         bad_words = ("no",) if number % 5 == 2 else ()
         bad_tokens = tuple(tuple(word.encode()) for word in bad_words)
         held = msgspec.structs.replace(sampling, grammar=grammar, bad_tokens=bad_tokens)
-        tokens, reason = right_answer(prompt, held, model)
-        expected, text, reason = _shown(prompt, tokens, reason, sampling)
-        client = cls(f"r{number}", model, prompt, sampling, expected, reason, text)
+        client = cls(f"r{number}", model, prompt, sampling, held)
+        client.expect()
         client.priority = rng.choice((0, 0, 0, -1, 3))
         if grammar:
             client.constraint = Constraint(kind=ConstraintKind.GRAMMAR, text=grammar)
@@ -145,6 +150,10 @@ class Client:
         if rng.random() < 0.12:
             client.timeout_s = rng.choice((0.05, 0.5, 2.0, 15.0))
         return client
+
+    def expect(self) -> None:
+        tokens, reason = right_answer(self.prompt, self.held, self.model, self.adapter_id)
+        self.expected, self.text, self.reason = _shown(self.prompt, tokens, reason, self.sampling)
 
     @property
     def context(self) -> TraceContext:
@@ -159,6 +168,7 @@ class Client:
             sampling=self.sampling,
             timeout_s=max(0.0, self.opened_s + self.timeout_s - now_s),
             model=self.model,
+            adapter=self.adapter_id,
             priority=self.priority,
             constraint=self.constraint,
             bad_words=self.bad_words,
@@ -254,8 +264,11 @@ class Cluster:
             stems.append(client.prompt + client.expected)  # a chat may go on
         for node_id in self.layout:
             self.world.at(rng.uniform(0.0, 0.3), lambda node_id=node_id: self._start(node_id))
-        for client in self.clients.values():
+        for number, client in enumerate(self.clients.values()):
+            if seed % 4 == 1 and client.model == MODEL and number % 2:
+                client.adapter = NAMES[number // 2 % 2]
             self.world.at(rng.uniform(1.0, 8.0), lambda client=client: self._open(client))
+        self.operator = Operator(self, Random(f"adapters {seed}")) if seed % 4 == 1 else None
         self._plan_faults()
         self.journals = Journals()
         self.counts: Counter[str] = Counter()
@@ -356,12 +369,23 @@ class Cluster:
 
     # --- Clients ----------------------------------------------------------------------------------
 
+    def _adapted(self, client: Client, frontend: NodeId) -> bool:
+        """Whether what it asks for is there; what is to be expected, is that of its version."""
+        client.adapter_id = ""
+        if client.adapter:
+            listed = self.operator.listed(frontend) if self.operator else {}
+            if client.adapter not in listed:
+                return False
+            client.adapter_id = listed[client.adapter].adapter_id
+        client.expect()
+        return True
+
     def _open(self, client: Client) -> None:
         """Comes back until a frontend takes the request, as a client with retries does."""
         frontends = [n for n, r in self.layout.items() if r is Role.FRONTEND]
         process = self.world.processes.get(self.rng.choice(frontends))
         client.ended = ""
-        if process is None:
+        if process is None or not self._adapted(client, process.info.node_id):
             self.world.at(self.world.now_s + 0.5, lambda: self._open(client))
             return
         client.frontend = process.info.node_id
@@ -384,6 +408,13 @@ class Cluster:
         if process is None or process.frozen_until_s > now_s:
             self.world.at(now_s + 0.5, lambda: self._resume(client, name))
             return
+        listed = self.operator.listed(process.info.node_id) if self.operator else {}
+        if client.adapter and client.adapter in listed:
+            if listed[client.adapter].adapter_id != client.adapter_id:
+                # Another version answers to the name now: that is another request.
+                self.counts["not found"] += 1
+                self._close(client, "cut off")
+                return
         client.away = False
         before, client.frontend = client.frontend, process.info.node_id
         self._leave(before, client)
@@ -412,7 +443,11 @@ class Cluster:
                 self.world.now_s + self.rng.choice((0.0, 5.0)), lambda: process.post(closed)
             )
 
-    def _deliver(self, node_id: NodeId, effect: m.Deliver) -> None:
+    def _deliver(self, node_id: NodeId, effect: m.Deliver | m.DeliverAdapter) -> None:
+        if isinstance(effect, m.DeliverAdapter):
+            assert self.operator is not None
+            self.operator.heard(effect)
+            return
         client = self.clients[effect.request_id]
         if client.ended in ("closed", "cut off") or node_id != client.frontend:
             if client.ended == "cut off" and node_id == client.frontend:
@@ -581,7 +616,7 @@ class Cluster:
                 held["spans"] = 1
             if held:
                 found.append(f"{node_id} holds {held}")
-        return found
+        return found + (self.operator.unsettled() if self.operator else [])
 
 
 def _recorder(info: NodeInfo, machine: m.Machine) -> SpanRecorder:

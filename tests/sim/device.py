@@ -55,6 +55,7 @@ class Device:
 
     def __init__(self, num_blocks: int, model: str = "fake"):
         self._model = model
+        self.adapters: set[str] = set()
         self.memory = [[0] * BLOCK_TOKENS for _ in range(num_blocks)]
         self._admitted: dict[tuple[RequestId, int], Admission] = {}
         self._tokens: dict[tuple[RequestId, int], list[int]] = {}
@@ -67,6 +68,7 @@ class Device:
             self._lost.discard(key)
         for admission in plan.admitted:
             key = admission.request_id, admission.attempt
+            assert admission.adapter in self.adapters | {""}, admission
             self._admitted[key], self._tokens[key] = admission, list(admission.tokens)
 
     def fail(self, plan: BatchPlan) -> None:
@@ -87,6 +89,7 @@ class Device:
             return RowOutput(*key, (), None, _scores(self._tokens[key], row)) if wanted else None
         admission, tokens = self._admitted[key], self._tokens[key]
         table = [self.memory[block] for block in row.block_ids]
+        assert admission.adapter in self.adapters | {""}, admission
         first = _first(self._model, admission.adapter)
         inputs, at = row.tokens, row.start
         if row.after_previous:

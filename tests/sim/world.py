@@ -17,7 +17,7 @@ from slipstream.core.machine import Effect, Event, Machine
 from slipstream.core.node import Node, encode_header
 from slipstream.core.span_recorder import SpanRecorder
 from slipstream.kvindex.memory import MemoryStore
-from slipstream.messages import SCHEDULER, NodeInfo, TokenPrompt
+from slipstream.messages import SCHEDULER, AdapterInfo, NodeInfo, TokenPrompt
 from slipstream.spans import Trace
 from slipstream.types import NodeId, RequestId, Role, unpack_tokens
 
@@ -71,6 +71,8 @@ class World:
         """Requests that kill the worker which computes their token of this position, or else fail
         its step."""
         self.poisoned: Counter[RequestId] = Counter()
+        self.files: dict[str, int] = {}
+        """Path of an adapter -> which one lies there."""
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._last_arrival: dict[tuple[NodeId, str], float] = {}
@@ -216,10 +218,14 @@ class Process:
             case m.DigestBlocks(op_id, blocks):
                 digests = tuple(self.device.digest(block) for block in blocks)
                 self.later(0.0005 * len(blocks), m.BlocksDigested(op_id, digests))
+            case m.LoadAdapter(name, path):
+                self.unless_frozen(0.02, lambda: self.post(self._adapter(name, path)))
+            case m.DropAdapter(adapter_id):
+                self.device.adapters.remove(adapter_id)
             case m.EncodePrompt(prompt=prompt):
                 assert isinstance(prompt, TokenPrompt)
                 self.later(0.001, encoded(action))
-            case m.Deliver() | m.DeliverCodec():
+            case m.Deliver() | m.DeliverCodec() | m.DeliverAdapter():
                 self.deliver(action)
             case m.Note():
                 pass  # `show` has shown it
@@ -240,6 +246,13 @@ class Process:
             self.post(m.TimerFired(key))
 
     # --- The worker's device ----------------------------------------------------------------------
+
+    def _adapter(self, name: str, path: str) -> m.AdapterRead:
+        """What lies there now."""
+        version = self.world.files[path]
+        adapter_id = f"{name}@{zlib.crc32(f'{path} {version}'.encode()):08x}"
+        self.device.adapters.add(adapter_id)
+        return m.AdapterRead(name, path, AdapterInfo(adapter_id=adapter_id, name=name, path=path))
 
     def _run_batch(self, plan: m.BatchPlan) -> None:
         """One after another, in order."""

@@ -74,7 +74,7 @@ def new_call(
     timeout_s = validate.timeout_s(request, body, context.limits)
     if after is not None:
         timeout_s = min(timeout_s, max(0.0, created_unix_s(call_id) + timeout_s - time.time()))
-    caller, salt = request[CALLER], validate.salt(body)
+    caller = request[CALLER]
     priority = validate.integer("priority", body.priority or 0, caller.priority_min, 2**31 - 1)
     any_choice = Tokenize(
         request_id=call_id,
@@ -83,7 +83,7 @@ def new_call(
         timeout_s=timeout_s,
         model=status.model,
         adapter=status.adapter,
-        salt=caller.salt(salt),
+        salt=caller.salt(validate.salt(body)),
         clamp_max_tokens=clamp,
         constraint=constraint_of(body),
         bad_words=bad_words(body),

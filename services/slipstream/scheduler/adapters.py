@@ -1,8 +1,10 @@
 """Which LoRA adapters there are, and that every worker of their model has them.
 
-What is wanted is held here; what a worker has, it says in `Hello`. Twice a second the two are
-compared: who lacks one is told to load it, who has one that nobody can ask for any more, to let it
-go. A version that was replaced stays until the last request that began with it has ended.
+What is wanted is held here; what a worker has, it says in `Hello`. A few times a second the two
+are compared: who lacks one is told to load it, who has one that nobody can ask for any more, to
+retire it, and in the end to let it go. A version that was replaced stays until the last request
+that began with it has ended. A young scheduler takes what workers have, and is not retired, for
+wanted; so who takes one away hears of it when every worker has.
 """
 
 from collections import OrderedDict
@@ -29,12 +31,14 @@ LOAD_S = 60.0
 """How long a change waits for the workers."""
 AGAIN_S = 10.0
 """After this a worker that lacks an adapter is told again."""
+RETIRE_S = 10.0
+"""So long after nobody could ask for it any more the last request with it has come here."""
 CHANGES_MAX, REMOVED_MAX = 64, 4096
 
 
 @dataclass(slots=True, eq=False)
 class _Change:
-    """An adapter that is being loaded by all workers of a model."""
+    """An adapter that is being loaded, or without a path retired, by all workers of a model."""
 
     asked: ChangeAdapter
     frontend: NodeId
@@ -57,6 +61,9 @@ class Adapters:
         """Those that were taken away -> the generation by then."""
         self._changes: dict[str, _Change] = {}
         self._told_s: dict[tuple[NodeId, str], float] = {}
+        """When a worker was last told to load or to let go of something."""
+        self._unused_s: dict[str, float] = {}
+        """Ids that nobody has, or can ask for -> since when."""
         self._generation = 0
         self.recovering = False
         """A young scheduler knows of no change before it."""
@@ -64,7 +71,7 @@ class Adapters:
     def of(self, model: str) -> list[AdapterInfo]:
         return [adapter for (name, _), adapter in sorted(self._wanted.items()) if name == model]
 
-    def hello(self, node: NodeInfo) -> None:
+    def hello(self, node: NodeInfo, now_s: float) -> list[Effect]:
         """Take what a worker was started with for wanted, and, while what was wanted is not known,
         what it was told to load."""
         for adapter in node.worker.adapters if node.worker is not None else ():
@@ -74,10 +81,11 @@ class Adapters:
             if known is not None and known.generation >= adapter.generation:
                 continue
             pending = any(change.key == key for change in self._changes.values())
-            if (adapter.generation and not self.recovering) or pending or key in self._removed:
-                continue
-            self._wanted[key] = adapter
+            started = adapter.generation == 0 or self.recovering
+            if started and not (adapter.retired or pending or key in self._removed):
+                self._wanted[key] = adapter
         self._list()
+        return self._settle(now_s)
 
     def down(self, peer: NodeId, now_s: float) -> list[Effect]:
         for key in [key for key in self._told_s if key[0] == peer]:
@@ -99,22 +107,22 @@ class Adapters:
 
     def _change(self, frontend: NodeId, asked: ChangeAdapter, now_s: float) -> list[Effect]:
         problem = self._refusal(asked)
-        if problem is None and not asked.path:
-            self._remove(asked)
-        if problem is not None or not asked.path:
-            told = AdapterChanged(call_id=asked.call_id, problem=problem)
-            return [*self._fleet.announce(), Send(frontend, told)]
+        if problem is not None:
+            return [Send(frontend, AdapterChanged(call_id=asked.call_id, problem=problem))]
         self._generation += 1
         workers = {node.node_id for node in self._workers(asked.model)}
         due_s = now_s + LOAD_S
-        self._changes[asked.call_id] = _Change(asked, frontend, self._generation, due_s, workers)
+        change = _Change(asked, frontend, self._generation, due_s, workers)
+        self._changes[asked.call_id] = change
+        if not asked.path:
+            return [*self._remove(change), *self._settle(now_s)]
         want = WantAdapter(name=asked.name, path=asked.path, generation=self._generation)
         return [Send(worker, want) for worker in sorted(workers)]
 
     def _answered(self, worker: NodeId, answer: AdapterAnswer, now_s: float) -> list[Effect]:
         for change in list(self._changes.values()):
             named = (change.asked.name, change.asked.path) == (answer.name, answer.path)
-            if not named or worker not in change.waits_for:
+            if not (named and answer.path) or worker not in change.waits_for:
                 continue
             change.waits_for.discard(worker)
             if answer.adapter is None:
@@ -129,27 +137,41 @@ class Adapters:
     def tick(self, used: Collection[str], now_s: float) -> list[Effect]:
         """`used`: ids that live requests have."""
         effects = self._settle(now_s)
-        pending = {change.key for change in self._changes.values()}
+        wanted = {adapter.adapter_id for adapter in self._wanted.values()}
+        pending = {change.key for change in self._changes.values() if change.asked.path}
+        unused: dict[str, float] = {}
         for node in self._fleet.nodes.values():
             if node.worker is None:
                 continue
-            there = {adapter.adapter_id for adapter in node.worker.adapters}
-            wanted = {adapter.adapter_id: adapter for adapter in self.of(node.model)}
             for adapter in node.worker.adapters:
-                kept = adapter.adapter_id in wanted or adapter.adapter_id in used
-                if not kept and (node.model, adapter.name) not in pending:
-                    unwant = UnwantAdapter(adapter_id=adapter.adapter_id)
-                    effects += self._tell(node.node_id, f"-{adapter.adapter_id}", unwant, now_s)
-            for adapter_id in wanted.keys() - there:
-                known = wanted[adapter_id]
-                want = WantAdapter(name=known.name, path=known.path, generation=known.generation)
-                effects += self._tell(node.node_id, adapter_id, want, now_s)
+                adapter_id = adapter.adapter_id
+                if adapter_id in wanted or (node.model, adapter.name) in pending:
+                    continue
+                if adapter_id not in used:
+                    unused[adapter_id] = self._unused_s.get(adapter_id, now_s)
+                over = now_s >= unused.get(adapter_id, now_s) + RETIRE_S
+                if over or not adapter.retired:
+                    unwant = UnwantAdapter(adapter_id=adapter_id, at_once=over)
+                    effects += self._tell(node.node_id, f"{over} {adapter_id}", unwant, now_s)
+            effects += self._load(node, now_s)
+        self._unused_s = unused
         return effects
+
+    def _load(self, node: NodeInfo, now_s: float) -> Iterator[Effect]:
+        """What is wanted and not there, or retired."""
+        assert node.worker is not None
+        there = {a.adapter_id for a in node.worker.adapters if not a.retired}
+        for known in self.of(node.model):
+            if known.adapter_id not in there:
+                want = WantAdapter(name=known.name, path=known.path, generation=known.generation)
+                yield from self._tell(node.node_id, known.adapter_id, want, now_s)
 
     def check(self) -> None:
         assert len(self._changes) <= CHANGES_MAX
         for change in self._changes.values():
             assert change.waits_for <= self._fleet.nodes.keys()
+        current = [adapter.name for adapter in self._wanted.values()]
+        assert len(set(self._wanted)) == len(current)
 
     def _tell(
         self, worker: NodeId, what: str, message: WantAdapter | UnwantAdapter, now_s: float
@@ -188,18 +210,34 @@ class Adapters:
             return Problem(code=ErrorCode.NO_WORKER, message=text, retry_after_s=5.0)
         return None
 
-    def _remove(self, asked: ChangeAdapter) -> None:
-        key = asked.model, asked.name
-        del self._wanted[key]
-        self._removed[key] = self._generation
+    def _remove(self, change: _Change) -> list[Effect]:
+        gone = self._wanted.pop(change.key)
+        self._removed[change.key] = change.generation
         if len(self._removed) > REMOVED_MAX:
             self._removed.popitem(last=False)
         self._list()
+        unwant = UnwantAdapter(adapter_id=gone.adapter_id)
+        told = [Send(worker, unwant) for worker in sorted(change.waits_for)]
+        return [*self._fleet.announce(), *told]
+
+    def _offering(self, change: _Change) -> set[NodeId]:
+        """Workers that have it, and not only for old requests."""
+        return {
+            node.node_id
+            for node in self._workers(change.asked.model)
+            if node.worker is not None
+            and any(a.name == change.asked.name and not a.retired for a in node.worker.adapters)
+        }
 
     def _settle(self, now_s: float) -> list[Effect]:
         """Changes that nothing is waited for any more."""
         effects: list[Effect] = []
         for change in list(self._changes.values()):
+            if not change.asked.path:
+                change.waits_for = self._offering(change)
+                if not change.waits_for:
+                    effects += self._over(change, None)
+                    continue
             ids = {adapter.adapter_id for adapter in change.read.values()}
             if len(ids) > 1:
                 text = f"The workers found different files in {change.asked.path}."
@@ -216,7 +254,7 @@ class Adapters:
                 effects += [*self._fleet.announce(), *self._over(change, None)]
             elif now_s >= change.due_s:
                 late = ", ".join(sorted(change.waits_for))
-                effects += self._over(change, _broken(f"{late} did not load it in {LOAD_S:g} s"))
+                effects += self._over(change, _broken(f"no word of {late} for {LOAD_S:g} s"))
         return effects
 
     def _over(self, change: _Change, problem: Problem | None) -> list[Effect]:
@@ -233,5 +271,5 @@ def _invalid(message: str) -> Problem:
 
 
 def _broken(why: str) -> Problem:
-    text = f"The LoRA adapter is not loaded: {why}. Ask again."
+    text = f"The LoRA adapters are not what was asked for: {why}. Ask again."
     return Problem(code=ErrorCode.NOT_READY, message=text, retry_after_s=5.0)

@@ -23,6 +23,9 @@ CAUTION = 2.0
 """Of a first token's predicted seconds to those that it may take where a target is to be kept: when
 load rises, prices are still those of the time before, and whoever is refused takes CPU time too."""
 
+ADAPTER_GONE_S = 5.0
+"""How long a version that nobody loads is waited for: a young scheduler knows few workers."""
+
 LATE_MOST = 0.75
 """How late a first token may be expected to be, as a share of the target."""
 
@@ -178,8 +181,10 @@ class Dispatcher:
         there = frozenset().union(*(view.adapters for view in views))
         away = {request.adapter for request in lane.queue} - there - {""}
         lane.had_s = {adapter: lane.had_s.get(adapter, now_s) for adapter in away}
+        wanted = {adapter.adapter_id for adapter in self.fleet.adapters.get(lane.model, ())}
         for request in list(lane.queue):
-            if now_s >= lane.had_s.get(request.adapter, math.inf) + self._recovery_wait_s:
+            wait_s = self._recovery_wait_s if request.adapter in wanted else ADAPTER_GONE_S
+            if now_s >= lane.had_s.get(request.adapter, math.inf) + wait_s:
                 name = request.adapter.partition("@")[0]
                 self._turn_away(request, no_worker(f"no worker with the LoRA adapter '{name}'"))
 

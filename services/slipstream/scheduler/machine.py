@@ -178,9 +178,8 @@ class SchedulerMachine:
 
     def _hello(self, source: NodeId, hello: Hello, now_s: float) -> list[Effect]:
         first = self.fleet.hello(source, hello)
-        self.adapters.hello(hello.node)
         self.dispatcher.sync(now_s)
-        effects = self.fleet.announce()
+        effects = [*self.adapters.hello(hello.node, now_s), *self.fleet.announce()]
         for live in hello.live if first and hello.node.worker else ():
             request = self._current(live.request_id, live.attempt)
             if live.waits:

@@ -36,7 +36,7 @@ class WorkerAdapters:
         generation = self._loading.pop((event.name, event.path), 0)
         adapter = event.adapter
         if adapter is not None:
-            adapter = msgspec.structs.replace(adapter, generation=generation)
+            adapter = msgspec.structs.replace(adapter, generation=generation, retired=False)
             self._held[adapter.adapter_id] = adapter
             self._unwanted.discard(adapter.adapter_id)
         return [
@@ -49,8 +49,11 @@ class WorkerAdapters:
         ]
 
     def unwant(self, message: UnwantAdapter) -> None:
-        if message.adapter_id in self._held:
-            self._unwanted.add(message.adapter_id)
+        name = message.adapter_id
+        if message.at_once and name in self._held:
+            self._unwanted.add(name)
+        elif name in self._held:
+            self._held[name] = msgspec.structs.replace(self._held[name], retired=True)
 
     def settle(self, used: Collection[str]) -> list[Effect]:
         """`used`: those of the requests that are here."""
