@@ -666,6 +666,7 @@ class WantAdapter(Message, kw_only=True, frozen=True):
     name: Name
     path: str
     generation: Count
+    retired: bool = False
 
 
 class UnwantAdapter(Message, kw_only=True, frozen=True):

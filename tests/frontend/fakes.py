@@ -143,6 +143,7 @@ class FakeGateway:
         self.now = ClusterStatus(
             ready=True,
             model=MODEL,
+            name=MODEL,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
             nodes=nodes,

@@ -409,12 +409,12 @@ class Cluster:
             self.world.at(now_s + 0.5, lambda: self._resume(client, name))
             return
         listed = self.operator.listed(process.info.node_id) if self.operator else {}
-        if client.adapter and client.adapter in listed:
-            if listed[client.adapter].adapter_id != client.adapter_id:
-                # Another version answers to the name now: that is another request.
-                self.counts["not found"] += 1
-                self._close(client, "cut off")
-                return
+        now = listed.get(client.adapter)
+        if now is not None and now.adapter_id != client.adapter_id:
+            # Another version answers to the name now: that is another request.
+            self.counts["not found"] += 1
+            self._close(client, "cut off")
+            return
         client.away = False
         before, client.frontend = client.frontend, process.info.node_id
         self._leave(before, client)

@@ -1,6 +1,7 @@
 """The simulated cluster keeps its promises, and would be caught breaking them."""
 
 import inspect
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
+from pathlib import Path
 from types import FunctionType
 
 import pytest
@@ -20,13 +22,18 @@ from slipstream.core.lender import Lender
 from slipstream.core.machine import SetTimer
 from slipstream.core.reading import LeasedRead, Reads
 from slipstream.core.worker import WorkerMachine
+from slipstream.core.worker_adapters import WorkerAdapters
 from slipstream.frontend.machine import FrontendMachine
+from slipstream.scheduler.adapters import Adapters
+from slipstream.scheduler.dispatcher import Dispatcher
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.tokenizer.machine import TokenizerMachine
 
 SEEDS = 1000
 """`make sim SEEDS=20000` tries more."""
 BUG_SEEDS = 2000
+FOUND: dict[str, int] = json.loads(Path(__file__).with_name("found.json").read_text())
+"""The seed by which each planted bug was found last: it is looked at first."""
 
 
 def test_every_request_ends_once_and_right_and_nothing_stays_held() -> None:
@@ -146,6 +153,25 @@ BUGS: dict[str, Plant] = {
         FrontendMachine, "_open", "request.accepted += taken.accepted", "pass"
     ),
     "the tokenizer has no tick": _without_timer(TokenizerMachine, "tick"),
+    "a request goes to another model's worker": _edited(
+        Dispatcher, "_views", "view.worker.model == lane.model", "True"
+    ),
+    "a request goes where its adapter is not": _both(
+        _edited(Dispatcher, "_dispatch", "if request.adapter in view.adapters", "if True"),
+        _edited(WorkerAdapters, "has", "not adapter_id or adapter_id in self._held", "True"),
+    ),
+    "blocks of one adapter serve another": _edited(
+        WorkerMachine, "_admit", "message.salt, message.adapter", "message.salt"
+    ),
+    "an adapter goes while a request has it": _edited(
+        WorkerAdapters, "settle", "self._unwanted - set(used)", "self._unwanted"
+    ),
+    "an adapter that nobody can ask for stays": _edited(
+        Adapters, "tick", "if over or not adapter.retired", "if not adapter.retired"
+    ),
+    "a worker that comes later lacks what is wanted": _edited(
+        Adapters, "_load", "there = {", "return\n    there = {"
+    ),
 }
 
 
@@ -157,6 +183,8 @@ def _first_found(bug: str, seeds: range) -> int | None:
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug: str) -> None:
+    if bug in FOUND and _first_found(bug, range(FOUND[bug], FOUND[bug] + 1)) is not None:
+        return
     parts = [range(start, start + 20) for start in range(0, BUG_SEEDS, 20)]
     with ProcessPoolExecutor(2) as pool:
         found = pool.map(_first_found, repeat(bug), parts)

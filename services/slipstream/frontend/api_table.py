@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from slipstream.errors import ErrorCode
-from slipstream.frontend import anthropic_shapes, openai, responses_shapes
+from slipstream.frontend import adapters_api, anthropic_shapes, openai, responses_shapes
 from slipstream.frontend.anthropic_input import MESSAGES_MAX
 from slipstream.frontend.anthropic_shapes import CountTokensRequest, MessageReply, MessagesRequest
 from slipstream.frontend.cluster import Cluster
@@ -156,6 +156,9 @@ _GENERATES = (*_BODY, ErrorCode.INVALID_SCHEMA, *_LOST, *_TAKEN)
 _GOES_ON = (ErrorCode.RESPONSE_NOT_FOUND, ErrorCode.PREVIOUS_NOT_FOUND)
 _KEPT = (ErrorCode.RESPONSE_NOT_FOUND, *_HTTP)
 _OPERATORS = (ErrorCode.FORBIDDEN, *_HTTP)
+_CHANGES = (*_BODY, ErrorCode.FORBIDDEN, ErrorCode.NO_WORKER)
+_PROBED = (ErrorCode.MODEL_NOT_FOUND, *_OPEN)
+_OF_MODEL = {"model": {"type": "string"}}
 _ASKED = (*_KEPT, ErrorCode.INVALID_VALUE, ErrorCode.UNSUPPORTED_PARAMETER)
 
 
@@ -212,9 +215,20 @@ OPERATIONS = (
         "POST", "/v1/messages/count_tokens", "how many tokens a message's input has",
         (*_BODY, ErrorCode.INVALID_SCHEMA), COUNT_TOKENS, anthropic_shapes.TokensCount,
     ),
-    Operation("GET", "/v1/models", "the one model that is served", reply=openai.ModelList),
     Operation(
-        "GET", "/v1/models/{model}", "that model, or that there is none of this name",
+        "GET", "/v1/models", "the models that are served, their adapters and other names",
+        reply=openai.ModelList,
+    ),
+    Operation(
+        "POST", "/v1/load_lora_adapter", "has every worker of a model load an adapter", _CHANGES,
+        Body(adapters_api.LoadAdapterRequest), "text/plain",
+    ),
+    Operation(
+        "POST", "/v1/unload_lora_adapter", "takes a LoRA adapter away", _CHANGES,
+        Body(adapters_api.UnloadAdapterRequest), "text/plain",
+    ),
+    Operation(
+        "GET", "/v1/models/{model}", "one of them, or that there is none of this name",
         (ErrorCode.MODEL_NOT_FOUND, *_HTTP), reply=openai.ModelCard,
     ),
     Operation(
@@ -225,8 +239,14 @@ OPERATIONS = (
         "POST", "/detokenize", "text of token ids", _BODY, Body(openai.DetokenizeRequest),
         openai.DetokenizeReply,
     ),
-    Operation("GET", "/health", "whether a request can be served now", _OPEN, reply=Readiness),
-    Operation("GET", "/readyz", "whether a request can be served now", _OPEN, reply=Readiness),
+    Operation(
+        "GET", "/health", "whether a request can be served now", _PROBED, reply=Readiness,
+        query=_OF_MODEL,
+    ),
+    Operation(
+        "GET", "/readyz", "whether a request can be served now", _PROBED, reply=Readiness,
+        query=_OF_MODEL,
+    ),
     Operation("GET", "/livez", "that the process turns", _OPEN, reply=Alive),
     Operation("GET", "/metrics", "Prometheus' text form", _OPERATORS, reply="text/plain"),
     Operation("GET", "/version", "the version", reply=Version),

@@ -8,7 +8,7 @@ wanted; so who takes one away hears of it when every worker has.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 import msgspec
@@ -62,6 +62,8 @@ class Adapters:
         self._changes: dict[str, _Change] = {}
         self._told_s: dict[tuple[NodeId, str], float] = {}
         """When a worker was last told to load or to let go of something."""
+        self._known: dict[tuple[str, str], AdapterInfo] = {}
+        """(Model, id): what lives in requests or is wanted; it may have to be loaded again."""
         self._unused_s: dict[str, float] = {}
         """Ids that nobody has, or can ask for -> since when."""
         self._generation = 0
@@ -77,6 +79,7 @@ class Adapters:
         for adapter in node.worker.adapters if node.worker is not None else ():
             key = node.model, adapter.name
             self._generation = max(self._generation, adapter.generation)
+            self._known[node.model, adapter.adapter_id] = adapter
             known = self._wanted.get(key)
             if known is not None and known.generation >= adapter.generation:
                 continue
@@ -134,11 +137,13 @@ class Adapters:
             return [Note(why), *self._settle(now_s)]
         return self._settle(now_s)
 
-    def tick(self, used: Collection[str], now_s: float) -> list[Effect]:
+    def tick(self, used: Set[str], now_s: float) -> list[Effect]:
         """`used`: ids that live requests have."""
         effects = self._settle(now_s)
         wanted = {adapter.adapter_id for adapter in self._wanted.values()}
         pending = {change.key for change in self._changes.values() if change.asked.path}
+        known = self._known.items()
+        self._known = {key: adapter for key, adapter in known if key[1] in wanted | used}
         unused: dict[str, float] = {}
         for node in self._fleet.nodes.values():
             if node.worker is None:
@@ -153,18 +158,29 @@ class Adapters:
                 if over or not adapter.retired:
                     unwant = UnwantAdapter(adapter_id=adapter_id, at_once=over)
                     effects += self._tell(node.node_id, f"{over} {adapter_id}", unwant, now_s)
-            effects += self._load(node, now_s)
+            effects += self._load(node, used, now_s)
         self._unused_s = unused
         return effects
 
-    def _load(self, node: NodeInfo, now_s: float) -> Iterator[Effect]:
-        """What is wanted and not there, or retired."""
+    def _load(self, node: NodeInfo, used: Set[str], now_s: float) -> Iterator[Effect]:
+        """What is wanted and not there, or retired; and older versions, for requests that would
+        find nobody else to go on with."""
         assert node.worker is not None
-        there = {a.adapter_id for a in node.worker.adapters if not a.retired}
-        for known in self.of(node.model):
-            if known.adapter_id not in there:
-                want = WantAdapter(name=known.name, path=known.path, generation=known.generation)
-                yield from self._tell(node.node_id, known.adapter_id, want, now_s)
+        there = {adapter.adapter_id: adapter for adapter in node.worker.adapters}
+        wanted = {adapter.adapter_id: adapter for adapter in self.of(node.model)}
+        older = [
+            adapter
+            for (model, adapter_id), adapter in sorted(self._known.items())
+            if model == node.model and adapter_id in used - wanted.keys()
+        ]
+        for known in (*wanted.values(), *older):
+            have, retired = there.get(known.adapter_id), known.adapter_id not in wanted
+            if have is not None and (retired or not have.retired):
+                continue
+            want = WantAdapter(
+                name=known.name, path=known.path, generation=known.generation, retired=retired
+            )
+            yield from self._tell(node.node_id, known.adapter_id, want, now_s)
 
     def check(self) -> None:
         assert len(self._changes) <= CHANGES_MAX

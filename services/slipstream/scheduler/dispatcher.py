@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
@@ -22,9 +22,6 @@ from slipstream.types import NodeId, RequestId
 CAUTION = 2.0
 """Of a first token's predicted seconds to those that it may take where a target is to be kept: when
 load rises, prices are still those of the time before, and whoever is refused takes CPU time too."""
-
-ADAPTER_GONE_S = 5.0
-"""How long a version that nobody loads is waited for: a young scheduler knows few workers."""
 
 LATE_MOST = 0.75
 """How late a first token may be expected to be, as a share of the target."""
@@ -122,7 +119,7 @@ class Dispatcher:
         """Until somebody finds no room: nobody overtakes, but those whose adapter no worker has."""
         effects: list[Effect] = []
         views, others = self._views(lane)
-        there = frozenset().union(*(view.adapters for view in views if view.taking))
+        there = _served(views)
         while (request := next((r for r in lane.queue if r.adapter in there), None)) is not None:
             if (problem := request.overdue(now_s)) is not None:
                 self._turn_away(request, problem)
@@ -177,14 +174,11 @@ class Dispatcher:
 
     def _expire_adapters(self, lane: Lane, now_s: float) -> None:
         """Nobody waits for ever for an adapter that no worker has."""
-        views = self._views(lane)[0]
-        there = frozenset().union(*(view.adapters for view in views))
+        there = _served(self._views(lane)[0])
         away = {request.adapter for request in lane.queue} - there - {""}
         lane.had_s = {adapter: lane.had_s.get(adapter, now_s) for adapter in away}
-        wanted = {adapter.adapter_id for adapter in self.fleet.adapters.get(lane.model, ())}
         for request in list(lane.queue):
-            wait_s = self._recovery_wait_s if request.adapter in wanted else ADAPTER_GONE_S
-            if now_s >= lane.had_s.get(request.adapter, math.inf) + wait_s:
+            if now_s >= lane.had_s.get(request.adapter, math.inf) + self._recovery_wait_s:
                 name = request.adapter.partition("@")[0]
                 self._turn_away(request, no_worker(f"no worker with the LoRA adapter '{name}'"))
 
@@ -334,3 +328,11 @@ class Dispatcher:
         epoch = self.fleet.nodes[source].epoch
         yield target, Decode(**common, prefill=source, prefill_epoch=epoch)
         yield source, Prefill(**common, **computing, decode=target)
+
+
+def _served(views: Sequence[WorkerView]) -> frozenset[str]:
+    """Adapters with which a prompt can be computed and a stream run."""
+    none: frozenset[str] = frozenset()
+    taking = [view for view in views if view.taking]
+    hosts = none.union(*(view.adapters for view in taking if view.worker.accept_decode))
+    return hosts & none.union(*(view.adapters for view in taking if view.prefills))

@@ -13,8 +13,8 @@ class WorkerAdapters:
     def __init__(self, held: Collection[AdapterInfo]) -> None:
         """`held`: what it was started with."""
         self._held = {adapter.adapter_id: adapter for adapter in held}
-        self._loading: dict[tuple[str, str], int] = {}
-        """(Name, path) -> generation."""
+        self._loading: dict[tuple[str, str], WantAdapter] = {}
+        """(Name, path) -> the last word of the scheduler."""
         self._unwanted: set[str] = set()
         """Held still, for requests that have it."""
 
@@ -28,15 +28,17 @@ class WorkerAdapters:
     def want(self, message: WantAdapter) -> list[Effect]:
         key = message.name, message.path
         begun = key in self._loading
-        self._loading[key] = max(message.generation, self._loading.get(key, 0))
+        self._loading[key] = message
         return [] if begun else [LoadAdapter(*key)]
 
     def read(self, event: AdapterRead) -> list[Effect]:
         """To be told after what is `offered` now: who hears the answer knows that it is here."""
-        generation = self._loading.pop((event.name, event.path), 0)
+        wanted = self._loading.pop((event.name, event.path))
         adapter = event.adapter
         if adapter is not None:
-            adapter = msgspec.structs.replace(adapter, generation=generation, retired=False)
+            adapter = msgspec.structs.replace(
+                adapter, generation=wanted.generation, retired=wanted.retired
+            )
             self._held[adapter.adapter_id] = adapter
             self._unwanted.discard(adapter.adapter_id)
         return [
