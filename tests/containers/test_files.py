@@ -15,8 +15,8 @@ import pytest
 from slipstream.cli.commands import unknown_variables
 
 FOLDER = Path(__file__).parents[2] / "compose"
-OVERLAYS = ["gpu", "observability", "load", "keys"]
-JOBS = {"keys", "model"}
+OVERLAYS = ["gpu", "observability", "load", "keys", "models"]
+JOBS = {"keys", "model", "model-2"}
 VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
 
 
@@ -113,11 +113,12 @@ def test_workers_of_a_host_have_their_pools_in_one_place(project: dict[str, Any]
 
 def test_a_service_has_the_keys_of_its_role_alone(project: dict[str, Any]) -> None:
     for name, service in project["services"].items():
+        role = name.removesuffix("-2")
         keys = [v for v in service.get("volumes", []) if str(v.get("source")).startswith("keys-")]
         if name == "keys":
             assert len(keys) == 6 and not any(volume.get("read_only") for volume in keys)
         elif "SLIPSTREAM_KEYS_DIR" in (service.get("environment") or {}):
-            assert [(v["source"], v["target"]) for v in keys] == [(f"keys-{name}", f"/keys/{name}")]
+            assert [(v["source"], v["target"]) for v in keys] == [(f"keys-{role}", f"/keys/{role}")]
             assert keys[0]["read_only"]
         else:
             assert not keys
