@@ -37,7 +37,7 @@ from slipstream.config import (
     Watchdog,
 )
 from slipstream.config.rules import check_offload, check_ranks, check_transports
-from slipstream.frontend.config import ApiKeysFile, StallTimeout
+from slipstream.frontend.config import ApiKeysFile, AuditLog, StallTimeout
 from slipstream.scheduler.config import (
     Disaggregation,
     MaxQueuedTokens,
@@ -127,6 +127,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         int, Meta(ge=1, le=65535, description="Port for HTTP (of the first frontend).")
     ] = 8000
     api_keys_file: ApiKeysFile = ""
+    audit_log: AuditLog = ""
     max_requests: MaxRequests = 1024
     max_queued_tokens: MaxQueuedTokens = 4 * 2**20
     ttft_target_s: TtftTarget = 30.0

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from slipstream.errors import ErrorCode
 from slipstream.frontend import validate
-from slipstream.frontend.callers import CALLER
+from slipstream.frontend.callers import CALLER, TRAIL
 from slipstream.frontend.constraints import constraint_of
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.event_ids import (
@@ -79,7 +79,7 @@ def new_call(
         model=body.model,
         system_fingerprint=context.system_fingerprint,
         submissions=submissions,
-        caller=caller,
+        trail=request[TRAIL],
         stall_timeout_s=context.limits.stall_timeout_s,
         n=n,
         stream=bool(body.stream),

@@ -23,6 +23,13 @@ ApiKeysFile: TypeAlias = Annotated[
         "nobody is asked. It may change at any time."
     ),
 ]
+AuditLog: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="File for a line of JSON about each request, without its text; several "
+        "frontends may have the same; empty: none."
+    ),
+]
 StallTimeout: TypeAlias = Annotated[
     float,
     Meta(
@@ -47,6 +54,7 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
     ] = ""
     served_model_name: ServedModelName = ""
     api_keys_file: ApiKeysFile = ""
+    audit_log: AuditLog = ""
     max_requests: MaxRequests = 1024
     max_body_bytes: Annotated[
         ByteSize, Meta(ge=1024, description="Longest request body; a longer one is answered 413.")

@@ -23,11 +23,11 @@ from slipstream.core.machine import (
     TraceAsked,
 )
 from slipstream.core.submission import TAKEN
-from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.app import NO_BOOKS, AppSettings, Books, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
+from slipstream.frontend.context import CONTEXT
 from slipstream.frontend.gateway import ClusterStatus, StreamItem
-from slipstream.frontend.journal import Journal
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.request_metrics import RequestMetrics
 from slipstream.messages import Prompt, Tokenize, TraceFound, WorkerInfo
@@ -57,7 +57,7 @@ class FrontendService:
         host: str,
         port: int,
         model: str = "",
-        journal: Journal | None = None,
+        books: Books = NO_BOOKS,
     ) -> None:
         """`model`: its name in the API; empty: as the workers say. `port` 0: any free one, which
         is then in `port`."""
@@ -71,8 +71,9 @@ class FrontendService:
         self._requests, self._cluster = RequestMetrics(), ClusterMetrics()
         self._defaults = settings.default_sampling
         self._asks_for_keys = bool(settings.api_keys_file)
-        self._journal = journal
-        self._runner = make_runner(build_app(self, settings, journal), SHUTDOWN_TIMEOUT_S)
+        self._books, app = books, build_app(self, settings, books)
+        self._usage = app[CONTEXT].usage
+        self._runner = make_runner(app, SHUTDOWN_TIMEOUT_S)
 
     # --- Executor ---
 
@@ -112,8 +113,10 @@ class FrontendService:
     async def close(self) -> None:
         """After the machine's last word: sends what is written, then closes every connection."""
         await self._runner.cleanup()
-        if self._journal is not None:
-            await self._journal.close()
+        if self._books.journal is not None:
+            await self._books.journal.close()
+        if self._books.audit is not None:
+            await asyncio.to_thread(self._books.audit.close)
 
     # --- Gateway ---
 
@@ -196,8 +199,10 @@ class FrontendService:
 
     def metrics(self) -> bytes:
         node = self._machine.membership.node
-        written = self._journal.statistics() if self._journal is not None else {}
-        own = metrics(self._machine.statistics() | written, node.node_id, node.role, shell=False)
+        said = self._machine.statistics()
+        for book in (self._books.journal, self._usage, self._books.audit):
+            said |= book.statistics() if book is not None else {}
+        own = metrics(said, node.node_id, node.role, shell=False)
         return own + text(self._families())
 
     def _families(self) -> Iterator[Metric]:
