@@ -278,7 +278,10 @@ def test_what_the_store_has_lost_of_the_idle_is_said_again() -> None:
     (one,) = world.living
     for key in keys:
         one.ask(key.name, "m", 7, 3, 1)
+    one.exchange("none")
+    world.pass_(120.0)
     one.exchange()
+    assert len([key for key in world.accounts.kept if len(key[1]) == 7]) == len(keys)
     world.pass_(3600.0)
     one.exchange()
     whole = {key: lives for key, lives in world.accounts.kept.items() if len(key[1]) == 7}

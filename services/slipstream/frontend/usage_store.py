@@ -7,7 +7,6 @@ Months have no time to live: with `volatile-lru`, which our own Redis runs, they
 Each frontend removes those that are not kept, when it starts and when a month begins.
 """
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -93,13 +92,14 @@ class RedisUsage:
         self._exchange = self._redis.register_script(_EXCHANGE)
 
     async def exchange(self, writes: Sequence[Write]) -> Exchanged:
-        """One script; on a Cluster one for each account, at the same time."""
+        """One script; on a Cluster one for each account, in turn: its client has raised whatever
+        came to its mind when it was first used for several things at a time."""
         parts = [[one] for one in writes] if self._sharded else [writes]
         try:
-            told = await asyncio.gather(*(self._part(part) for part in parts))
+            told = [await self._part(part) for part in parts]
         except (RedisError, RedisClusterException, OSError, ValueError) as error:
             raise StoreError(str(error)) from None
-        return Exchanged(max(one.unix_s for one in told), [s for one in told for s in one.said])
+        return Exchanged(told[-1].unix_s, [said for one in told for said in one.said])
 
     async def forget(self, oldest: str) -> None:
         """Walks through all keys, a few at a time: clients that left the file have some too."""

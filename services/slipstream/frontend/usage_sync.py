@@ -84,7 +84,9 @@ class UsageSync:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 unix_s, said = await self._store.exchange(writes)
-        except (StoreError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 a count is not worth the frontend, nor its next exchange
+            if not isinstance(error, (StoreError, TimeoutError)):
+                _log.exception("an exchange of usage failed")
             self.ledger.failed(writes)
             self._counts["usage_failures"] += 1
             if self._up is not False:
