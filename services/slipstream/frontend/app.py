@@ -81,7 +81,9 @@ def build_app(gateway: Gateway, settings: AppSettings, books: Books = NO_BOOKS) 
     )
     http, note = HttpMetrics(), books.audit.act if books.audit else None
     callers = Callers(settings.api_keys_file, note=note)
-    sync = UsageSync(callers.ledger, books.usage, callers.share) if books.usage else None
+    sync = None
+    if books.usage is not None:
+        sync = UsageSync(callers.ledger, books.usage, callers.share, callers.clock)
     app[CONTEXT] = Context(
         gateway=gateway,
         callers=callers,

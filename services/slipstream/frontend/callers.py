@@ -181,7 +181,7 @@ class Callers:
         note: Callable[[str, str], None] | None = None,
     ) -> None:
         """`note`: is told of every change of the file. SetupError: it cannot be used."""
-        self._path, self._clock, self._note = path, clock, note or (lambda act, text: None)
+        self._path, self.clock, self._note = path, clock, note or (lambda act, text: None)
         self.ledger = Ledger(time.time(), clock())
         self.nobody = Caller(self.ledger, clock)
         self._clients: dict[str, Client] = {}
@@ -248,7 +248,7 @@ class Callers:
         clients: dict[str, Client] = {}
         for key in keys:
             client = clients.setdefault(
-                key.name, self._clients.get(key.name) or Client(key, self.ledger, self._clock)
+                key.name, self._clients.get(key.name) or Client(key, self.ledger, self.clock)
             )
             client.renew(key)
         self._clients, self._keyring = clients, Keyring(keys)

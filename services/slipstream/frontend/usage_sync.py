@@ -33,7 +33,7 @@ class UsageSync:
         ledger: Ledger,
         store: UsageStore,
         share: Callable[[Mapping[str, Used], float], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float],
     ) -> None:
         """`share`: is told after each exchange what others have used up of this minute."""
         self.ledger, self._store = ledger, store
