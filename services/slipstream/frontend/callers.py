@@ -200,7 +200,7 @@ class Callers:
         key = self._keyring.find(offered) if offered else None
         if key is None:
             raise _unauthorized(request, given=bool(offered))
-        client = self._clients[key.name]
+        request[CALLER] = client = self._clients[key.name]
         if request.path in OPERATORS and not client.operator:
             text = f"{request.path} tells of all clients; it takes a key with 'operator = true'."
             raise api_error(ErrorCode.FORBIDDEN, text)
