@@ -38,6 +38,7 @@ class ErrorCode(StrEnum):
     TOO_LARGE = "request_too_large"
     UNSUPPORTED_MEDIA = "unsupported_media_type"
     RATE_LIMIT = "rate_limit_exceeded"
+    QUOTA = "insufficient_quota"
     QUEUE_FULL = "queue_full"
     NOT_READY = "not_ready"
     NO_WORKER = "no_worker"
@@ -92,6 +93,7 @@ ERRORS: dict[ErrorCode, ErrorSpec] = {
     ErrorCode.TOO_LARGE: ErrorSpec(413, _BAD, False, "The body is larger than the limit."),
     ErrorCode.UNSUPPORTED_MEDIA: ErrorSpec(415, _BAD, False, "Send application/json, not encoded."),
     ErrorCode.RATE_LIMIT: ErrorSpec(429, "rate_limit_error", True, "The API key has used it up."),
+    ErrorCode.QUOTA: ErrorSpec(429, "insufficient_quota", False, "The API key's month is used up."),
     ErrorCode.QUEUE_FULL: ErrorSpec(429, "rate_limit_error", True, "Too many requests wait."),
     ErrorCode.NOT_READY: ErrorSpec(503, _SERVER, True, "The cluster is starting."),
     ErrorCode.NO_WORKER: ErrorSpec(503, _SERVER, True, "No worker can take the request."),

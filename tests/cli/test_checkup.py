@@ -89,17 +89,22 @@ def test_the_screen_counts() -> None:
         (
             {"redis_version": "7.2", "maxmemory_policy": "noeviction", "maxmemory": 1 << 20},
             State.WARN,
-            "allkeys-lru",
+            "stands still: volatile-lru",
         ),
         (
             {
                 "redis_version": "6.2.14",
-                "maxmemory_policy": "allkeys-lru",
+                "maxmemory_policy": "volatile-lru",
                 "maxmemory": 2 << 20,
                 "used_memory": 1 << 20,
             },
             State.OK,
             "1MiB used of 2MiB",
+        ),
+        (
+            {"redis_version": "7.2", "maxmemory_policy": "allkeys-lru", "maxmemory": 1 << 20},
+            State.WARN,
+            "months of API keys",
         ),
     ],
 )

@@ -10,10 +10,9 @@ from aiohttp import web
 
 from slipstream.core.machine import DeliverCodec, Taken
 from slipstream.errors import Problem
-from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.app import NO_BOOKS, AppSettings, Books, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.gateway import ClusterStatus, ModelCard, StreamItem
-from slipstream.frontend.journal import Journal
 from slipstream.messages import (
     ClusterLoad,
     NodeInfo,
@@ -233,9 +232,9 @@ def chat_body(**members: object) -> dict[str, object]:
 
 @asynccontextmanager
 async def serving(
-    gateway: FakeGateway, settings: AppSettings, journal: Journal | None = None
+    gateway: FakeGateway, settings: AppSettings, books: Books = NO_BOOKS
 ) -> AsyncIterator[Server]:
-    runner = make_runner(build_app(gateway, settings, journal), shutdown_timeout_s=0.5)
+    runner = make_runner(build_app(gateway, settings, books), shutdown_timeout_s=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]

@@ -272,10 +272,13 @@ async def test_what_each_key_has_had(server: Server) -> None:
         await ask(server, key)
     text = (await get(server, "/metrics", **bearer("key-r")))[1].decode()
     for line in (
-        'slipstream_key_requests_total{key="alice"} 2.0',
-        'slipstream_key_tokens_total{key="alice"} 14.0',
-        'slipstream_key_refused_total{key="few"} 1.0',
-        'slipstream_key_requests_total{key="bob"} 0.0',
+        'slipstream_key_requests_total{key="alice",model="demo"} 2.0',
+        'slipstream_key_tokens_total{key="alice",model="demo"} 14.0',
+        'slipstream_key_prompt_tokens_total{key="alice",model="demo"} 10.0',
+        'slipstream_key_cached_tokens_total{key="alice",model="demo"} 4.0',
+        'slipstream_key_completion_tokens_total{key="alice",model="demo"} 4.0',
+        'slipstream_key_refused_total{key="few",model=""} 1.0',
+        'slipstream_key_requests_total{key="bob",model=""} 0.0',
     ):
         assert line in text
 

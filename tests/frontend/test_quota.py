@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.errors import ErrorCode
-from slipstream.frontend.quota import Allowance, Bucket, Quota, duration
+from slipstream.frontend.quota import Allowance, Bucket, MonthQuota, Quota, duration
+from slipstream.frontend.usage import Used, month
 
 
 def wait_s(quota: Quota, now_s: float) -> float:
@@ -36,11 +37,7 @@ def test_tokens_are_counted_as_they_come_and_waited_for_later() -> None:
     assert not wait_s(quota, 0.0)
     quota.spend(100, 0.0)  # of an answer that was begun while there were some
     assert wait_s(quota, 0.0) == 91.0
-    assert quota.headers(0.0) == {
-        "x-ratelimit-limit-tokens": "60",
-        "x-ratelimit-remaining-tokens": "0",
-        "x-ratelimit-reset-tokens": "2m30s",
-    }
+    assert list(quota.limits(0.0)) == [("tokens", 60, 0, 150.0)]
     assert not wait_s(quota, 91.0)
 
 
@@ -50,7 +47,7 @@ def test_requests_at_a_time() -> None:
     quota.begin(0.0)
     assert wait_s(quota, 0.0) == 1.0 and wait_s(quota, 500.0) == 1.0
     quota.end()
-    assert not wait_s(quota, 500.0) and quota.headers(500.0) == {}
+    assert not wait_s(quota, 500.0) and not list(quota.limits(500.0))
 
 
 def test_without_limits_there_are_none() -> None:
@@ -58,18 +55,65 @@ def test_without_limits_there_are_none() -> None:
     for _ in range(10_000):
         quota.begin(0.0)
         quota.spend(10**6, 0.0)
-    assert not wait_s(quota, 0.0) and quota.headers(0.0) == {}
+    assert not wait_s(quota, 0.0) and not list(quota.limits(0.0))
 
 
 def test_frontends_have_a_part_each() -> None:
-    assert Allowance(10, 0, 1).divided(3) == Allowance(4, 0, 1), "what has no limit still has none"
     quota = Quota(Allowance(requests_per_minute=6), 0.0)
     for _ in range(6):
         quota.begin(0.0)
-    quota.resize(Allowance(requests_per_minute=6).divided(2), 0.0)
+    quota.resize(Allowance(requests_per_minute=6), 0.0, 2)
     assert wait_s(quota, 0.0) == 20.0, "nothing is given back"
-    quota.resize(Allowance(requests_per_minute=60), 20.0)
+    quota.resize(Allowance(requests_per_minute=120), 20.0, 2)
     assert not wait_s(quota, 20.0), "more is there at once"
+    whole = Quota(Allowance(0, 10, 3), 0.0, 2)
+    for _ in range(2):
+        assert not wait_s(whole, 0.0)
+        whole.begin(0.0)
+    assert wait_s(whole, 0.0) == 1.0, "of what runs at a time a part as well, rounded up"
+    assert [(name, limit) for name, limit, *_ in whole.limits(0.0)] == [("tokens", 5)]
+
+
+def test_what_others_leave_is_granted_here() -> None:
+    """A client that stays at one of two frontends has its whole limit, as soon as they exchange."""
+    quota, others, granted = Quota(Allowance(60), 0.0, 2), Quota(Allowance(60), 0.0, 2), 0
+    for now_s in range(61):
+        while not wait_s(quota, now_s):
+            quota.begin(now_s)
+            others.share(1, 0, now_s)
+            granted += 1
+        quota.share(0, 0, now_s)
+    assert 116 <= granted <= 120
+    assert [(name, limit, left) for name, limit, left, _ in others.limits(60)] == [
+        ("requests", 60, quota_left(quota, 60))
+    ]
+    assert next(quota.limits(64))[1] == 30, "alone again: its part"
+
+
+def quota_left(quota: Quota, now_s: float) -> int:
+    return next(left for _, _, left, _ in quota.limits(now_s))
+
+
+def test_of_one_for_all_each_may_have_it() -> None:
+    quotas = [Quota(Allowance(1), 0.0, 4) for _ in range(4)]
+    for quota in quotas:
+        quota.share(0, 0, 0.0)
+        assert not wait_s(quota, 0.0)
+    quotas[0].begin(0.0)
+    for quota in quotas[1:]:
+        quota.share(1, 0, 1.0)
+        assert 58 < wait_s(quota, 1.0) <= 60
+
+
+def test_of_a_month() -> None:
+    quota, period = MonthQuota(requests=10, tokens=0), month(1_795_000_000.0)
+    assert quota.refusal("alice", Used(9, 10**9), period, period.start_s) is None
+    problem = quota.refusal("alice", Used(10, 0), period, period.end_s - 90.0)
+    assert problem is not None and problem.code is ErrorCode.QUOTA
+    assert problem.retry_after_s == 90.0 and "2026-12-01T00:00Z" in problem.message
+    assert list(quota.limits(Used(4, 5), period, period.end_s - 90.0)) == [
+        ("requests-month", 10, 6, 90.0)
+    ]
 
 
 @given(

@@ -26,7 +26,7 @@ from frontend.fakes import (
 from frontend.journals import MemoryStore
 from slipstream.errors import Problem
 from slipstream.frontend import journal
-from slipstream.frontend.app import AppSettings
+from slipstream.frontend.app import AppSettings, Books
 from slipstream.frontend.event_ids import NAMED_CHOICES_MAX, created_unix_s, new_id
 from slipstream.frontend.gateway import StreamItem
 from slipstream.frontend.journal import Journal
@@ -54,8 +54,8 @@ async def pair() -> AsyncIterator[tuple[Server, Server, MemoryStore]]:
     store, settings = MemoryStore(), AppSettings(keep_alive_s=5.0)
     first, second = Journal(store, 60.0), Journal(store, 60.0)
     async with (
-        serving(FakeGateway(), settings, first) as one,
-        serving(FakeGateway(), settings, second) as other,
+        serving(FakeGateway(), settings, Books(first)) as one,
+        serving(FakeGateway(), settings, Books(second)) as other,
     ):
         yield one, other, store
 

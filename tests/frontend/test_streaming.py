@@ -12,8 +12,9 @@ import pytest
 from frontend.fakes import FakeGateway, Pause, Server, answer, chat_body, serving, until
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings
-from slipstream.frontend.callers import Caller
+from slipstream.frontend.callers import Callers
 from slipstream.frontend.generation import TAKEN_MAX, Answers, Call
+from slipstream.frontend.trail import Trail
 from slipstream.frontend.validate import Limits
 from slipstream.messages import TextDelta, TextPrompt, Tokenize
 from slipstream.spans import TraceContext
@@ -227,7 +228,8 @@ async def test_a_slow_reader_is_not_taken_for_a_silent_worker() -> None:
     gateway = FakeGateway()
     asked = msgspec.structs.replace(a_submission(), request_id="r-0")
     call = Call(
-        id="r", created=0, model="m", system_fingerprint="f", submissions=[asked], caller=Caller(),
+        id="r", created=0, model="m", system_fingerprint="f", submissions=[asked],
+        trail=Trail(Callers().nobody, 0.0),
         stall_timeout_s=0.05, n=1, stream=True, include_usage=False, continuous_usage=False,
         wants_logprobs=False, context=TraceContext(trace_id="a" * 32),
     )  # fmt: skip

@@ -79,7 +79,9 @@ def judged_redis(info: Mapping[str, Any]) -> Check:
     if numbers(version) < _REDIS_OLDEST:
         return fail("redis", found, "6.2 or newer is needed")
     if most and policy == "noeviction":
-        return warn("redis", found, "when it is full the index stands still: allkeys-lru")
+        return warn("redis", found, "when it is full the index stands still: volatile-lru")
+    if most and policy.startswith("allkeys"):
+        return warn("redis", found, "when it is full, months of API keys go too: volatile-lru")
     return ok("redis", found)
 
 

@@ -127,6 +127,10 @@ class ApiKeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokens_per_minute: Annotated[
         int, Meta(ge=0, description="Of prompts and answers; 0: no limit.")
     ] = 0
+    requests_per_month: Annotated[int, Meta(ge=0, description="0: no limit.")] = 0
+    tokens_per_month: Annotated[
+        int, Meta(ge=0, description="Of prompts and answers; 0: no limit.")
+    ] = 0
     max_concurrent: Annotated[int, Meta(ge=0, description="At a time; 0: no limit.")] = 0
     weight: Annotated[
         int, Meta(ge=1, le=100, description="Its part of the queue, to those of others.")
@@ -139,7 +143,7 @@ class ApiKeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = ""
     operator: Annotated[
-        bool, Meta(description="May read /metrics, /cluster and everybody's traces.")
+        bool, Meta(description="May read /metrics, /cluster, everybody's usage and traces.")
     ] = False
 
 

@@ -37,7 +37,13 @@ from slipstream.config import (
     Watchdog,
 )
 from slipstream.config.rules import check_offload, check_ranks, check_transports
-from slipstream.frontend.config import ApiKeysFile, LoraUpdates, RoutesFile, StallTimeout
+from slipstream.frontend.config import (
+    ApiKeysFile,
+    AuditLog,
+    LoraUpdates,
+    RoutesFile,
+    StallTimeout,
+)
 from slipstream.scheduler.config import (
     Disaggregation,
     MaxQueuedTokens,
@@ -141,6 +147,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     api_keys_file: ApiKeysFile = ""
     routes_file: RoutesFile = ""
     allow_lora_updates: LoraUpdates = False
+    audit_log: AuditLog = ""
     max_requests: MaxRequests = 1024
     max_queued_tokens: MaxQueuedTokens = 4 * 2**20
     ttft_target_s: TtftTarget = 30.0

@@ -117,7 +117,7 @@ def redis_child(layout: Layout) -> ChildSpec:
         "--save": "",
         "--appendonly": "no",
         "--maxmemory": "256mb",
-        "--maxmemory-policy": "allkeys-lru",
+        "--maxmemory-policy": "volatile-lru",  # the months of API keys never lapse, so they stay
         # A worker is one large key: it must not hold up the others while it goes.
         "--lazyfree-lazy-expire": "yes",
         "--lazyfree-lazy-eviction": "yes",

@@ -1,5 +1,6 @@
 """What the children of `slipstream serve` would refuse, found before the first of them starts."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,6 +67,10 @@ def _check(config: ServiceConfig, env: Mapping[str, str]) -> None:
         from slipstream.frontend import routes
 
         routes.read(config.routes_file)
+    if isinstance(config, FrontendConfig) and config.audit_log:
+        from slipstream.frontend.audit import require_file
+
+        os.close(require_file(config.audit_log))
     if isinstance(config, KvIndexConfig):
         from slipstream.runtime.redis_url import require_url
 

@@ -2,7 +2,8 @@
 
 import math
 
-from slipstream.frontend.app import AppSettings
+from slipstream.frontend.app import AppSettings, Books
+from slipstream.frontend.audit import Audit
 from slipstream.frontend.config import FrontendConfig
 from slipstream.frontend.journal import Journal
 from slipstream.frontend.journal_store import RedisJournal
@@ -10,6 +11,7 @@ from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.service import FrontendService
 from slipstream.frontend.settings import FrontendSettings
 from slipstream.frontend.spans import FrontendSpans
+from slipstream.frontend.usage_store import RedisUsage
 from slipstream.frontend.validate import Limits
 from slipstream.messages import NodeInfo
 from slipstream.runtime.identity import host_identity, new_epoch
@@ -24,7 +26,8 @@ CUT_S = 3.0
 def run(config: FrontendConfig) -> int:
     """Serves HTTP until it is drained; the exit code.
 
-    StartError: 3 for an unusable file of API keys or of routes, 5 for a port that is taken.
+    StartError: 2 for a malformed URL of Redis, 3 for an unusable file of API keys or of routes, or
+    audit log, 5 for a port that is taken.
     """
     node = NodeInfo(
         node_id=config.node_id,
@@ -39,6 +42,8 @@ def run(config: FrontendConfig) -> int:
         drain_timeout_s=config.drain_timeout_s,
     )
     machine = FrontendMachine(node, settings)
+    if config.redis_url:
+        require_url("slipstream frontend", config.redis_url)
     app = AppSettings(
         limits=Limits(
             max_body_bytes=config.max_body_bytes,
@@ -53,16 +58,19 @@ def run(config: FrontendConfig) -> int:
         response_keep_s=config.response_keep_s,
         api_keys_file=config.api_keys_file,
     )
-    service = FrontendService(machine, app, config.host, config.port, _journal(config))
+    books = Books(
+        _journal(config),
+        RedisUsage(config.redis_url, f"{node.node_id}.{node.epoch}") if config.redis_url else None,
+        Audit(config.audit_log, node.node_id) if config.audit_log else None,
+    )
+    service = FrontendService(machine, app, config.host, config.port, books)
     limit_s = config.drain_timeout_s + CUT_S
     spans = FrontendSpans(node, wall_offset_ns)
     return run_service(config, node, machine, service, drain_timeout_s=limit_s, spans=spans)
 
 
 def _journal(config: FrontendConfig) -> Journal | None:
-    """ConfigError: the URL is none."""
     if not (config.redis_url and config.journal_ttl_s):
         return None
-    require_url("slipstream frontend", config.redis_url)
     store = RedisJournal(config.redis_url, config.journal_ttl_s)
     return Journal(store, config.journal_ttl_s)

@@ -39,6 +39,9 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
     requests_per_minute: Limit = 0
     tokens_per_minute: Limit = 0
+    requests_per_month: Limit = 0
+    tokens_per_month: Limit = 0
+    """Of the calendar's month, in UTC."""
     max_concurrent: Limit = 0
     weight: Annotated[int, Meta(ge=1, le=100)] = 1
     """Its part of the scheduler's queue, to those of others."""
@@ -47,7 +50,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     share_prefixes: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
     """A group; its members share KV blocks of equal prompts."""
     operator: bool = False
-    """May read /metrics and /cluster, and traces of others' requests."""
+    """May read /metrics and /cluster, and usage and traces of others."""
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):

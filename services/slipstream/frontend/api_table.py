@@ -31,6 +31,7 @@ from slipstream.frontend.sampling import (
 )
 from slipstream.frontend.tools_in import TOOLS_MAX
 from slipstream.frontend.trace_api import TracesOut
+from slipstream.frontend.usage_api import UsageList
 from slipstream.frontend.validate import (
     LOGPROBS_MAX,
     NEUTRAL,
@@ -148,7 +149,8 @@ _BODY = (
     *(ErrorCode.MISSING_PARAMETER, ErrorCode.UNSUPPORTED_PARAMETER, ErrorCode.TOO_LARGE),
     *(ErrorCode.UNSUPPORTED_CONTENT, ErrorCode.CONTEXT_LENGTH, ErrorCode.MODEL_NOT_FOUND),
     *(ErrorCode.UNSUPPORTED_MEDIA, ErrorCode.QUEUE_FULL, ErrorCode.NOT_READY),
-    *(ErrorCode.DRAINING, ErrorCode.DEADLINE, ErrorCode.RATE_LIMIT, *_HTTP),
+    *(ErrorCode.DRAINING, ErrorCode.DEADLINE, ErrorCode.RATE_LIMIT, ErrorCode.QUOTA),
+    *_HTTP,
 )
 _LOST = (ErrorCode.NO_WORKER, ErrorCode.MIGRATIONS, ErrorCode.QUARANTINED, ErrorCode.STALLED)
 _TAKEN = (ErrorCode.STREAM_NOT_FOUND, ErrorCode.STREAM_TAKEN)
@@ -159,6 +161,7 @@ _OPERATORS = (ErrorCode.FORBIDDEN, *_HTTP)
 _CHANGES = (*_BODY, ErrorCode.FORBIDDEN, ErrorCode.NO_WORKER)
 _PROBED = (ErrorCode.MODEL_NOT_FOUND, *_OPEN)
 _OF_MODEL = {"model": {"type": "string"}}
+_USAGE = (ErrorCode.INVALID_VALUE, ErrorCode.FORBIDDEN, *_HTTP)
 _ASKED = (*_KEPT, ErrorCode.INVALID_VALUE, ErrorCode.UNSUPPORTED_PARAMETER)
 
 
@@ -214,6 +217,10 @@ OPERATIONS = (
     Operation(
         "POST", "/v1/messages/count_tokens", "how many tokens a message's input has",
         (*_BODY, ErrorCode.INVALID_SCHEMA), COUNT_TOKENS, anthropic_shapes.TokensCount,
+    ),
+    Operation(
+        "GET", "/v1/usage", "what an API key has used, and what is left of its limits", _USAGE,
+        reply=UsageList, query={"key": {"type": "string"}},
     ),
     Operation(
         "GET", "/v1/models", "the models that are served, their adapters and other names",

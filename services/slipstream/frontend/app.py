@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -27,17 +27,21 @@ from slipstream.frontend import (
     playground_api,
     responses_api,
     trace_api,
+    usage_api,
 )
-from slipstream.frontend.callers import CALLER, NOBODY, Callers
-from slipstream.frontend.context import CONTEXT, NAMED_BY_CLIENT, REQUEST_ID, Context
+from slipstream.frontend.audit import Audit, Line
+from slipstream.frontend.callers import CALLER, TRAIL, Callers
+from slipstream.frontend.context import CONTEXT, ERROR, NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.event_ids import new_id
 from slipstream.frontend.gateway import Gateway
-from slipstream.frontend.http_metrics import ANSWERING, LEFT, HttpMetrics
+from slipstream.frontend.http_metrics import ANSWERING, LEFT, STATUS, HttpMetrics
 from slipstream.frontend.journal import Journal
 from slipstream.frontend.problems import ApiError, api_error, error_response
 from slipstream.frontend.responses_store import MemoryStore
 from slipstream.frontend.sse import StreamKeeper
 from slipstream.frontend.unserved import unserved
+from slipstream.frontend.usage_store import UsageStore
+from slipstream.frontend.usage_sync import UsageSync
 from slipstream.frontend.validate import Limits, check_length, shown, too_large
 from slipstream.types import Role
 
@@ -61,22 +65,37 @@ class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Empty: nobody is asked for a key."""
 
 
-def build_app(
-    gateway: Gateway, settings: AppSettings, journal: Journal | None = None
-) -> web.Application:
+class Books(NamedTuple):
+    """What is written down beside the answers; none where it is None."""
+
+    journal: Journal | None = None
+    usage: UsageStore | None = None
+    audit: Audit | None = None
+
+
+NO_BOOKS = Books()
+
+
+def build_app(gateway: Gateway, settings: AppSettings, books: Books = NO_BOOKS) -> web.Application:
     """SetupError: the file of API keys cannot be used."""
     app = web.Application(
         middlewares=[_in_our_shape], client_max_size=settings.limits.max_body_bytes
     )
-    http = HttpMetrics()
+    http, note = HttpMetrics(), books.audit.act if books.audit else None
+    callers = Callers(settings.api_keys_file, note=note)
+    sync = None
+    if books.usage is not None:
+        sync = UsageSync(callers.ledger, books.usage, callers.share, callers.clock)
     app[CONTEXT] = Context(
         gateway=gateway,
-        callers=Callers(settings.api_keys_file),
+        callers=callers,
         limits=settings.limits,
         keeper=StreamKeeper(settings.keep_alive_s, settings.write_stall_s, http),
         http=http,
         responses=MemoryStore(settings.response_store_bytes, settings.response_keep_s),
-        journal=journal,
+        journal=books.journal,
+        usage=sync,
+        audit=books.audit,
         allow_lora_updates=settings.allow_lora_updates,
         system_fingerprint=settings.system_fingerprint,
         started_unix_s=int(time.time()),
@@ -94,6 +113,7 @@ def build_app(
             web.post("/v1/responses/{id}/cancel", responses_api.cancel),
             web.post("/v1/messages", anthropic_api.messages),
             web.post("/v1/messages/count_tokens", anthropic_api.count_tokens),
+            web.get("/v1/usage", usage_api.usage),
             web.get("/v1/models", info_api.models),
             web.get("/v1/models/{model:.+}", info_api.model),
             web.post("/v1/load_lora_adapter", adapters_api.load),
@@ -124,17 +144,23 @@ def _version() -> str:
 
 
 async def _chores(app: web.Application) -> AsyncIterator[None]:
-    chores = app[CONTEXT].keeper.run(), app[CONTEXT].callers.watch()
+    context = app[CONTEXT]
+    chores = [context.keeper.run(), context.callers.watch()]
+    if context.usage is not None:
+        chores.append(context.usage.run())
     tasks = [asyncio.create_task(chore) for chore in chores]
     yield
     for task in tasks:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+    if context.usage is not None:
+        await context.usage.close()
 
 
 # --- Every request --------------------------------------------------------------------------------
 
+BEGUN_S = web.RequestKey("begun_s", float)
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -142,6 +168,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 async def _in_our_shape(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
+    request[BEGUN_S] = time.monotonic()
     given = request.headers.get("X-Request-Id", "")
     named = _ID.fullmatch(given) is not None
     request[REQUEST_ID] = given if named else new_id()
@@ -149,10 +176,35 @@ async def _in_our_shape(
     try:
         response = await _answered(request, handler)
     except (ConnectionError, asyncio.CancelledError):
-        request.app[CONTEXT].http.over(request, LEFT)
+        _over(request, LEFT)
         raise  # the client is gone; aiohttp ends the connection quietly
-    request.app[CONTEXT].http.over(request, response.status)
+    _over(request, response.status)
     return response
+
+
+def _over(request: web.Request, status: int) -> None:
+    context = request.app[CONTEXT]
+    context.http.over(request, status)
+    status = request.get(STATUS, status)
+    asks = request.method in ("GET", "HEAD")
+    if context.audit is not None and (not asks or status in (401, 403)):
+        context.audit.note(_line(request, status))
+
+
+def _line(request: web.Request, status: int) -> Line:
+    trail, caller, now_s = request.get(TRAIL), request.get(CALLER), time.monotonic()
+    said = Line(
+        act="request",
+        request_id=request[REQUEST_ID],
+        key=caller.tenant if caller else "",
+        client=request.remote or "",
+        method=request.method,
+        path=request.path,
+        status=status,
+        error=request.get(ERROR, ""),
+        duration_ms=round(1000 * (now_s - request[BEGUN_S]), 1),
+    )
+    return said if trail is None else trail.tell(said)
 
 
 async def _answered(
@@ -182,18 +234,19 @@ async def _let_in(
 ) -> web.StreamResponse:
     """What is cheap to refuse is refused first: who asks, how long the body is, how often."""
     context = request.app[CONTEXT]
-    client = context.callers.identify(request)
-    request[CALLER] = client or NOBODY
+    caller = request[CALLER] = context.callers.identify(request)
     if request.method == "POST":
         check_length(request, context.limits.max_body_bytes)
-    if client is None or request.method != "POST":
+    if request.method != "POST":
         return await handler(request)
     frontends = sum(node.role is Role.FRONTEND for node in context.gateway.status().nodes)
-    with client.working(frontends):
+    with caller.working(frontends) as trail:
+        request[TRAIL] = trail
         return await handler(request)
 
 
 def _refusal(request: web.Request, error: ApiError) -> web.Response:
+    request[ERROR] = error.problem.code
     if anthropic_errors.is_ours(request.path):
         return anthropic_errors.anthropic_error(request, error)
     return error_response(error)

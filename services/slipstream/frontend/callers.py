@@ -5,17 +5,18 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from aiohttp import web
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from slipstream.config import SetupError
-from slipstream.errors import ErrorCode
+from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.api_keys import PRIORITY_MIN, ApiKey, Keyring, read
 from slipstream.frontend.problems import ApiError, api_error
-from slipstream.frontend.quota import Allowance, Quota
+from slipstream.frontend.quota import Allowance, MonthQuota, Quota, duration
+from slipstream.frontend.trail import Trail
+from slipstream.frontend.usage import Kind, Ledger, Period, Used
 from slipstream.runtime.metric_table import HTTP
 
 OPEN = frozenset({"/livez", "/readyz", "/health"})
@@ -24,6 +25,15 @@ OPERATORS = frozenset({"/metrics", "/cluster"})
 """Would tell one client of the others."""
 RELOAD_S = 1.0
 """How often the file is looked at."""
+
+_FAMILIES = {
+    "slipstream_key_requests_total": (Kind.REQUESTS,),
+    "slipstream_key_tokens_total": (Kind.PROMPT_TOKENS, Kind.COMPLETION_TOKENS),
+    "slipstream_key_prompt_tokens_total": (Kind.PROMPT_TOKENS,),
+    "slipstream_key_cached_tokens_total": (Kind.CACHED_TOKENS,),
+    "slipstream_key_completion_tokens_total": (Kind.COMPLETION_TOKENS,),
+    "slipstream_key_refused_total": (Kind.REFUSED,),
+}
 
 _log = logging.getLogger("slipstream.frontend")
 
@@ -36,7 +46,42 @@ class Caller:
     priority_min = PRIORITY_MIN
     operator = True
 
-    def spend(self, tokens: int) -> None: ...
+    def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:
+        self._ledger, self.clock = ledger, clock
+        self.meter = ledger.meter(self.tenant)
+        self._unnamed = 0
+        """Let in, and not counted yet: the model that they ask for is not known."""
+
+    @contextlib.contextmanager
+    def working(self, frontends: int) -> Iterator[Trail]:
+        """While one of its requests is answered, at one of so many frontends. ApiError: it is one
+        too many."""
+        now_s = self.clock()
+        if (problem := self.refusal(frontends, now_s)) is not None:
+            self.meter.count("", Kind.REFUSED, 1, now_s)
+            raise ApiError(problem)
+        trail = Trail(self, now_s)
+        self._unnamed += 1
+        self._begin(now_s)
+        try:
+            yield trail
+        finally:
+            if not trail.answer_id:
+                self.named("")
+            elif trail.goes_on:
+                self._unnamed -= 1
+            self._end()
+
+    def refusal(self, frontends: int, now_s: float) -> Problem | None:
+        return None
+
+    def named(self, model: str) -> None:
+        """The model that a request asks for; empty: none."""
+        self._unnamed -= 1
+        self.meter.count(model, Kind.REQUESTS, 1, self.clock())
+
+    def spend(self, model: str, kind: Kind, tokens: int) -> None:
+        self.meter.count(model, kind, tokens, self.clock())
 
     def salt(self, salt: str) -> str:
         """The cache namespace: no two clients share one, whatever salt they say."""
@@ -45,15 +90,22 @@ class Caller:
     def headers(self) -> dict[str, str]:
         return {}
 
+    def limits(self, now_s: float) -> Iterator[tuple[str, int, int, float]]:
+        """(name, limit, what is left of it, seconds until all of it is there) of each."""
+        yield from ()
+
+    def _begin(self, now_s: float) -> None: ...
+
+    def _end(self) -> None: ...
+
 
 class Client(Caller):
     """One name of the file, under however many keys."""
 
-    def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
-        self.tenant = key.name
-        self._clock, self._parts = clock, 1
+    def __init__(self, key: ApiKey, ledger: Ledger, clock: Callable[[], float]) -> None:
+        self.tenant, self._parts = key.name, 1
         self._quota = Quota(Allowance(), clock())
-        self.counts: Counter[str] = Counter(requests=0, tokens=0, refused=0)
+        super().__init__(ledger, clock)
         self.renew(key)
 
     def renew(self, key: ApiKey) -> None:
@@ -61,29 +113,26 @@ class Client(Caller):
         self.key, self.weight = key, key.weight
         self.priority_min, self.operator = key.priority_min, key.operator
         self._limits = Allowance(key.requests_per_minute, key.tokens_per_minute, key.max_concurrent)
-        self._quota.resize(self._limits.divided(self._parts), self._clock())
+        self._month = MonthQuota(key.requests_per_month, key.tokens_per_month)
+        self._quota.resize(self._limits, self.clock(), self._parts)
 
-    @contextlib.contextmanager
-    def working(self, frontends: int) -> Iterator[None]:
-        """While one of its requests is answered, at one of so many frontends. ApiError: it is one
-        too many."""
-        now_s, parts = self._clock(), max(1, frontends)
-        if parts != self._parts:
+    def share(self, used: Used, now_s: float) -> None:
+        """What it has used at other frontends since the last time."""
+        self._quota.share(used.requests, used.tokens, now_s)
+
+    def refusal(self, frontends: int, now_s: float) -> Problem | None:
+        if (parts := max(1, frontends)) != self._parts:
             self._parts = parts
-            self._quota.resize(self._limits.divided(parts), now_s)
-        if (problem := self._quota.refusal(self.tenant, now_s)) is not None:
-            self.counts["refused"] += 1
-            raise ApiError(problem)
-        self.counts["requests"] += 1
-        self._quota.begin(now_s)
-        try:
-            yield
-        finally:
-            self._quota.end()
+            self._quota.resize(self._limits, now_s, parts)
+        problem = self._quota.refusal(self.tenant, now_s)
+        if problem is None and any(self._month):
+            problem = self._month.refusal(self.tenant, *self._used(now_s))
+        return problem
 
-    def spend(self, tokens: int) -> None:
-        self.counts["tokens"] += tokens
-        self._quota.spend(tokens, self._clock())
+    def spend(self, model: str, kind: Kind, tokens: int) -> None:
+        super().spend(model, kind, tokens)
+        if kind is not Kind.CACHED_TOKENS:
+            self._quota.spend(tokens, self.clock())
 
     def salt(self, salt: str) -> str:
         # No salt of a client's has a slash: what stands before it is never theirs to choose.
@@ -91,19 +140,50 @@ class Client(Caller):
         return f"group/{group}/{salt}" if group else f"key/{self.tenant}/{salt}"
 
     def headers(self) -> dict[str, str]:
-        return self._quota.headers(self._clock())
+        return {
+            f"x-ratelimit-{word}-{name}": text
+            for name, limit, left, full_s in self.limits(self.clock())
+            for word, text in (
+                ("limit", str(limit)), ("remaining", str(left)), ("reset", duration(full_s))
+            )
+        }  # fmt: skip
+
+    def limits(self, now_s: float) -> Iterator[tuple[str, int, int, float]]:
+        yield from self._quota.limits(now_s)
+        if any(self._month):
+            yield from self._month.limits(*self._used(now_s))
+
+    def _used(self, now_s: float) -> tuple[Used, Period, float]:
+        """Of this month, by what is known; the month, and the time in it."""
+        account, shared = self.meter.month(now_s), self._ledger.shared(now_s)
+        used = account.used(1 if shared else self._parts)
+        used = Used(used.requests + self._unnamed, used.tokens)
+        return used, account.period, self._ledger.unix_s(now_s)
+
+    def _begin(self, now_s: float) -> None:
+        self._quota.begin(now_s)
+
+    def _end(self) -> None:
+        self._quota.end()
 
 
-NOBODY = Caller()
 CALLER = web.RequestKey("caller", Caller)
+TRAIL = web.RequestKey("trail", Trail)
 
 
 class Callers:
     """All clients that there are, as the file says; without one everybody is nobody."""
 
-    def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        """SetupError: the file cannot be used."""
-        self._path, self._clock = path, clock
+    def __init__(
+        self,
+        path: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        note: Callable[[str, str], None] | None = None,
+    ) -> None:
+        """`note`: is told of every change of the file. SetupError: it cannot be used."""
+        self._path, self.clock, self._note = path, clock, note or (lambda act, text: None)
+        self.ledger = Ledger(time.time(), clock())
+        self.nobody = Caller(self.ledger, clock)
         self._clients: dict[str, Client] = {}
         self._keyring: Keyring | None = None
         self._seen: tuple[int, ...] = ()
@@ -111,16 +191,16 @@ class Callers:
             self._seen = self._stamp()
             self._take(read(path))
 
-    def identify(self, request: web.Request) -> Client | None:
-        """None: nobody needs to be known. ApiError: no key, a wrong one, or one that may not ask
-        for this."""
+    def identify(self, request: web.Request) -> Caller:
+        """Nobody, where nobody needs to be known. ApiError: no key, a wrong one, or one that may
+        not ask for this."""
         if self._keyring is None or _is_open(request):
-            return None
+            return self.nobody
         offered = _offered(request)
         key = self._keyring.find(offered) if offered else None
         if key is None:
             raise _unauthorized(request, given=bool(offered))
-        client = self._clients[key.name]
+        request[CALLER] = client = self._clients[key.name]
         if request.path in OPERATORS and not client.operator:
             text = f"{request.path} tells of all clients; it takes a key with 'operator = true'."
             raise api_error(ErrorCode.FORBIDDEN, text)
@@ -140,29 +220,39 @@ class Callers:
             self._take(read(self._path))
         except SetupError as error:
             _log.error("the keys of before hold on: %s", error)
+            self._note("keys_unusable", str(error))
         else:
             _log.info("%s: %d clients", self._path, len(self._clients))
+            self._note("keys_read", ", ".join(self._clients))
+
+    def share(self, used: Mapping[str, Used], now_s: float) -> None:
+        """What each has used at other frontends, by name."""
+        for tenant, amount in used.items():
+            if (client := self._clients.get(tenant)) is not None:
+                client.share(amount, now_s)
+
+    def all(self) -> list[Caller]:
+        """Without a file that is nobody."""
+        clients = sorted(self._clients.values(), key=lambda client: client.tenant)
+        return [*clients] if self._keyring else [self.nobody]
 
     def families(self) -> Iterator[Metric]:
-        names = {
-            "requests": "slipstream_key_requests_total",
-            "tokens": "slipstream_key_tokens_total",
-            "refused": "slipstream_key_refused_total",
-        }
-        for what, name in names.items() if self._clients else ():
-            family = CounterMetricFamily(name, HTTP[name], labels=["key"])
-            for tenant, client in sorted(self._clients.items()):
-                family.add_metric([tenant], client.counts[what])
+        for name, kinds in _FAMILIES.items() if self._clients else ():
+            family = CounterMetricFamily(name, HTTP[name], labels=["key", "model"])
+            for client in self.all():
+                for model, row in sorted(client.meter.totals.items()) or [("", [0] * len(Kind))]:
+                    family.add_metric([client.tenant, model], sum(row[kind] for kind in kinds))
             yield family
 
     def _take(self, keys: list[ApiKey]) -> None:
         clients: dict[str, Client] = {}
         for key in keys:
             client = clients.setdefault(
-                key.name, self._clients.get(key.name) or Client(key, self._clock)
+                key.name, self._clients.get(key.name) or Client(key, self.ledger, self.clock)
             )
             client.renew(key)
         self._clients, self._keyring = clients, Keyring(keys)
+        self.ledger.keep({"", *clients})
 
     def _stamp(self) -> tuple[int, ...]:
         try:

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from slipstream.errors import ErrorCode
 from slipstream.frontend import validate
-from slipstream.frontend.callers import CALLER
+from slipstream.frontend.callers import CALLER, TRAIL
 from slipstream.frontend.constraints import constraint_of
 from slipstream.frontend.context import NAMED_BY_CLIENT, REQUEST_ID, Context
 from slipstream.frontend.event_ids import (
@@ -74,8 +74,7 @@ def new_call(
     timeout_s = validate.timeout_s(request, body, context.limits)
     if after is not None:
         timeout_s = min(timeout_s, max(0.0, created_unix_s(call_id) + timeout_s - time.time()))
-    caller = request[CALLER]
-    priority = validate.integer("priority", body.priority or 0, caller.priority_min, 2**31 - 1)
+    caller, least = request[CALLER], request[CALLER].priority_min
     any_choice = Tokenize(
         request_id=call_id,
         prompt=prompts[0],
@@ -87,7 +86,7 @@ def new_call(
         clamp_max_tokens=clamp,
         constraint=constraint_of(body),
         bad_words=bad_words(body),
-        priority=priority,
+        priority=validate.integer("priority", body.priority or 0, least, 2**31 - 1),
         parse=parse,
         tenant=caller.tenant,
         weight=caller.weight,
@@ -102,7 +101,7 @@ def new_call(
         model=status.name,
         system_fingerprint=context.system_fingerprint,
         submissions=submissions,
-        caller=caller,
+        trail=request[TRAIL],
         stall_timeout_s=context.limits.stall_timeout_s,
         n=n,
         stream=bool(body.stream),

@@ -36,6 +36,13 @@ LoraUpdates: TypeAlias = Annotated[
         "operator's."
     ),
 ]
+AuditLog: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="File for a line of JSON about each request, without its text; several "
+        "frontends may have the same; empty: none."
+    ),
+]
 StallTimeout: TypeAlias = Annotated[
     float,
     Meta(
@@ -57,6 +64,7 @@ class FrontendConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fi
     routes_file: RoutesFile = ""
     allow_lora_updates: LoraUpdates = False
     api_keys_file: ApiKeysFile = ""
+    audit_log: AuditLog = ""
     max_requests: MaxRequests = 1024
     max_body_bytes: Annotated[
         ByteSize, Meta(ge=1024, description="Longest request body; a longer one is answered 413.")

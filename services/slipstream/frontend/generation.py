@@ -13,7 +13,6 @@ import msgspec
 
 from slipstream.core.submission import call_digest
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.callers import Caller
 from slipstream.frontend.event_ids import NAMED_CHOICES_MAX, EventIds, Form, Place
 from slipstream.frontend.gateway import Gateway, StreamItem
 from slipstream.frontend.journal import Journal, Log
@@ -26,14 +25,17 @@ from slipstream.frontend.openai import (
 )
 from slipstream.frontend.problems import ApiError
 from slipstream.frontend.replay import Replay
+from slipstream.frontend.trail import Trail
 from slipstream.messages import PartKind, TextDelta, TextLogprob, Tokenize
 from slipstream.spans import TraceContext
-from slipstream.types import FinishReason, Usage, count_tokens
+from slipstream.types import FinishReason, Usage
 
 TAKEN_MAX = 64
 """Items that go out in one write: a slow reader is noticed between two."""
 
 LOGPROB_MIN = -9999.0
+
+PATH = "x-slipstream-path"
 
 TOOL_CALLS = "tool_calls"
 """Why a choice ended that calls functions; where the client named the function, it is a plain stop,
@@ -49,7 +51,7 @@ class Call(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     submissions: list[Tokenize]
     """One for each choice: prompt by prompt, `n` for each."""
-    caller: Caller
+    trail: Trail
     stall_timeout_s: float
     """Longest silence between two tokens."""
     n: int
@@ -143,6 +145,9 @@ class Answers:
     ) -> None:
         if self._watch is not None:
             self._watch.cancel()
+        reasons = [choice.finish_reason for choice in self.choices if choice.finish_reason]
+        self._call.trail.reasons = reasons
+        self._call.trail.path = self.headers().get(PATH, "")
         with contextlib.ExitStack() as closing:
             for close in self._closing:
                 closing.callback(close)
@@ -152,6 +157,8 @@ class Answers:
     async def open(self) -> None:
         """Begins the answers, or goes on with those that the client had at another frontend."""
         call = self._call
+        seen = [tokens for tokens, _ in call.after.seen] if call.after is not None else None
+        call.trail.begin(call.id, call.model, seen)
         head = call_digest(call.submissions) if self._journal else b""
         found, owner = None, 0
         if call.after is not None:
@@ -208,6 +215,7 @@ class Answers:
             if error is not None and taken:
                 return
             if error is not None:
+                self._call.trail.error = error.problem.code
                 raise error
             self._arrived.popleft()
             choice = self.choices[index]
@@ -221,9 +229,9 @@ class Answers:
     def _put(self, index: int, item: StreamItem) -> None:
         if isinstance(item, TextDelta):
             self._heard_s = asyncio.get_running_loop().time()
-            self._call.caller.spend(count_tokens(item.tokens))
+            self._call.trail.made(index, item, first=index % self._call.n == 0)
         elif isinstance(item, int) and index % self._call.n == 0:  # choices share their prompt
-            self._call.caller.spend(item)
+            self._call.trail.prompt(item)
         self._arrived.append((index, item))
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
@@ -247,7 +255,7 @@ class Answers:
         paths = dict.fromkeys(choice.path for choice in self.choices if choice.path)
         decisions = dict.fromkeys(choice.decision for choice in self.choices if choice.decision)
         found = {
-            "x-slipstream-path": ", ".join(paths),
+            PATH: ", ".join(paths),
             "x-slipstream-decision": ", ".join(decisions),
         }
         return {name: text for name, text in found.items() if text and text.isprintable()}

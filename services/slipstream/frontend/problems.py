@@ -52,6 +52,8 @@ def error_response(error: ApiError) -> web.Response:
         headers["retry-after-ms"] = str(math.ceil(wait_s * 1000))
     elif spec.status >= 500:
         headers["x-should-retry"] = "true" if spec.retryable else "false"
+    if spec.status == 429 and not spec.retryable:
+        headers["x-should-retry"] = "false"
     return web.Response(
         status=spec.status,
         body=error_json(problem),

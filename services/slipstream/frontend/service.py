@@ -28,11 +28,11 @@ from slipstream.core.machine import (
 )
 from slipstream.core.submission import TAKEN
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend.app import AppSettings, build_app, make_runner
+from slipstream.frontend.app import NO_BOOKS, AppSettings, Books, build_app, make_runner
 from slipstream.frontend.cluster import Cluster, cluster
 from slipstream.frontend.cluster_metrics import ClusterMetrics
+from slipstream.frontend.context import CONTEXT
 from slipstream.frontend.gateway import ClusterStatus, ModelCard, StreamItem
-from slipstream.frontend.journal import Journal
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.models import Known, Models
 from slipstream.frontend.request_metrics import RequestMetrics
@@ -74,7 +74,7 @@ class FrontendService:
         settings: AppSettings,
         host: str,
         port: int,
-        journal: Journal | None = None,
+        books: Books = NO_BOOKS,
     ) -> None:
         """`port` 0: any free one, which is then in `port`. SetupError: a file of the settings
         cannot be used."""
@@ -90,8 +90,9 @@ class FrontendService:
         self._requests: dict[str, RequestMetrics] = {}
         self._cluster = ClusterMetrics()
         self._asks_for_keys = bool(settings.api_keys_file)
-        self._journal = journal
-        self._runner = make_runner(build_app(self, settings, journal), SHUTDOWN_TIMEOUT_S)
+        self._books, app = books, build_app(self, settings, books)
+        self._usage = app[CONTEXT].usage
+        self._runner = make_runner(app, SHUTDOWN_TIMEOUT_S)
 
     # --- Executor ---
 
@@ -134,8 +135,10 @@ class FrontendService:
         """After the machine's last word: sends what is written, then closes every connection."""
         self._watching.cancel()
         await self._runner.cleanup()
-        if self._journal is not None:
-            await self._journal.close()
+        if self._books.journal is not None:
+            await self._books.journal.close()
+        if self._books.audit is not None:
+            await asyncio.to_thread(self._books.audit.close)
 
     # --- Gateway ---
 
@@ -296,8 +299,10 @@ class FrontendService:
 
     def metrics(self) -> bytes:
         node = self._machine.membership.node
-        written = self._journal.statistics() if self._journal is not None else {}
-        own = metrics(self._machine.statistics() | written, node.node_id, node.role, shell=False)
+        said = self._machine.statistics()
+        for book in (self._books.journal, self._usage, self._books.audit):
+            said |= book.statistics() if book is not None else {}
+        own = metrics(said, node.node_id, node.role, shell=False)
         return own + text(self._families())
 
     def _families(self) -> Iterator[Metric]:

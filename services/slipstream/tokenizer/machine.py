@@ -42,15 +42,8 @@ from slipstream.messages import (
     TokensOut,
     TokenSpan,
 )
-from slipstream.tokenizer.admission import (
-    LATE,
-    Limits,
-    fitted,
-    limits,
-    not_ours,
-    unknown_token,
-    unusable,
-)
+from slipstream.tokenizer import admission
+from slipstream.tokenizer.admission import LATE, Limits, unusable
 from slipstream.tokenizer.codec_calls import CodecCalls
 from slipstream.tokenizer.detokenizer import TokenBytes
 from slipstream.tokenizer.settings import TokenizerSettings
@@ -118,8 +111,8 @@ class TokenizerMachine:
         return effects
 
     def limits(self) -> Limits:
-        nodes = (n for n in self.membership.nodes.values() if n.model == self._model)
-        return limits(nodes, self.settings.max_model_len)
+        nodes = [node for node in self.membership.nodes.values() if node.model == self._model]
+        return admission.limits(nodes, self.settings.max_model_len)
 
     def statistics(self) -> dict[str, float]:
         return {
@@ -173,7 +166,7 @@ class TokenizerMachine:
 
     def _tokenize(self, source: NodeId, message: Tokenize, now_s: float) -> list[Effect]:
         if message.model != self._model:
-            return self._refuse(source, message, not_ours(message.model, self._model))
+            return self._refuse(source, message, admission.not_ours(message.model, self._model))
         known = self._known(message.request_id)
         owner = message.attempt // ATTEMPTS_PER_OWNER
         if known is not None and (owner, source) != (known.owner, known.frontend):
@@ -221,14 +214,8 @@ class TokenizerMachine:
             text = f"All {self.settings.max_streams} streams of the tokenizer are in use."
             full = Problem(code=ErrorCode.QUEUE_FULL, message=text, retry_after_s=1.0)
             return self._refuse(source, message, full)
-        stream = Stream(
-            message,
-            source,
-            accepted,
-            self._codec,
-            self.settings.eos_token_ids,
-            now_s + message.timeout_s,
-        )
+        ends = self.settings.eos_token_ids, now_s + message.timeout_s
+        stream = Stream(message, source, accepted, self._codec, *ends)
         self._live[stream.request_id] = stream
         self._counts["streams"] += 1
         if encoding is not None and encoding.prompt:
@@ -282,9 +269,9 @@ class TokenizerMachine:
     def _begin(self, stream: Stream, encoding: Encoding, now_s: float) -> list[Effect]:
         prompt = encoding.prompt
         max_model_len, vocab_size, _ = self.limits()
-        if problem := unknown_token(prompt + stream.tokens, vocab_size):
+        if problem := admission.unknown_token(prompt + stream.tokens, vocab_size):
             return self._fail(stream, problem, now_s)
-        sampling = fitted(stream.submission, len(prompt), max_model_len)
+        sampling = admission.fitted(stream.submission, len(prompt), max_model_len)
         if isinstance(sampling, Problem):
             return self._fail(stream, sampling, now_s)
         self._counts["prompts"] += 1

@@ -86,6 +86,11 @@ FRONTEND = {
     "journal_skipped_total": "Streamed answers that were not written at all.",
     "journal_fenced_total": "Streams that ended here because another frontend has them.",
     "journal_taken_total": "Journals read to go on with another frontend's stream.",
+    "usage_store_up": "1 if Redis took what API keys have used last; 0: each frontend for itself.",
+    "usage_exchanges_total": "Exchanges of usage with Redis, of up to 64 clients' periods each.",
+    "usage_failures_total": "Exchanges of usage that Redis did not answer in time.",
+    "audit_lines_total": "Lines written to the audit log.",
+    "audit_dropped_total": "Lines that the audit log lacks: the disk was behind, full or away.",
 }
 FRONTEND_LABELLED = (
     Labelled(
@@ -290,8 +295,12 @@ HTTP = {
     "slipstream_http_responses_total": "Answers to POST requests by HTTP status. A stream that"
     " fails counts with the status of its error, a client that left as 499.",
     "slipstream_client_disconnects_total": "Clients that left, by when: before_answer, in_answer.",
-    "slipstream_key_requests_total": "POST requests let in, by API key.",
-    "slipstream_key_tokens_total": "Tokens of prompts and answers, by API key.",
+    "slipstream_key_requests_total": "POST requests let in, by API key and model.",
+    "slipstream_key_tokens_total": "Tokens of prompts and answers, by API key and model.",
+    "slipstream_key_prompt_tokens_total": "Tokens of prompts, by API key and model.",
+    "slipstream_key_cached_tokens_total": "Tokens of prompts that were found, by API key and"
+    " model.",
+    "slipstream_key_completion_tokens_total": "Tokens of answers, by API key and model.",
     "slipstream_key_refused_total": "Requests over the limits of their API key.",
     "slipstream_shadow_requests_total": "Copies of requests that a model computed to be looked"
     " at, by how they ended.",
