@@ -7,8 +7,9 @@ from msgspec import Meta
 RedisUrl: TypeAlias = Annotated[
     str,
     Meta(
-        description="Redis of the index, of streamed answers and of usage: redis://host:port/0, rediss://, "
-        "unix:///path, redis+sentinel://host:port,host:port/name/0 or redis+cluster://host:port,host:port.",
+        description="Redis of the index, of streamed answers and of usage: redis://host:port/0, "
+        "rediss://, unix:///path, redis+sentinel://host:port,host:port/name/0 or "
+        "redis+cluster://host:port,host:port.",
         extra={"secret": True},
     ),
 ]
