@@ -117,8 +117,8 @@ class Audit:
 
     def statistics(self) -> dict[str, float]:
         return {
-            "audit_lines_total": float(self._counts["lines"]),
-            "audit_dropped_total": float(self._counts["dropped"]),
+            "audit_lines_total": float(self._counts["audit_lines"]),
+            "audit_dropped_total": float(self._counts["audit_dropped"]),
         }
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class Audit:
 
     def _drop(self, count: int) -> None:
         with self._lock:
-            self._counts["dropped"] += count
+            self._counts["audit_dropped"] += count
             self._untold += count
 
     # --- The thread ---
@@ -170,7 +170,7 @@ class Audit:
             if self._failed:
                 _log.info("--audit-log %s is written again", self._path)
             self._failed = False
-        self._counts["lines"] += written
+        self._counts["audit_lines"] += written
         if self._failed:
             self._ended.wait(RETRY_S)
         elif self._untold:

@@ -8,7 +8,8 @@ RedisUrl: TypeAlias = Annotated[
     str,
     Meta(
         description="Redis of the index, of streamed answers and of usage: redis://host:port/0, "
-        "rediss://, unix:///path, redis+sentinel://host:port,host:port/name/0 or redis+cluster://host:port,host:port.",
+        "rediss://, unix:///path, redis+sentinel://host:port,host:port/name/0 or "
+        "redis+cluster://host:port,host:port.",
         extra={"secret": True},
     ),
 ]
