@@ -10,7 +10,8 @@ from slipstream.engine.model_config import ModelConfig, ServedModel
 from slipstream.kernels import cpu
 from slipstream.kernels.build import interpreted
 from slipstream.kernels.ops import FLOAT8, Backend, Quantization
-from slipstream.kernels.program import PANEL, CpuBackend
+from slipstream.kernels.panels import PANEL
+from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.types import BLOCK_TOKENS
 

@@ -31,6 +31,7 @@ WAYS: tuple[tuple[torch.dtype, torch.dtype, Quantization], ...] = (
 """Dtypes of activations and of the pool, and what weights are made into."""
 OF_FLOAT8_POOLS, OF_WEIGHTS = ("attention", "padding"), ("linear", "gated")
 _NAMES = (*CASES, "padding")
+FLOAT8_ROWS = "quantized_rows_of_float8"
 
 
 class Checked(NamedTuple):
@@ -52,7 +53,7 @@ def check(device: torch.device, seeds: range) -> Iterator[Checked]:
     for dtype, kv_dtype, quantization in WAYS:
         if not has_float8(device) and (kv_dtype == FLOAT8 or quantization == "fp8"):
             continue
-        names = OF_WEIGHTS if quantization == "fp8" else _NAMES
+        names = (*OF_WEIGHTS, FLOAT8_ROWS) if quantization == "fp8" else _NAMES
         for name in OF_FLOAT8_POOLS if kv_dtype == FLOAT8 else names:
             for seed in seeds:
                 yield check_operation(name, seed, device, dtype, kv_dtype, quantization)
