@@ -62,9 +62,10 @@ class Levels:
             made[part, to] = wide.to(self.dtype)
         return made
 
-    def of_outputs(self, cut: slice) -> "Levels":
+    def of_outputs(self, cut: slice | Tensor) -> "Levels":
+        levels = self.levels.view(torch.uint8)[cut].view(self.levels.dtype)
         zero = None if self.zero is None else self.zero[cut]
-        return replace(self, levels=self.levels[cut], scale=self.scale[cut], zero=zero)
+        return replace(self, levels=levels, scale=self.scale[cut], zero=zero)
 
     def of_inputs(self, cut: slice) -> "Levels | None":
         """None: the cut begins inside of a group, or of 16 bytes."""

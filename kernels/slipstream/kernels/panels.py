@@ -39,7 +39,7 @@ def in_panels(weight: Tensor) -> Tensor:
     return padded.view(-1, PANEL, inputs // group, group).transpose(1, 2).contiguous()
 
 
-def plain(weight: Tensor, bias: Tensor | None = None) -> Packed:
+def plain(weight: Tensor, bias: Tensor | None) -> Packed:
     return Packed(in_panels(weight), bias, *weight.shape)
 
 
@@ -64,6 +64,6 @@ def of_bytes(levels: Tensor, scale: Tensor, bias: Tensor | None, turned: bool) -
     return Packed(panels, bias, outputs, inputs, scales, sums, turned)
 
 
-def by_turns(x: Tensor) -> Tensor:
-    """Rows of `[gate | up]`, or a bias: a panel of the one, a panel of the other."""
-    return x.view(2, len(x) // 2 // PANEL, PANEL, -1).transpose(0, 1).reshape(x.shape)
+def by_turns(outputs: int) -> Tensor:
+    """Rows of `[gate | up]`: a panel of the one, a panel of the other."""
+    return torch.arange(outputs).view(2, -1, PANEL).transpose(0, 1).flatten()

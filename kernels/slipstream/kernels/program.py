@@ -325,7 +325,7 @@ class CpuBackend:
             self.library.team_delete(self.team)
 
     def table(self, weight: Tensor) -> Packed:
-        return panels.plain(weight)
+        return panels.plain(weight, None)
 
     def pack(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Packed:
         if isinstance(weight, Levels):
@@ -338,13 +338,9 @@ class CpuBackend:
 
     def pack_gated(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Packed:
         """Panels of gate and up by turns, so that a thread has both."""
-        if isinstance(weight, Levels) and weight.rows:
-            turns = panels.by_turns(weight.levels), panels.by_turns(weight.scale)
-            mixed: Tensor | Levels = replace(weight, levels=turns[0], scale=turns[1])
-        else:
-            plain = weight.plain() if isinstance(weight, Levels) else weight
-            mixed = panels.by_turns(plain)
-        packed = self.pack(mixed, None if bias is None else panels.by_turns(bias))
+        turns = panels.by_turns(weight.outputs if isinstance(weight, Levels) else len(weight))
+        mixed = weight.of_outputs(turns) if isinstance(weight, Levels) else weight[turns]
+        packed = self.pack(mixed, None if bias is None else bias[turns])
         return replace(packed, outputs=packed.outputs // 2)
 
     def compile(self, model: Model) -> Forward:
