@@ -127,6 +127,11 @@ def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float().clamp(-FLOAT8_MAX, FLOAT8_MAX) if dtype == FLOAT8 else x).to(dtype)
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether its kernels can read and write float8."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def keys_turned(x: Tensor) -> Tensor:
     """Keys, or queries, `[..., dim]` float32, as they meet in a float8 pool: both halves turned by
     `hadamard`, which leaves their products what they are.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slipstream.config import ModelImpl
+from slipstream.engine.backends import weights_word
 from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.model_config import (
     ForeignModel,
@@ -72,6 +73,7 @@ def load_model(model_path: str | Path, config: ServedModel, how: Loading) -> Mod
 
     ModelError: its weights are not what `config` says, or it cannot be loaded like this.
     """
+    weights_word(config, how.backend.quantization, how.device)  # not quantized twice
     if isinstance(config, ModelConfig):
         return _native(model_path, config, how)
     assert isinstance(config, ForeignModel)

@@ -25,6 +25,7 @@ from slipstream.kernels.ops import (
     Model,
     Quantization,
     fitted_float8,
+    has_float8,
 )
 from slipstream.kernels.reference import moe
 
@@ -168,11 +169,11 @@ class TritonBackend:
             return self._of_levels(weight, bias)
         if self.quantization == "none":
             return Matrix(weight, bias)
-        outputs = len(weight)
-        levels, scale = _room(*weight.shape, weight.device)
+        outputs, inputs = weight.shape
+        levels, scale = _room(outputs, inputs, weight.device)
         for first in range(0, outputs, ROWS_AT_A_TIME):
             part = slice(first, min(first + ROWS_AT_A_TIME, outputs))
-            levels[part, : weight.shape[1]], of_rows = fitted_float8(weight[part])
+            levels[part, :inputs], of_rows = fitted_float8(weight[part])
             scale[0, part] = of_rows[:, 0]
         return _float8(levels, scale, bias, outputs)
 
@@ -219,8 +220,3 @@ def _float8(levels: Tensor, scale: Tensor, bias: Tensor | None, outputs: int) ->
     if bias is not None:
         bias = F.pad(bias, (0, len(levels) - outputs))
     return Matrix(levels, bias, scale, outputs)
-
-
-def has_float8(device: torch.device) -> bool:
-    """Whether its kernels can read and write float8."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

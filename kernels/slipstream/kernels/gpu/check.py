@@ -14,8 +14,8 @@ from xxhash import xxh3_128_digest
 from slipstream.kernels.draw import draw as reference_draw
 from slipstream.kernels.drawn import CASES, TOLERANCE, Shapes, agree, logits_and_draws, outcome
 from slipstream.kernels.gpu import blocks
-from slipstream.kernels.gpu.backend import TritonBackend, has_float8
-from slipstream.kernels.ops import FLOAT8, Quantization
+from slipstream.kernels.gpu.backend import TritonBackend
+from slipstream.kernels.ops import FLOAT8, Quantization, has_float8
 from slipstream.kernels.reference import Reference
 
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)

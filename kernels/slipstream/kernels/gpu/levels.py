@@ -156,8 +156,8 @@ class Grouped:
 
     def _splits(self, tile: Tile) -> int:
         """Shares of the inputs that give the card enough programs; known from the matrix alone."""
-        steps = triton.cdiv(self.levels.shape[1], tile.k)
-        columns = triton.cdiv(self.scale.shape[1], tile.n)
+        steps: int = triton.cdiv(self.levels.shape[1], tile.k)
+        columns: int = triton.cdiv(self.scale.shape[1], tile.n)
         wanted = PROGRAMS * self.processors // columns
         return max(1, min(SPLITS_MAX, wanted, steps))
 
