@@ -117,8 +117,9 @@ class Checkpoint:
     def _levels(self, module: str) -> Levels:
         assert self._quantized is not None
         tensors = {part: self._whole(name) for part, name in self._parts(module).items()}
-        method, scheme = self._quantized.method, self._quantized.scheme(module)
+        method = self._quantized.method
         try:
+            scheme = self._quantized.scheme(module)
             return levels_of(tensors, method, scheme, self._dtype, self._rows)
         except ValueError as error:
             raise ModelError(f"{self.folder}: {module} ({method}): {error}") from error

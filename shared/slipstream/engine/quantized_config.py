@@ -54,11 +54,13 @@ class Quantized(Struct, frozen=True, kw_only=True):
     """There are scales for a float8 KV cache, which are not used."""
 
     def scheme(self, module: str) -> Scheme:
-        """Of a module that has quantized tensors: the first one of its name, else of its class."""
-        for targets, scheme in self.schemes:
-            if any(_matches(target, module) for target in targets):
-                return scheme
-        return self.schemes[0][1]
+        """Of a module that has quantized tensors: the first one of its name, else of its class.
+        ValueError: there is none."""
+        for fits in (_is_name_of, _is_class):
+            for targets, scheme in self.schemes:
+                if any(fits(target, module) for target in targets):
+                    return scheme
+        raise ValueError("config_groups has none for it")
 
     def word(self, rows: Number | None) -> str:
         """What comes out of it where rows are quantized for products with levels of `rows` alone:
@@ -66,10 +68,15 @@ class Quantized(Struct, frozen=True, kw_only=True):
         return "+".join(dict.fromkeys(scheme.word(rows) for _, scheme in self.schemes))
 
 
-def _matches(target: str, module: str) -> bool:
+def _is_name_of(target: str, module: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), module) is not None
     return target == module
+
+
+def _is_class(target: str, module: str) -> bool:
+    """What is quantized is a `Linear`, or stands for one."""
+    return not target.startswith("re:") and "." not in target
 
 
 class _Args(Struct):

@@ -134,13 +134,17 @@ def _config_of(folder: Path) -> Any:
 
 def _loaded(folder: Path, config: ForeignModel, dtype: torch.dtype) -> Any:
     """The model, and what is wrong with its tensors."""
+    settings = _config_of(folder)
+    model_class, where = AutoModelForCausalLM, folder
     how: dict[str, Any] = {"use_safetensors": True}
     if config.quantized is not None:
+        with torch.device("meta"):  # which class it is, only a model tells
+            model_class, where = type(AutoModelForCausalLM.from_config(settings)), None
         with open_checkpoint(folder, torch.device("cpu"), dtype, config.quantized) as checkpoint:
             how = {"state_dict": checkpoint.plain()}
-    return AutoModelForCausalLM.from_pretrained(
-        None if config.quantized else folder,
-        config=_config_of(folder),
+    return model_class.from_pretrained(
+        where,
+        config=settings,
         dtype=dtype,
         attn_implementation="eager",
         trust_remote_code=False,
