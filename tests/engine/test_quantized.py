@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytest.importorskip("compressed_tensors")
+pytest.importorskip("triton")
 
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -19,15 +21,25 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from engine.quantizers import FORMATS, ROWS, quantized
 from engine.tiny import Bench, generate, greedy, prompt_of, save_model
+from slipstream.decode.config import DecodeConfig
 from slipstream.engine.backends import weights_word
 from slipstream.engine.model_config import ForeignModel, ModelConfig, ModelError
 from slipstream.engine.models import read_model
 from slipstream.engine.quantized_config import read_quantization
+from slipstream.engine.ranks import Part
 from slipstream.engine.runner import Runner, allocate_pool
+from slipstream.engine.weights import load_weights
+from slipstream.engine.worker_parts import make_pool, plan_of
+from slipstream.kernels.build import VARIABLE
+from slipstream.kernels.gpu.backend import Matrix
+from slipstream.kernels.gpu.levels import Grouped
+from slipstream.kernels.reference import Reference
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 PLAIN = [name for name in FORMATS if name != ROWS]
+SOON = {PLAIN[1], PLAIN[2], ROWS, "gptq: 4 bits, zero points, desc_act", "fp8: float8, one scale"}
+"""Tried in the interpreter by `make test`; the others by `make test-all`."""
 Copies = Callable[[str, str], tuple[Path, Path]]
 
 
@@ -293,3 +305,94 @@ def test_a_scheme_is_that_of_the_first_name_then_of_the_class() -> None:
     assert found.scheme("model.layers.0.self_attn.q_proj").number == "float"
     assert found.scheme("model.layers.1.self_attn.q_proj").bits == 4
     assert found.word(None) == "w8a16+w4a16+fp8-w8a16"
+
+
+def test_scales_of_a_kv_cache_are_said_to_be_unused(
+    copies: Copies, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = copies("llama", PLAIN[0])
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    edited(tmp_path, kv_cache_scheme={"num_bits": 8, "type": "float"})
+    tensors = load_file(tmp_path / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{name}_scale": torch.ones(1) for name in "kv"}
+    save_file({**tensors, **scales}, tmp_path / "model.safetensors", {"format": "pt"})
+    tokens = prompt_of(40)
+    torch.testing.assert_close(ours(tmp_path, tokens), ours(folder, tokens))
+    assert "KV cache" not in caplog.text
+    runner_for(tmp_path)
+    assert "scales for a float8 KV cache are not used" in caplog.text
+
+
+def test_blocks_of_what_is_computed_otherwise_are_kept_apart(
+    copies: Copies, tmp_path: Path
+) -> None:
+    for form in (ROWS, "awq: 4 bits, gemm"):
+        folder, plain = copies("llama", form)
+        ids = {}
+        for model in (folder, plain):
+            config = DecodeConfig(
+                model=str(model), node_id="decode-0", shm_dir=str(tmp_path), run_dir=str(tmp_path)
+            )
+            plan = plan_of(config, read_model(model))
+            with closing(make_pool(config, plan, 1, 2)) as segment:
+                ids[model] = segment.header.kv_layout_id
+        assert ids[folder].endswith(f"/{FORMATS[form].word}")
+        assert len(set(ids.values())) == 2
+
+
+# --- In parts, and on a GPU -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", PLAIN)
+def test_ranks_have_their_parts(copies: Copies, form: str) -> None:
+    folder, plain = copies("qwen2", form)
+    config = ModelConfig.read(folder)
+    for rank in range(2):
+        part = Part(rank, 2)
+        mine, wanted = (
+            load_weights(each, config_of, torch.float32, CPU, Reference(), part=part)
+            for each, config_of in ((folder, config), (plain, ModelConfig.read(plain)))
+        )
+        for one, other in zip(mine.layers, wanted.layers, strict=True):
+            for name in ("qkv", "output", "gate_up", "down"):
+                found, meant = getattr(one, name), getattr(other, name)
+                torch.testing.assert_close(found.weight, meant.weight, rtol=1e-6, atol=1e-7)
+                assert (found.bias is None) == (meant.bias is None)
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would, in Triton's interpreter."""
+    monkeypatch.setenv(VARIABLE, "triton")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [form if form in SOON else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS],
+)
+def test_a_gpu_multiplies_with_levels(copies: Copies, on_triton: None, form: str) -> None:
+    """int8 with rows as they are: what is there for int8 rows is a CPU's."""
+    folder, plain = copies("qwen2", form)
+    config, tokens = ModelConfig.read(folder), prompt_of(19)
+    model = transformers(plain)
+    word = weights_word(config, "none", CPU)
+    if word == "fp8-w8a8":
+        with_rounded_rows(model, to_float8)
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens])).logits[0, -1]
+    bench = Bench(folder, blocks=4)
+    made = bench.logits((tokens, 0, (3, 1)))[0]
+    if word == "fp8-w8a8":
+        assert (made - wanted).norm() < 0.1 * (wanted - expected(plain, tokens)[-1]).norm()
+    else:
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+    weights = load_weights(folder, config, torch.float32, CPU, bench.backend)
+    kind = Matrix if word == "fp8-w8a8" else Grouped
+    for layer in weights.layers:
+        assert isinstance(layer.qkv, kind) and isinstance(layer.down, kind)
+
+
+def to_float8(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale

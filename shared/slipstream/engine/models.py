@@ -23,7 +23,6 @@ from slipstream.engine.weights import load_weights, said_now_and_then
 from slipstream.kernels.ops import Backend, ForwardBatch
 from slipstream.kernels.program import CpuBackend
 
-
 _LOG = logging.getLogger(__name__)
 
 
