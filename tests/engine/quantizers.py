@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,14 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine.tiny import Bench, prompt_of, save_model
 
 Parts = dict[str, Tensor]
+CLOSE = 1e-4
+"""Of logits, relative and absolute."""
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -276,3 +283,56 @@ def quantized(source: Path, folder: Path, form: Format) -> Path:
     config = {**json.loads(file.read_text()), "quantization_config": form.config}
     file.write_text(json.dumps(config))
     return plain
+
+
+def transformers(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def expected(folder: Path, tokens: tuple[int, ...]) -> Tensor:
+    with torch.no_grad():
+        return transformers(folder)(torch.tensor([tokens])).logits[0].float()
+
+
+def ours(folder: Path, tokens: tuple[int, ...]) -> Tensor:
+    """In two chunks."""
+    bench = Bench(folder)
+    table = bench.blocks(len(tokens))
+    first = bench.logits((tokens[:33], 0, table))
+    return torch.cat((first, bench.logits((tokens[33:], 33, table))))
+
+
+def with_rounded_rows(model: PreTrainedModel, rounded: Callable[[Tensor], Tensor]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+
+
+def to_int8(x: Tensor) -> Tensor:
+    wide = x.double()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    return ((wide / scale).round() * scale).float()
+
+
+def is_right(form: str, folder: Path, plain: Path) -> bool:
+    """Do the copies come to the same? Rows that are rounded too, here and there to another level,
+    are nearer to what int8 rows give than those are to plain ones."""
+    tokens, model = prompt_of(70), transformers(plain)
+    with torch.no_grad():
+        exact = model(torch.tensor([tokens])).logits[0, [32, 69]]
+        if form != ROWS:
+            return torch.allclose(ours(folder, tokens), exact, rtol=CLOSE, atol=CLOSE)
+        with_rounded_rows(model, to_int8)
+        wanted = model(torch.tensor([tokens])).logits[0, [32, 69]]
+    return bool((ours(folder, tokens) - wanted).norm() < 0.2 * (wanted - exact).norm())
+
+
+def made_and_right(form: str) -> bool:
+    """Of copies that are made for it."""
+    with TemporaryDirectory() as name:
+        source, folder = Path(name) / "source", Path(name) / "quantized"
+        save_model(source, "llama", **SIZES)
+        return is_right(form, folder, quantized(source, folder, FORMATS[form]))

@@ -10,16 +10,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-pytest.importorskip("compressed_tensors")
 pytest.importorskip("triton")
 
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-from engine.quantizers import FORMATS, ROWS, quantized
+from engine.models_page import format_row
+from engine.quantizers import (
+    CLOSE,
+    FORMATS,
+    ROWS,
+    SIZES,
+    expected,
+    is_right,
+    ours,
+    quantized,
+    to_int8,
+    transformers,
+    with_rounded_rows,
+)
 from engine.tiny import Bench, generate, greedy, prompt_of, save_model
 from slipstream.decode.config import DecodeConfig
 from slipstream.engine.backends import weights_word
@@ -36,7 +47,7 @@ from slipstream.kernels.gpu.levels import Grouped
 from slipstream.kernels.reference import Reference
 
 CPU = torch.device("cpu")
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PLAIN = [name for name in FORMATS if name != ROWS]
 SOON = {PLAIN[1], PLAIN[2], ROWS, "gptq: 4 bits, zero points, desc_act", "fp8: float8, one scale"}
 """Tried in the interpreter by `make test`; the others by `make test-all`."""
@@ -62,26 +73,6 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Copies:
     return get
 
 
-def transformers(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
-
-
-def expected(folder: Path, tokens: tuple[int, ...]) -> Tensor:
-    with torch.no_grad():
-        return transformers(folder)(torch.tensor([tokens])).logits[0].float()
-
-
-def ours(folder: Path, tokens: tuple[int, ...]) -> Tensor:
-    """In two chunks."""
-    bench = Bench(folder)
-    table = bench.blocks(len(tokens))
-    first = bench.logits((tokens[:33], 0, table))
-    return torch.cat((first, bench.logits((tokens[33:], 33, table))))
-
-
 def runner_for(folder: Path, **how: Any) -> Runner:
     pool = allocate_pool(read_model(folder).kv_layout("float32"), 64)
     return Runner(folder, "float32", pool, threads=2, **how)
@@ -94,7 +85,8 @@ def test_logits_are_those_of_the_numbers_meant(copies: Copies, case: str, form: 
     tokens = prompt_of(70)
     wanted = expected(plain, tokens)
     assert wanted.std() > 0.5
-    torch.testing.assert_close(ours(folder, tokens), wanted[[32, 69]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(folder, tokens), wanted[[32, 69]], rtol=CLOSE, atol=CLOSE)
+    assert is_right(form, folder, plain)
     config = ModelConfig.read(folder)
     assert config.quantized is not None
     assert weights_word(config, "none", CPU) == FORMATS[form].word
@@ -106,7 +98,7 @@ def test_experts_are_made_plain(copies: Copies, case: str, form: str) -> None:
     folder, plain = copies(case, form)
     tokens = prompt_of(40)
     wanted = expected(plain, tokens)[[32, 39]]
-    torch.testing.assert_close(ours(folder, tokens), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(folder, tokens), wanted, rtol=CLOSE, atol=CLOSE)
 
 
 @pytest.mark.parametrize("form", [PLAIN[0], "gptq: 8 bits", "fp8: float8, blocks", ROWS])
@@ -135,18 +127,6 @@ def test_tokens_are_those_of_the_numbers_meant(copies: Copies, form: str) -> Non
 # --- int8 by int8 ---------------------------------------------------------------------------------
 
 
-def with_rounded_rows(model: PreTrainedModel, rounded: Callable[[Tensor], Tensor]) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
-
-
-def to_int8(x: Tensor) -> Tensor:
-    wide = x.double()
-    scale = wide.abs().amax(-1, keepdim=True) / 127
-    return ((wide / scale).round() * scale).float()
-
-
 def to_int8_by_the_library(x: Tensor) -> Tensor:
     args = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
     scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
@@ -156,21 +136,27 @@ def to_int8_by_the_library(x: Tensor) -> Tensor:
 def test_int8_is_multiplied_with_int8(copies: Copies) -> None:
     folder, plain = copies("llama", ROWS)
     assert weights_word(ModelConfig.read(folder), "none", CPU) == "w8a8"
+    assert is_right(ROWS, folder, plain)
     tokens = prompt_of(70)
     exact = expected(plain, tokens)[[32, 69]]
-    made = {}
+    made = []
     for rounded in (to_int8, to_int8_by_the_library):
         model = transformers(plain)
         with_rounded_rows(model, rounded)
         with torch.no_grad():
-            made[rounded] = model(torch.tensor([tokens])).logits[0, [32, 69]]
-    off = (made[to_int8] - exact).norm()
+            made.append(model(torch.tensor([tokens])).logits[0, [32, 69]])
+    off = (made[0] - exact).norm()
     assert off > 0.03 * exact.norm()  # else it would show nothing
     mine = ours(folder, tokens)
     # A level that is rounded otherwise, for 0.5 lies there, is nothing beside that.
-    assert (mine - made[to_int8]).norm() < 0.2 * off
+    assert (mine - made[0]).norm() < 0.2 * off
     # The library divides by 127.5, not 127: as near to the plain ones.
-    assert (mine - exact).norm() < 1.5 * (made[to_int8_by_the_library] - exact).norm()
+    assert (mine - exact).norm() < 1.5 * (made[1] - exact).norm()
+
+
+def test_the_page_says_what_comes_out() -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert {format_row(name) for name in FORMATS} <= set(lines), "run `make docs`"
 
 
 # --- What is refused, and what is told apart ------------------------------------------------------
@@ -289,7 +275,7 @@ def test_modules_that_are_left_plain_are_served_plain(folder: Path, copies: Copi
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     tokens = prompt_of(40)
     wanted = expected(plain, tokens)[[32, 39]]
-    torch.testing.assert_close(ours(folder, tokens), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(folder, tokens), wanted, rtol=CLOSE, atol=CLOSE)
 
 
 def test_a_scheme_is_that_of_the_first_name_then_of_the_class() -> None:
@@ -386,7 +372,7 @@ def test_a_gpu_multiplies_with_levels(copies: Copies, on_triton: None, form: str
     if word == "fp8-w8a8":
         assert (made - wanted).norm() < 0.1 * (wanted - expected(plain, tokens)[-1]).norm()
     else:
-        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made, wanted, rtol=CLOSE, atol=CLOSE)
     weights = load_weights(folder, config, torch.float32, CPU, bench.backend)
     kind = Matrix if word == "fp8-w8a8" else Grouped
     for layer in weights.layers:

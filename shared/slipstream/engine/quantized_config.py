@@ -53,6 +53,11 @@ class Quantized(Struct, frozen=True, kw_only=True):
     kv_scales: bool = False
     """There are scales for a float8 KV cache, which are not used."""
 
+    @property
+    def growth(self) -> int:
+        """How many times as large such weights are when they are made bfloat16."""
+        return max(16 // scheme.bits for _, scheme in self.schemes)
+
     def scheme(self, module: str) -> Scheme:
         """Of a module that has quantized tensors: the first one of its name, else of its class.
         ValueError: there is none."""

@@ -135,7 +135,8 @@ def _config_of(folder: Path) -> Any:
 def _loaded(folder: Path, config: ForeignModel, dtype: torch.dtype) -> Any:
     """The model, and what is wrong with its tensors."""
     settings = _config_of(folder)
-    model_class, where = AutoModelForCausalLM, folder
+    model_class: Any = AutoModelForCausalLM
+    where: Path | None = folder
     how: dict[str, Any] = {"use_safetensors": True}
     if config.quantized is not None:
         with torch.device("meta"):  # which class it is, only a model tells
