@@ -85,7 +85,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transports: dict[str, str] = {}
     """Transport name -> how a peer attaches (a segment, an address)."""
     quantization: str = "none"
-    """Of the weights of matrix products."""
+    """Of the weights of matrix products: what was made of them, or what a quantized checkpoint
+    comes to, such as `w4a16`."""
     device: str = ""
     """What it computes with (cores, a card). Workers of one host that name the same slow each other
     down."""

@@ -227,6 +227,10 @@ def test_a_model_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checks_host.memory(str(model), {}).state is State.WARN
     monkeypatch.setattr(checks_host, "available_memory", lambda: 64 << 30)
     assert checks_host.memory(str(model), {}).state is State.OK
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    plain_bytes = checks_host.weight_bytes(str(model), {})
+    (model / "config.json").write_text(json.dumps(quantized))
+    assert checks_host.weight_bytes(str(model), {}) == 4 * (plain_bytes or 0) > 0
     assert "its size is not known" in checks_host.memory("org/name", {}).found
     assert checks_host.memory("nowhere", {}).state is State.WARN
 

@@ -2,13 +2,16 @@
 
 import re
 import sys
+from collections.abc import Iterable
 
 import torch
 import transformers
 
 from engine.architectures import ARCHITECTURES, TOLERANCE, Verdict, judge
+from engine.quantizers import CLOSE, FORMATS, made_and_right
 from slipstream.cli.gguf_kinds import KINDS
 from slipstream.engine.families import FAMILIES
+from slipstream.engine.quantized_config import METHODS, read_quantization
 from slipstream.engine.transformers_model import PROVED
 
 _HEAD = """\
@@ -31,8 +34,30 @@ Transformers' code have no compiled kernels, and are slower by what
 
 Both read folders of safetensors; `slipstream serve FILE.gguf` makes such a folder, once. It reads
 {gguf}, with any type of quantization, which is undone: weights become bfloat16. The tokenizer
-may be byte-level BPE or SentencePiece's, and the chat template comes along. Safetensors that are
-quantized are refused: of GPT-OSS, for one, a copy in bfloat16 is needed.
+may be byte-level BPE or SentencePiece's, and the chat template comes along.
+
+## Quantized checkpoints
+
+Safetensors may be quantized already, by {methods}. Nothing has to be set: config.json says how.
+Both codes serve them. Below is what was quantized by compressed-tensors, or as AutoAWQ and
+AutoGPTQ do it, in a tiny random model, and gave the logits of Transformers on the numbers meant,
+to {close:g}. `w4a16`: weights of 4 bits, multiplied with activations of 16. That is what the log
+and `/readyz` call it.
+
+| method | format | on a CPU | on a GPU |
+|---|---|---|---|
+{formats}
+On a CPU weights are made plain when they are loaded, in the type of `--dtype`: memory and speed
+are those of bfloat16, four times the size of a file of 4 bits. Only `w8a8` stays int8, in the
+compiled kernels of `--quantization int8`. On a GPU (compute capability 8.0 or more; 8.9 for
+float8) levels stay as they are, and a kernel multiplies with them; Transformers' code, experts,
+embedding and vocabulary have plain weights there too. Each row is scaled by itself: a
+checkpoint's static scales for activations are not used, nor are those for a float8 KV cache.
+
+Refused, in one line: every other method (bitsandbytes, MXFP4, NVFP4, torchao), other numbers of
+bits, formats made for one kernel (Marlin, GEMV), sparsity, transforms; and `--quantization` on
+top. Of GPT-OSS, for one, a copy in bfloat16 is needed. More in
+[0036](adr/0036-quantized-checkpoints-are-levels.md).
 
 ## By Transformers' code
 
@@ -54,6 +79,15 @@ sound too is served for its text.
 """
 
 
+def format_row(name: str, right: bool = True) -> str:
+    """`right`: logits came out as they should."""
+    method, _, what = name.partition(" ")
+    found = read_quantization({"quantization_config": FORMATS[name].config})
+    assert found is not None
+    words = f"`{found.word('int')}` | `{found.word('float')}`" if right else "**wrong** | "
+    return f"| {method.removesuffix(':')} | {what} | {words} |\n"
+
+
 def row(model_type: str, verdict: Verdict) -> str:
     if verdict.reason:
         said = f"{'refused' if verdict.tried else 'not tried'}: {verdict.reason}"
@@ -67,7 +101,8 @@ def _escaped(text: str) -> str:
     return re.sub(r"([|<>*_`])", r"\\\1", text) if not text.startswith("**") else text
 
 
-def page(verdicts: dict[str, Verdict]) -> str:
+def page(verdicts: dict[str, Verdict], formats: Iterable[str]) -> str:
+    """`formats`: rows of theirs."""
     passing = sum(not verdict.reason for verdict in verdicts.values())
     head = _HEAD.format(
         gguf=", ".join(KINDS),
@@ -77,6 +112,9 @@ def page(verdicts: dict[str, Verdict]) -> str:
         proof=sum(PROVED),
         version=transformers.__version__,
         tolerance=TOLERANCE,
+        methods=" or ".join([", ".join(METHODS[:-1]), METHODS[-1]]),
+        close=CLOSE,
+        formats="".join(formats),
     )
     return head + "".join(row(*each) for each in sorted(verdicts.items()))
 
@@ -85,8 +123,9 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     verdicts = {model_type: judge(model_type) for model_type in ARCHITECTURES}
-    sys.stdout.write(page(verdicts))
-    return any(verdict.wrong for verdict in verdicts.values())
+    right = {name: made_and_right(name) for name in FORMATS}
+    sys.stdout.write(page(verdicts, [format_row(*each) for each in right.items()]))
+    return any(verdict.wrong for verdict in verdicts.values()) or not all(right.values())
 
 
 if __name__ == "__main__":

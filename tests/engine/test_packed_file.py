@@ -20,7 +20,8 @@ from slipstream.engine.packed_file import FILES_MAX, BrokenFile, file_name, read
 from slipstream.engine.runner import Runner, allocate_pool
 from slipstream.engine.weights import load_weights
 from slipstream.kernels.ops import Quantization
-from slipstream.kernels.program import CpuBackend, Packed
+from slipstream.kernels.panels import Packed
+from slipstream.kernels.program import CpuBackend
 
 Saved = Callable[[str], tuple[Path, object]]
 CPU = torch.device("cpu")

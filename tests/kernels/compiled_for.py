@@ -15,7 +15,9 @@ from triton.runtime.jit import JITFunction
 from slipstream.kernels.drawn import batch_of
 from slipstream.kernels.gpu import blocks, draw, rows
 from slipstream.kernels.gpu.attention import attention
+from slipstream.kernels.gpu.levels import grouped
 from slipstream.kernels.gpu.tuning import FLOAT32, Tuning
+from slipstream.kernels.levels import Levels
 from slipstream.kernels.ops import FLOAT8, Heads
 
 PROCESSORS = 132
@@ -62,6 +64,17 @@ def attend(tokens: int, requests: int, heads: Heads, dtypes: Any, tuning: Tuning
     attention(qkv, pool, 0, batch, heads, tuning)
 
 
+def multiply(rows: int, group: int, kind: torch.dtype, dtype: torch.dtype) -> None:
+    inputs, outputs = 4096, 4096
+    width = inputs // 2 if kind == torch.uint8 else inputs
+    levels = torch.zeros(outputs, width, dtype=torch.uint8).view(kind)
+    scale = torch.zeros(outputs, inputs // group, dtype=dtype)
+    zero = None if kind == FLOAT8 else torch.zeros(outputs, inputs // group, dtype=torch.int8)
+    matrix = grouped(Levels(levels, scale, zero, inputs, group, dtype), None, PROCESSORS)
+    assert matrix is not None
+    matrix.times(torch.zeros(rows, inputs, dtype=dtype))
+
+
 def main(capability: int) -> None:
     driver.set_active(Target(capability))
     JITFunction.run = compile_instead(JITFunction.run)
@@ -79,6 +92,10 @@ def main(capability: int) -> None:
     rows.gate(x)
     if capability >= 89:
         rows.quantize(x, 4096)
+    for kind in (torch.uint8, torch.int8, *([FLOAT8] if capability >= 89 else [])):
+        for rows_of_x, group in ((1, 128), (8, 32), (64, 4096), (500, 64)):
+            multiply(rows_of_x, group, kind, half)
+        multiply(3, 128, kind, torch.float32)
     draw.draw_async(torch.zeros(2, 128_256), [draw.Draw(0)])
     memory = torch.zeros(4, 1 << 20, dtype=torch.uint8)
     blocks.verified_copy(memory, [1], memory, [2], True)

@@ -53,7 +53,7 @@ def test_all_agree_over_more_shapes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=KINDS.get)
-@pytest.mark.parametrize("name", check.OF_WEIGHTS)
+@pytest.mark.parametrize("name", [*check.OF_WEIGHTS, check.FLOAT8_ROWS])
 def test_products_of_float8_agree_with_the_reference(name: str, dtype: torch.dtype) -> None:
     quantization: Quantization = "fp8"
     for seed in SEEDS:
@@ -84,5 +84,5 @@ def test_all_compile_for_cards_that_are_not_here(capability: int) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = dict(line.split() for line in done.stdout.splitlines())
     wanted = {"_chunks", "_splits", "_merge", "_rotate", "_rms_norm", "_gate", "_draw"}
-    assert {*kernels} - {"_quantize"} == wanted | {"_segments", "_chain"}
+    assert {*kernels} - {"_quantize"} == wanted | {"_segments", "_chain", "_product"}
     assert max(map(int, kernels.values())) <= room, kernels

@@ -69,6 +69,19 @@ def test_compiled_operations_agree_with_the_reference(
             assert not actual[0].isnan().any(), f"seed {seed}: garbage beyond a context leaked in"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_int8_of_others_is_multiplied_as_it_is(
+    compiled: ctypes.CDLL, dtype: torch.dtype, threads: int
+) -> None:
+    relative, absolute = TOLERANCE[dtype]
+    backend = CpuBackend(compiled, threads, dtype)
+    for seed in SEEDS:
+        case = Shapes(seed, dtype).quantized_rows()
+        (expected, _), (actual, _) = outcome(Reference(), case), outcome(backend, case)
+        torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
+
+
 @pytest.mark.parametrize("inputs", [16, 48, 576, 1024, 1536])
 def test_int8_products_are_near_the_plain_ones(inputs: int) -> None:
     """With channels a hundred times as large as the others too, as models have them."""

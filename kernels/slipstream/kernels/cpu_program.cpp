@@ -21,6 +21,7 @@ struct Op {
   int32_t rows;
   int32_t wide;         // kLinear: the result is float32
   int32_t quantized;    // kLinear, kGated: int8 weights, quantized inputs
+  int32_t turned;       // kQuantize: rows are rotated first
   int32_t in, residual, out;  // buffers; residual: also the scales of quantized inputs
   const void* weight;
   const void* second;   // kLinear: bias; kRotate: the norm of keys
@@ -85,7 +86,7 @@ class Typed {
     for (int64_t row = begin; row < end; row++) {
       for (int64_t i = 0; i < op.inputs; i += kLanes)
         store(x + i, load(at(op.in, row, op.inputs) + i));
-      hadamard(x, op.inputs);
+      if (op.turned) hadamard(x, op.inputs);
       vec top{}, broken{};
       for (int64_t i = 0; i < op.inputs; i += kLanes) {
         const vec value = load(x + i);

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn, cutoff, draw
-from slipstream.kernels.ops import NO_SLOT, Backend, ForwardBatch, Heads, Model, stored
+from slipstream.kernels.levels import Levels, in_nibbles
+from slipstream.kernels.ops import FLOAT8, NO_SLOT, Backend, ForwardBatch, Heads, Model, stored
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 1.6e-2)}
 """Relative and absolute, of results."""
@@ -155,6 +156,66 @@ class Shapes:
 
         return self.plain(build, count)
 
+    def levels(self, outputs: int, inputs: int) -> Levels:
+        """As some quantizer might have left it."""
+        kind = self.random.choice([torch.uint8, torch.uint8, torch.int8, FLOAT8])
+        group = self.random.choice([16, 32, 64, 96, 128, inputs])
+        size = (outputs, -(-inputs // group))
+        low, high = (0, 16) if kind == torch.uint8 else (-128, 128)
+        drawn = torch.randint(low, high, (outputs, inputs), generator=self.generator)
+        zero = torch.randint(low, high, size, generator=self.generator).to(torch.int8)
+        scale = torch.rand(size, generator=self.generator) / ((high - low) * inputs**0.5)
+        order = torch.randperm(inputs, generator=self.generator)
+        levels = in_nibbles(drawn.to(kind)) if kind == torch.uint8 else drawn.to(kind)
+        halved = scale.to(self.random.choice([torch.float16, torch.bfloat16, torch.float32]))
+        has_zero, has_order = self.random.random() < 0.5, self.random.random() < 0.3
+        return Levels(
+            levels.to(self.device),
+            halved.to(self.device),
+            zero.to(self.device) if has_zero and kind != FLOAT8 else None,
+            inputs,
+            group,
+            self.dtype,
+            order.to(self.device) if has_order else None,
+        )
+
+    def quantized(self) -> Case:
+        """`linear` of levels."""
+        count, inputs = self.tokens(), self.size()
+        outputs = self.random.choice([1, 15, 16, 17, 48, 49, 96, 199, 576])
+        return self._product(count, self.levels(outputs, inputs), gated=False)
+
+    def quantized_gated(self) -> Case:
+        count, inputs, outputs = self.tokens(), self.size(), self.size()
+        return self._product(count, self.levels(2 * outputs, inputs), gated=True)
+
+    def quantized_rows(self, kind: torch.dtype = torch.int8) -> Case:
+        """Levels of 8 bits, whose inputs are quantized too."""
+        count, inputs, outputs = self.tokens(), self.size(), self.size()
+        drawn = torch.randint(-128, 128, (2 * outputs, inputs), generator=self.generator)
+        scale = torch.rand(2 * outputs, 1, generator=self.generator) / (127 * inputs**0.5)
+        levels, scale = drawn.to(kind).to(self.device), scale.to(self.device)
+        weight = Levels(levels, scale, None, inputs, inputs, self.dtype, rows=True)
+        return self._product(count, weight, gated=self.random.random() < 0.5)
+
+    def quantized_rows_of_float8(self) -> Case:
+        return self.quantized_rows(FLOAT8)
+
+    def _product(self, count: int, weight: Levels, gated: bool) -> Case:
+        x = self.normal(count, weight.inputs)
+        bias = self.normal(weight.outputs) if self.random.random() < 0.5 else None
+        wide = self.random.random() < 0.3
+
+        def build(backend: Backend) -> Model:
+            table = backend.table(x)
+            if gated:
+                both = backend.pack_gated(weight, bias)
+                return lambda ops: ops.gated(ops.embed(table), both)
+            packed = backend.pack(weight, bias)
+            return lambda ops: ops.linear(ops.embed(table), packed, wide)
+
+        return self.plain(build, count)
+
     def attention(self) -> Case:
         kv_heads = self.random.choice([1, 2, 3, 5])
         group = self.random.choice([1, 2, 3, 7, 40])
@@ -211,7 +272,10 @@ class Shapes:
         return Case(build, padded, behind(cosine, 1), behind(sine, 0), pool)
 
 
-CASES = ("embed", "take", "rms_norm", "rms_norm_of_a_sum", "linear", "gated", "attention")
+CASES = (
+    *("embed", "take", "rms_norm", "rms_norm_of_a_sum", "linear", "gated", "attention"),
+    *("quantized", "quantized_gated"),
+)
 """Methods of `Shapes`, of what every backend can do."""
 
 

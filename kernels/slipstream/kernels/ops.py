@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn
+from slipstream.kernels.levels import Levels
 
 Value: TypeAlias = Any
 """What an operation yields: a tensor, or the promise of one; rows are tokens or samples."""
@@ -72,15 +73,16 @@ def hadamard(x: Tensor) -> Tensor:
     return x
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, turned: bool = True) -> tuple[Tensor, Tensor]:
     """Rows of `[rows, dim]`, rotated, as int8, and their scales, float32 `[rows, 1]`.
 
     Inputs of a model's matrices have a few large channels, for which all others would be rounded
     coarsely. `hadamard` spreads them over their blocks first; weights are rotated alike, and the
-    product comes out the same.
+    product comes out the same. Not `turned`: they are not rotated, for weights that were made int8
+    by others.
     Source: Ashkboos et al., "QuaRot", 2024.
     """
-    wide = hadamard(x.float())
+    wide = hadamard(x.float()) if turned else x.float()
     scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return (wide * (1 / scale)).round().to(torch.int8), scale
 
@@ -123,6 +125,11 @@ def scale_of(wide: Tensor) -> Tensor:
 def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In the pool's dtype; what float8 cannot hold becomes its largest number."""
     return (x.float().clamp(-FLOAT8_MAX, FLOAT8_MAX) if dtype == FLOAT8 else x).to(dtype)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether its kernels can read and write float8."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def keys_turned(x: Tensor) -> Tensor:
@@ -266,7 +273,8 @@ class Backend(Protocol):
 
     With `int8` matrices that are multiplied with go through `quantize`, one scale for each output,
     and what they are multiplied with as well, one scale for each row, at each step; with `fp8`
-    through `fitted_float8` and `quantize_float8`.
+    through `fitted_float8` and `quantize_float8`. `Levels` are quantized already, whatever
+    `quantization` says: they stay what they are, or become plain.
     """
 
     quantization: Quantization
@@ -274,10 +282,10 @@ class Backend(Protocol):
     def table(self, weight: Tensor) -> Weights:
         """`[vocab, dim]` for `embed`, and for `linear` as it is."""
 
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Weights:
+    def pack(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Weights:
         """`[out, in]` and `[out]`. The tensors are not needed any more."""
 
-    def pack_gated(self, weight: Tensor, bias: Tensor | None = None) -> Weights:
+    def pack_gated(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Weights:
         """`[gate | up]`, one under the other."""
 
     def compile(self, model: Model) -> Forward:

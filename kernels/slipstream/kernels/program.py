@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.kernels import panels
 from slipstream.kernels.draw import Draw, Drawn, as_tensors
+from slipstream.kernels.levels import Levels
 from slipstream.kernels.ops import (
     Experts,
     Forward,
@@ -21,16 +23,10 @@ from slipstream.kernels.ops import (
     Heads,
     Model,
     Quantization,
-    quantize,
-    rotation_block,
 )
+from slipstream.kernels.panels import PANEL, Packed
 
-PANEL = 16
-"""Outputs of a matrix that lie side by side; all dimensions are multiples of it, or padded."""
 MAX_OPS = 1 << 14
-_ROWS_AT_A_TIME = 4096
-"""Of a matrix that is quantized: what that takes for a while is some copies of them in float32."""
-
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _D, _F = ctypes.c_double, ctypes.c_float
@@ -56,7 +52,7 @@ class _Op(ctypes.Structure):
     """Mirrors `Op` in `cpu_program.cpp`."""
 
     _fields_ = [
-        *((name, _N) for name in ("kind", "dtype", "rows", "wide", "quantized")),
+        *((name, _N) for name in ("kind", "dtype", "rows", "wide", "quantized", "turned")),
         *((name, _N) for name in ("input", "residual", "output")),
         *((name, _P) for name in ("weight", "second", "scale", "sums")),
         *((name, _I) for name in ("inputs", "outputs", "heads", "kv_heads", "head_dim", "layer")),
@@ -86,31 +82,6 @@ class _Draw(ctypes.Structure):
         *((name, _F) for name in ("temperature", "min_p")),
         *(("token", _I), ("top", _F)),
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A matrix in panels: `[outputs / 16, inputs / G, 16, G]`, G elements in 32 bits."""
-
-    panels: Tensor
-    bias: Tensor | None
-    outputs: int
-    inputs: int
-    scale: Tensor | None = None
-    """Of int8 panels: float32, one for each output."""
-    sums: Tensor | None = None
-    """Of int8 panels: int32, of each output's weights; what 128 too much in each input adds."""
-
-
-def in_panels(weight: Tensor) -> Tensor:
-    """`[out, in]` -> panels, the last one filled up with zeros."""
-    outputs, inputs = weight.shape
-    group = 4 // weight.element_size()
-    if inputs % PANEL:
-        raise ValueError(f"{inputs} inputs are no multiple of {PANEL}")
-    padded = torch.zeros(-(-outputs // PANEL) * PANEL, inputs, dtype=weight.dtype)
-    padded[:outputs] = weight
-    return padded.view(-1, PANEL, inputs // group, group).transpose(1, 2).contiguous()
 
 
 @dataclass(slots=True, eq=False)
@@ -200,7 +171,9 @@ class Recorder:
         if weights.scale is not None:
             levels = Buffer(x.rows, x.width, torch.uint8)
             scales = Buffer(x.rows, 1, torch.float32)
-            self._write(Kind.QUANTIZE, x, x.rows, levels, scales, inputs=x.width)
+            self._write(
+                Kind.QUANTIZE, x, x.rows, levels, scales, inputs=x.width, turned=weights.turned
+            )
             x = levels
         return self._add(
             kind,
@@ -352,31 +325,23 @@ class CpuBackend:
             self.library.team_delete(self.team)
 
     def table(self, weight: Tensor) -> Packed:
-        return Packed(in_panels(weight), None, *weight.shape)
+        return panels.plain(weight, None)
 
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
-        outputs, inputs = weight.shape
+    def pack(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Packed:
+        if isinstance(weight, Levels):
+            if weight.rows:
+                return panels.of_bytes(weight.levels, weight.scale, bias, turned=False)
+            return panels.plain(weight.plain(), bias)
         if self.quantization == "none":
-            return Packed(in_panels(weight), bias, outputs, inputs)
-        padded = -(-outputs // PANEL) * PANEL
-        levels = torch.zeros(padded, inputs, dtype=torch.int8)
-        scale = torch.zeros(padded, 1)
-        for first in range(0, outputs, _ROWS_AT_A_TIME):
-            part = slice(first, min(first + _ROWS_AT_A_TIME, outputs))
-            levels[part], scale[part] = quantize(weight[part])
-        scale = scale.flatten() / rotation_block(inputs)
-        sums = levels.sum(1, dtype=torch.int32)
-        return Packed(in_panels(levels), bias, outputs, inputs, scale, sums)
+            return panels.plain(weight, bias)
+        return panels.quantized(weight, bias)
 
-    def pack_gated(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+    def pack_gated(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Packed:
         """Panels of gate and up by turns, so that a thread has both."""
-        outputs = weight.shape[0] // 2
-
-        def by_turns(x: Tensor) -> Tensor:
-            return x.view(2, outputs // PANEL, PANEL, -1).transpose(0, 1).reshape(x.shape)
-
-        packed = self.pack(by_turns(weight), None if bias is None else by_turns(bias))
-        return replace(packed, outputs=outputs)
+        turns = panels.by_turns(weight.outputs if isinstance(weight, Levels) else len(weight))
+        mixed = weight.of_outputs(turns) if isinstance(weight, Levels) else weight[turns]
+        packed = self.pack(mixed, None if bias is None else bias[turns])
+        return replace(packed, outputs=packed.outputs // 2)
 
     def compile(self, model: Model) -> Forward:
         recorder = Recorder(self.dtype)

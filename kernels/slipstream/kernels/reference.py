@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.kernels.draw import Draw, Drawn, as_tensors, draw
+from slipstream.kernels.levels import Levels
 from slipstream.kernels.ops import (
     FLOAT8,
     VALUE_LIFT,
@@ -34,11 +35,16 @@ class Matrix:
     bias: Tensor | None = None
     scale: Tensor | None = None
     """Of quantized weights: `[out]`."""
+    turned: bool = True
+    """Of int8 weights: they are rotated."""
 
     def times(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return F.linear(x, self.weight, self.bias)
-        levels, scale = (quantize if self.weight.dtype == torch.int8 else quantize_float8)(x)
+        if self.weight.dtype == torch.int8:
+            levels, scale = quantize(x, self.turned)
+        else:
+            levels, scale = quantize_float8(x)
         out = F.linear(levels.float(), self.weight.float()) * scale * self.scale
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
@@ -52,7 +58,11 @@ class Reference:
     def table(self, weight: Tensor) -> Matrix:
         return Matrix(weight)
 
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    def pack(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Matrix:
+        if isinstance(weight, Levels):
+            if weight.rows:
+                return Matrix(weight.levels, bias, weight.scale.float().flatten(), turned=False)
+            return Matrix(weight.plain(), bias)
         if self.quantization == "none":
             return Matrix(weight, bias)
         if self.quantization == "fp8":

@@ -1,6 +1,7 @@
 """What the machine gives: cores, memory, shared memory, huge pages, files, clock, GPUs."""
 
 import ctypes
+import json
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ from slipstream.cli.checkup import Check, fail, ok, warn
 from slipstream.cli.model_error import ModelError
 from slipstream.cli.models import DEMO, DEMO_NAME, HUB_ID, demo_file, models_dir
 from slipstream.config import format_bytes
+from slipstream.engine.quantized_config import read_quantization
 from slipstream.kv.cuda_driver import CudaDriver, CudaError
 from slipstream.runtime.memory import available_memory
 
@@ -75,6 +77,15 @@ def memory(model: str, environ: Mapping[str, str]) -> Check:
     return ok("memory", found)
 
 
+def _growth(folder: Path) -> int:
+    """How many times as large as its files the weights are in memory."""
+    try:
+        found = read_quantization(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, ValueError):  # the worker will say what is wrong
+        return 1
+    return 1 if found is None else found.growth
+
+
 def weight_bytes(model: str, environ: Mapping[str, str]) -> int | None:
     """None: a hub id, whose files are elsewhere. ModelError, OSError: there is no such model."""
     path = Path(model).expanduser()
@@ -82,7 +93,7 @@ def weight_bytes(model: str, environ: Mapping[str, str]) -> int | None:
         path = models_dir(environ) / DEMO_NAME
         path = path if path.is_dir() else demo_file()
     if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        return _growth(path) * sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if path.is_file():
         return 4 * path.stat().st_size  # at 4 to 5 bits in the file, 16 in memory
     if HUB_ID.fullmatch(model):

@@ -63,7 +63,7 @@ class Cluster:
         room = room_of(config, plan, self._runner)
         size = size_pool(config, plan.layout.block_bytes, plan.max_model_len, room)
         self.max_model_len = size.max_model_len
-        self._config, self._model = config, model
+        self._config, self._model, self._weights = config, model, plan.weights
         self._segment = make_pool(config, plan, _EPOCH, size.num_blocks)
         self._runner.attach(pool_tensor(plan, self._segment))
         self._segment.close()  # nobody else maps it: its name goes now, it goes with us
@@ -103,7 +103,7 @@ class Cluster:
             max_num_seqs=config.max_num_seqs,
             prefill_budget_tokens=config.prefill_budget_tokens,
             accept_decode=True,
-            quantization=config.quantization,
+            quantization=self._weights,
         )
         info = _info("decode-0", Role.DECODE, worker)
         machine = WorkerMachine(

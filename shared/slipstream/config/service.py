@@ -38,8 +38,9 @@ Dtype: TypeAlias = Annotated[
 Quantization: TypeAlias = Annotated[
     Literal["none", "int8", "fp8"],
     Meta(
-        description="Weights of matrix products; none: of type --dtype; int8 (on CPUs) and fp8 "
-        "(on GPUs): made at load time, one scale for each output. KV blocks: --kv-cache-dtype."
+        description="Weights of matrix products; none: of type --dtype, or as the checkpoint has "
+        "quantized them; int8 (on CPUs) and fp8 (on GPUs): made at load time, one scale for each "
+        "output. KV blocks: --kv-cache-dtype."
     ),
 ]
 KvCacheDtype: TypeAlias = Annotated[

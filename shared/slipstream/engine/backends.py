@@ -6,11 +6,13 @@ import os
 import torch
 
 from slipstream.config import SetupError
-from slipstream.engine.model_config import ModelConfig, ServedModel
+from slipstream.engine.model_config import ModelConfig, ModelError, ServedModel
+from slipstream.engine.quantized_config import Number
 from slipstream.kernels import cpu
 from slipstream.kernels.build import interpreted
-from slipstream.kernels.ops import FLOAT8, Backend, Quantization
-from slipstream.kernels.program import PANEL, CpuBackend
+from slipstream.kernels.ops import FLOAT8, Backend, Quantization, has_float8
+from slipstream.kernels.panels import PANEL
+from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
 from slipstream.types import BLOCK_TOKENS
 
@@ -41,6 +43,28 @@ def choose_backend(
     if slow or library is None:
         return Reference(quantization)
     return CpuBackend(library, threads or len(os.sched_getaffinity(0)), dtype, quantization)
+
+
+def byte_rows(device: torch.device) -> Number | None:
+    """With which levels of a checkpoint rows are multiplied as bytes. All others are multiplied
+    with rows as they are: where nothing is faster, nothing more is rounded."""
+    if device.type == "cuda" or interpreted():
+        return "float" if has_float8(device) else None
+    return "int"
+
+
+def weights_word(model: ServedModel, asked: Quantization, device: torch.device) -> str:
+    """What is multiplied with what, for people and for `KvLayout.layout_id`: `none`, `int8`,
+    `w4a16`. ModelError: `asked` for weights that are quantized already."""
+    quantized = model.quantized
+    if quantized is None:
+        return asked
+    if asked != "none":
+        raise ModelError(
+            f"--quantization {asked}: the weights are quantized already ({quantized.method}); give "
+            "--quantization none, or take a copy in bfloat16"
+        )
+    return quantized.word(byte_rows(device) if isinstance(model, ModelConfig) else None)
 
 
 def _no_cpu_kernels(

@@ -46,7 +46,6 @@ class RawConfig(Struct, kw_only=True):
     mlp_only_layers: list[int] | None = None
     qkv_bias: bool = True
     eos_token_id: int | list[int] | None = None
-    quantization_config: dict[str, Any] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
 

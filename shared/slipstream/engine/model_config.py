@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from slipstream.engine.families import FAMILIES, ExpertsConfig, RawConfig
+from slipstream.engine.quantized_config import Quantized, read_quantization
 from slipstream.kv.layout import KvDtype, KvLayout
 
 _EDGE_BYTES = 65_536
@@ -72,6 +73,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     """SHA-256 over config.json and name, size and both ends of every weight file; of dummy weights
     over config.json and that word."""
+    quantized: Quantized | None = None
+    """How its weights are quantized already."""
 
     def kv_layout(self, dtype: KvDtype) -> KvLayout:
         return KvLayout(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
@@ -183,6 +186,7 @@ class ModelConfig(ServedModel, frozen=True, kw_only=True):
             eos_token_ids=eos_token_ids(raw.eos_token_id, folder),
             dtype=raw.dtype or raw.torch_dtype or "float32",
             fingerprint=fingerprint(file, None if dummy else weight_files(folder)),
+            quantized=quantization(settings, file, dummy),
             **parts._asdict(),
         )
 
@@ -250,9 +254,20 @@ def _refuse_features(
                 raise UnknownModel(f"{file}: mixture of experts ({key}) is not supported")
     if raw.hidden_act not in ("silu", "swish"):
         raise UnknownModel(f"{file}: activation {raw.hidden_act} is not supported (only silu)")
-    if raw.quantization_config is not None:
-        method = raw.quantization_config.get("quant_method", "unknown method")
-        raise ModelError(f"{file}: quantized weights ({method}) are not supported")
+
+
+def quantization(settings: dict[str, Any], file: Path, dummy: bool = False) -> Quantized | None:
+    """ModelError: of a kind that is not supported, or there are no weights."""
+    try:
+        quantized = read_quantization(settings)
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}") from None
+    if quantized is not None and dummy:
+        raise ModelError(
+            f"{file}: --load-format dummy draws no quantized weights ({quantized.method}); take "
+            "quantization_config out of a copy of the file"
+        )
+    return quantized
 
 
 def _check_sizes(raw: RawConfig, kv_heads: int, file: Path) -> None:

@@ -1,5 +1,6 @@
 """Who computes a model: the native decoder, or Transformers' own code over our KV blocks."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slipstream.config import ModelImpl
+from slipstream.engine.backends import weights_word
 from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.model_config import (
     ForeignModel,
@@ -20,6 +22,8 @@ from slipstream.engine.ranks import Part, Ranks
 from slipstream.engine.weights import load_weights, said_now_and_then
 from slipstream.kernels.ops import Backend, ForwardBatch
 from slipstream.kernels.program import CpuBackend
+
+_LOG = logging.getLogger(__name__)
 
 
 class Model(Protocol):
@@ -72,6 +76,13 @@ def load_model(model_path: str | Path, config: ServedModel, how: Loading) -> Mod
 
     ModelError: its weights are not what `config` says, or it cannot be loaded like this.
     """
+    weights_word(config, how.backend.quantization, how.device)  # not quantized twice
+    if config.quantized is not None and config.quantized.kv_scales:
+        _LOG.warning(
+            "%s: the checkpoint's scales for a float8 KV cache are not used; blocks are of the "
+            "model's dtype, or with --kv-cache-dtype fp8 scaled otherwise",
+            model_path,
+        )
     if isinstance(config, ModelConfig):
         return _native(model_path, config, how)
     assert isinstance(config, ForeignModel)

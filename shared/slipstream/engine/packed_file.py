@@ -26,12 +26,12 @@ from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest
 
 from slipstream.config import format_bytes
-from slipstream.engine import decoder, weights
+from slipstream.engine import checkpoint, decoder, quantized_tensors, weights
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
 from slipstream.engine.model_config import ModelConfig, weight_files
-from slipstream.kernels import ops, program
+from slipstream.kernels import levels, ops, panels, program
 from slipstream.kernels.ops import Quantization
-from slipstream.kernels.program import Packed
+from slipstream.kernels.panels import Packed
 
 FILES_MAX = 4
 """Of one folder; those that were not used for longest go."""
@@ -39,7 +39,10 @@ _MAGIC = b"slipstream packed weights\n"
 _DIGEST, _ALIGNED = 16, 64
 _PREFIX = len(_MAGIC) + _DIGEST + 8
 _TYPES = {each.__name__: each for each in (DecoderWeights, LayerWeights, Packed)}
-_SOURCES = (decoder.__file__, weights.__file__, ops.__file__, program.__file__, __file__)
+_SOURCES = (
+    *(decoder.__file__, weights.__file__, checkpoint.__file__, quantized_tensors.__file__),
+    *(levels.__file__, ops.__file__, panels.__file__, program.__file__, __file__),
+)
 _LOG = logging.getLogger(__name__)
 
 

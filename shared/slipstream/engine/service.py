@@ -182,7 +182,7 @@ def _node(
             prefill_budget_tokens=config.prefill_budget_tokens,
             accept_decode=config.accept_decode,
             transports=transports.advertise(),
-            quantization=config.quantization,
+            quantization=plan.weights,
             device=what_computes(plan),
             rank_transports=rank_transports,
         ),
@@ -215,12 +215,14 @@ def _settings(config: WorkerConfig, model: ServedModel) -> WorkerSettings:
     )
 
 
-def _how_made(config: WorkerConfig) -> str:
+def _how_made(config: WorkerConfig, plan: WorkerPlan) -> str:
     """For the log: the weights, if they are not just those of the files."""
     dummy = ", dummy weights" if config.load_format == "dummy" else ""
     parts = config.tensor_parallel_size
     ranks = f", {parts} ranks" if parts > 1 else ""
-    made = "" if config.quantization == "none" else f", {config.quantization} weights"
+    made = "" if plan.weights == "none" else f", {plan.weights} weights"
+    if plan.model.quantized is not None:
+        made += f" ({plan.model.quantized.method})"
     return dummy + made + ranks
 
 
@@ -236,7 +238,7 @@ def _announce(
         config.model,
         " (by Transformers)" if isinstance(plan.model, ForeignModel) else "",
         plan.dtype,
-        _how_made(config),
+        _how_made(config, plan),
         size.max_model_len,
         size.num_blocks,
         format_bytes(plan.layout.block_bytes),

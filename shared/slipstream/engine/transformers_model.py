@@ -20,11 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from slipstream.engine.attention_interface import NAME, Paged, Probe, RefusedError, Step, during
+from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.model_config import (
     ForeignModel,
     ModelError,
     eos_token_ids,
     fingerprint,
+    quantization,
     read_json,
     weight_files,
 )
@@ -55,12 +57,10 @@ def read_transformers(model_path: str | Path) -> ForeignModel:
     folder = Path(model_path)
     file = folder / "config.json"
     settings = read_json(file)
-    if (quantization := settings.get("quantization_config")) is not None:
-        method = quantization.get("quant_method", "unknown method")
-        raise ModelError(f"{file}: quantized weights ({method}) are not supported")
+    quantized = quantization(settings, file)
     paths = weight_files(folder)
     with _quiet(), _blamed(str(file)):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = _config_of(folder)
         text = config.get_text_config()
         ends = getattr(config if text.eos_token_id is None else text, "eos_token_id", None)
         return ForeignModel(
@@ -68,6 +68,7 @@ def read_transformers(model_path: str | Path) -> ForeignModel:
             eos_token_ids=eos_token_ids(ends, folder),
             dtype=str(text.dtype or config.dtype or "float32").removeprefix("torch."),
             fingerprint=fingerprint(file, paths, b"transformers"),
+            quantized=quantized,
         )
 
 
@@ -112,16 +113,7 @@ def load_transformers(
     """The model with its weights, in `dtype`, after the proof. ModelError: tensors are missing or
     have other shapes than config.json says, damaged files, or the proof failed."""
     with _quiet(), _blamed(str(model_path)):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            model_path,
-            dtype=dtype,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # it would not say which
-        )
+        model, found = _loaded(Path(model_path), config, dtype)
         if missing := sorted(found["missing_keys"]):
             raise ModelError(f"{model_path}: tensor {missing[0]} is missing")
         for name, there, wanted in sorted(found["mismatched_keys"]):
@@ -130,6 +122,38 @@ def load_transformers(
             )
         model.to(device).eval()
         return prove(model, config)
+
+
+def _config_of(folder: Path) -> Any:
+    """As of plain weights: what is quantized is made plain by us."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _loaded(folder: Path, config: ForeignModel, dtype: torch.dtype) -> Any:
+    """The model, and what is wrong with its tensors."""
+    settings = _config_of(folder)
+    model_class: Any = AutoModelForCausalLM
+    where: Path | None = folder
+    how: dict[str, Any] = {"use_safetensors": True}
+    if config.quantized is not None:
+        with torch.device("meta"):  # which class it is, only a model tells
+            model_class, where = type(AutoModelForCausalLM.from_config(settings)), None
+        with open_checkpoint(folder, torch.device("cpu"), dtype, config.quantized) as checkpoint:
+            how = {"state_dict": checkpoint.plain()}
+    return model_class.from_pretrained(
+        where,
+        config=settings,
+        dtype=dtype,
+        attn_implementation="eager",
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # it would not say which
+        **how,
+    )
 
 
 def prove(model: Any, config: ForeignModel) -> "TransformersModel":

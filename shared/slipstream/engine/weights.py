@@ -1,25 +1,25 @@
 """Safetensors checkpoints -> the decoder's parameters. Only this file knows their names.
 
-Files are mapped into memory, checked against the config, converted and packed; no pickle is ever
-read.
+Tensors are checked against the config, converted and packed.
 """
 
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from slipstream.engine.backends import byte_rows
+from slipstream.engine.checkpoint import Cut, open_checkpoint
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
 from slipstream.engine.families import ExpertsConfig
-from slipstream.engine.model_config import ModelConfig, ModelError, weight_files
+from slipstream.engine.model_config import ModelConfig, ModelError
 from slipstream.engine.ranks import Part
+from slipstream.kernels.levels import Levels, together
 from slipstream.kernels.ops import Backend, Experts, SharedExpert
 
 Progress = Callable[[int, int], None]
@@ -27,11 +27,8 @@ Progress = Callable[[int, int], None]
 
 SAID_EVERY_S = 2.0
 _LOG = logging.getLogger(__name__)
-_Cut: TypeAlias = tuple[slice, ...]
-"""Of each dimension, from the first on; none: all."""
-_Projection: TypeAlias = tuple[Tensor, Tensor | None]
+_Projection: TypeAlias = tuple[Tensor | Levels, Tensor | None]
 """Weight and bias."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def said_now_and_then() -> Progress:
@@ -68,7 +65,8 @@ def load_weights(
     how = dtype, device, backend, part
     if dummy:
         return _Loader(_Dummies(device), config, *how).load(progress)
-    with _open_checkpoint(Path(model_path), device) as checkpoint:
+    quantized = dtype, config.quantized, byte_rows(device)
+    with open_checkpoint(Path(model_path), device, *quantized) as checkpoint:
         weights = _Loader(checkpoint, config, *how).load(progress)
         if unread := checkpoint.unread(config.tied_embeddings):
             raise ModelError(f"{model_path}: config.json does not account for tensor {unread[0]}")
@@ -76,8 +74,11 @@ def load_weights(
 
 
 class _Source(Protocol):
-    def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], cut: Cut = ()) -> Tensor:
         """`cut` of the tensor, which has this shape."""
+
+    def levels(self, name: str, shape: tuple[int, ...]) -> Levels | None:
+        """All of the tensor, if it is a weight that is quantized."""
 
     def skip(self, name: str) -> None:
         """All of it is other ranks'."""
@@ -90,71 +91,19 @@ class _Dummies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
+    def levels(self, name: str, shape: tuple[int, ...]) -> None:
+        pass
+
     def skip(self, name: str) -> None:
         pass
 
-    def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], cut: Cut = ()) -> Tensor:
         if "norm" in name:
             return torch.ones(shape, device=self._device)[cut]
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
         generator = torch.Generator(self._device).manual_seed(seed)
         drawn = torch.randn(shape, generator=generator, device=self._device)
         return drawn.mul_(shape[-1] ** -0.5)[cut]
-
-
-class _Checkpoint:
-    """Tensors by name over one or several files."""
-
-    def __init__(self, folder: Path, files: dict[Path, Any]) -> None:
-        self.folder = folder
-        self._file_of = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
-        self._files = files
-        self._unread = set(self._file_of)
-
-    def unread(self, tied_embeddings: bool) -> list[str]:
-        """Names that nothing asked for, but for those that Transformers does not read either."""
-        ignored = {"lm_head.weight"} if tied_embeddings else set()
-        names = self._unread - ignored
-        return sorted(name for name in names if not name.endswith(".rotary_emb.inv_freq"))
-
-    def skip(self, name: str) -> None:
-        self._unread.discard(name)
-
-    def read(self, name: str, shape: tuple[int, ...], cut: _Cut = ()) -> Tensor:
-        path = self._file_of.get(name)
-        if path is None:
-            raise ModelError(f"{self.folder}: tensor {name} is missing")
-        self._unread.discard(name)
-        try:
-            stored = self._files[path].get_slice(name)
-            if tuple(stored.get_shape()) != shape:
-                raise ModelError(
-                    f"{path}: {name} has shape {stored.get_shape()}, config.json says {list(shape)}"
-                )
-            tensor: Tensor = stored[cut] if cut else self._files[path].get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:
-            raise ModelError(f"{path}: {name}: {error}") from error
-        if tensor.dtype not in _FLOATS:
-            raise ModelError(f"{path}: {name} is {tensor.dtype}, which is not supported")
-        return tensor
-
-
-def _opened(path: Path, device: torch.device) -> Any:
-    """Tensors come straight to the device."""
-    return safe_open(str(path), framework="pt", device=str(device))
-
-
-@contextmanager
-def _open_checkpoint(folder: Path, device: torch.device) -> Iterator[_Checkpoint]:
-    files = weight_files(folder)
-    with ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-        for path in files:
-            try:
-                opened[path] = stack.enter_context(_opened(path, device))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: {error}") from error
-        yield _Checkpoint(folder, opened)
 
 
 class _Loader:
@@ -259,7 +208,7 @@ class _Loader:
         if config.shared_intermediate_size:
             both = self._gated(f"{mlp}.shared_expert", config.shared_intermediate_size, False)
             gate_of_all = self._packed([f"{mlp}.shared_expert_gate.weight"], [(1, hidden)])
-            shared = SharedExpert(both[0][0], both[1][0], gate_of_all)
+            shared = SharedExpert(_plain(both[0][0]), _plain(both[1][0]), gate_of_all)
         return Experts(
             router=self._packed([f"{mlp}.gate.weight"], [(config.count, hidden)]),
             gate_up=gate_ups,
@@ -270,30 +219,41 @@ class _Loader:
             shared=shared,
         )
 
-    def _linear(
-        self, parts: list[tuple[str, int]], inputs: int, has_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _linear(self, parts: list[tuple[str, int]], inputs: int, has_bias: bool) -> _Projection:
         """Projections with the same input, one under the other in the order given; of each this
         rank's outputs."""
         names, sizes = [name for name, _ in parts], [size for _, size in parts]
         shapes: list[tuple[int, ...]] = [(size, inputs) for size in sizes]
-        weight = self._packed([f"{name}.weight" for name in names], shapes, divided=True)
+        weights = [f"{name}.weight" for name in names]
+        weight = self._levels(weights, shapes) or self._packed(weights, shapes, divided=True)
         if not has_bias:
             return weight, None
         biases = [f"{name}.bias" for name in names]
         return weight, self._packed(biases, [(size,) for size in sizes], divided=True)
 
-    def _partial(
-        self, projection: tuple[str, int], inputs: int, has_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _partial(self, projection: tuple[str, int], inputs: int, has_bias: bool) -> _Projection:
         """A projection of this rank's inputs; the ranks' results are to be added, so that one rank
         alone has the bias."""
         name, outputs = projection
-        cut = () if self._part.size == 1 else (slice(None), self._part.of(inputs))
-        read = self._checkpoint.read(f"{name}.weight", (outputs, inputs), cut)
-        weight = self._empty(*read.shape).copy_(read)
+        of_name = f"{name}.weight", (outputs, inputs)
+        weight: Tensor | Levels | None = self._checkpoint.levels(*of_name)
+        if isinstance(weight, Levels) and self._part.size > 1:
+            weight = weight.of_inputs(self._part.of(inputs))
+        if weight is None:
+            cut = () if self._part.size == 1 else (slice(None), self._part.of(inputs))
+            read = self._checkpoint.read(*of_name, cut)
+            weight = self._empty(*read.shape).copy_(read)
         bias = self._vector(f"{name}.bias", outputs) if has_bias else None
         return weight, bias if self._part.rank == 0 else None
+
+    def _levels(self, names: list[str], shapes: list[tuple[int, ...]]) -> Levels | None:
+        """Of quantized projections of one kind, this rank's outputs; None: they are not that."""
+        found = []
+        for name, shape in zip(names, shapes, strict=True):
+            if (levels := self._checkpoint.levels(name, shape)) is None:
+                return None
+            found.append(levels.of_outputs(self._part.of(shape[0])))
+        return together(found)
 
     def _packed(
         self, names: list[str], shapes: list[tuple[int, ...]], divided: bool = False
@@ -315,3 +275,7 @@ class _Loader:
 
     def _vector(self, name: str, size: int) -> Tensor:
         return self._packed([name], [(size,)])
+
+
+def _plain(weight: Tensor | Levels) -> Tensor:
+    return weight.plain() if isinstance(weight, Levels) else weight

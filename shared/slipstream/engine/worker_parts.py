@@ -13,6 +13,7 @@ from slipstream.core.batching import SCORED_TOKENS_MAX
 from slipstream.core.job import blocks_for
 from slipstream.core.machine import Row
 from slipstream.engine import gpu
+from slipstream.engine.backends import weights_word
 from slipstream.engine.model_config import ServedModel
 from slipstream.engine.ranks import Ranks
 from slipstream.engine.runner import Runner, Tell
@@ -40,6 +41,8 @@ class WorkerPlan(NamedTuple):
     """Of this rank's part of a block."""
     max_model_len: int
     threads: int
+    weights: str
+    """See `weights_word`."""
 
 
 def plan_of(config: WorkerConfig, model: ServedModel, rank: int = 0) -> WorkerPlan:
@@ -51,7 +54,10 @@ def plan_of(config: WorkerConfig, model: ServedModel, rank: int = 0) -> WorkerPl
     kept: KvDtype = "float8_e4m3fn" if config.kv_cache_dtype == "fp8" else dtype
     layout = model.part(config.tensor_parallel_size).kv_layout(kept)
     threads = config.threads or len(os.sched_getaffinity(0))
-    return WorkerPlan(model, device, share, dtype, layout, choose_model_len(config, model), threads)
+    return WorkerPlan(
+        *(model, device, share, dtype, layout, choose_model_len(config, model), threads),
+        weights_word(model, config.quantization, device),
+    )
 
 
 def load_runner(
@@ -107,7 +113,7 @@ def make_pool(
     """StartError: there is no room for it."""
     header = SegmentHeader(
         kv_layout_id=plan.layout.layout_id(
-            *(plan.model.fingerprint, config.quantization, config.tensor_parallel_size),
+            *(plan.model.fingerprint, plan.weights, config.tensor_parallel_size),
             computed_in=plan.dtype,
         ),
         epoch=epoch,

@@ -13,7 +13,9 @@ from slipstream.kernels.gpu import rows
 from slipstream.kernels.gpu.attention import attention
 from slipstream.kernels.gpu.graphs import CudaCapture, Graphs
 from slipstream.kernels.gpu.language import INTERPRETED
+from slipstream.kernels.gpu.levels import Grouped, grouped
 from slipstream.kernels.gpu.tuning import Tuning
+from slipstream.kernels.levels import ROWS_AT_A_TIME, Levels
 from slipstream.kernels.ops import (
     FLOAT8,
     Experts,
@@ -23,13 +25,12 @@ from slipstream.kernels.ops import (
     Model,
     Quantization,
     fitted_float8,
+    has_float8,
 )
 from slipstream.kernels.reference import moe
 
 _ALIGNED = 16
 """Both sizes of a float8 matrix are multiples of it, or filled up with zeros."""
-_ROWS_AT_A_TIME = 4096
-"""Of a matrix that is quantized: that takes some copies of them in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +85,10 @@ class TritonOps:
     ) -> Tensor:
         return rows.rms_norm(x, weight, epsilon, residual)
 
-    def linear(self, x: Tensor, weights: Matrix, wide: bool = False) -> Tensor:
+    def linear(self, x: Tensor, weights: Matrix | Grouped, wide: bool = False) -> Tensor:
         return weights.wide(x) if wide else weights.times(x)
 
-    def gated(self, x: Tensor, weights: Matrix) -> Tensor:
+    def gated(self, x: Tensor, weights: Matrix | Grouped) -> Tensor:
         return rows.gate(weights.times(x))
 
     def moe(self, x: Tensor, experts: Experts) -> Tensor:
@@ -163,20 +164,34 @@ class TritonBackend:
     def table(self, weight: Tensor) -> Matrix:
         return Matrix(weight)
 
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    def pack(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Matrix | Grouped:
+        if isinstance(weight, Levels):
+            return self._of_levels(weight, bias)
         if self.quantization == "none":
             return Matrix(weight, bias)
         outputs, inputs = weight.shape
-        padded = [-(-size // _ALIGNED) * _ALIGNED for size in (outputs, inputs)]
-        levels = torch.zeros(*padded, dtype=FLOAT8, device=weight.device)
-        scale = torch.ones(1, padded[0], device=weight.device)
-        for first in range(0, outputs, _ROWS_AT_A_TIME):
-            part = slice(first, min(first + _ROWS_AT_A_TIME, outputs))
+        levels, scale = _room(outputs, inputs, weight.device)
+        for first in range(0, outputs, ROWS_AT_A_TIME):
+            part = slice(first, min(first + ROWS_AT_A_TIME, outputs))
             levels[part, :inputs], of_rows = fitted_float8(weight[part])
             scale[0, part] = of_rows[:, 0]
-        if bias is not None:
-            bias = F.pad(bias, (0, padded[0] - outputs))
-        return Matrix(levels, bias, scale, outputs)
+        return _float8(levels, scale, bias, outputs)
+
+    def _of_levels(self, weight: Levels, bias: Tensor | None) -> Matrix | Grouped:
+        device, is_float8 = weight.levels.device, weight.levels.dtype == FLOAT8
+        if weight.rows:
+            assert is_float8, "int8 rows are for CPUs"
+            levels, scale = _room(weight.outputs, weight.inputs, device)
+            levels.view(torch.uint8)[: weight.outputs, : weight.inputs] = weight.levels.view(
+                torch.uint8
+            )
+            scale[0, : weight.outputs] = weight.scale.flatten()
+            return _float8(levels, scale, bias, weight.outputs)
+        if not is_float8 or has_float8(device):
+            made = grouped(weight, bias, self._tuning.processors)
+            if made is not None:
+                return made
+        return Matrix(weight.plain(), bias)
 
     pack_gated = pack
 
@@ -194,6 +209,14 @@ class TritonBackend:
         return drawing.draw_async(logits, draws)
 
 
-def has_float8(device: torch.device) -> bool:
-    """Whether its kernels can read and write float8."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+def _room(outputs: int, inputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For levels of float8, zeros, and their scales `[1, out]`, ones."""
+    padded = [-(-size // _ALIGNED) * _ALIGNED for size in (outputs, inputs)]
+    levels = torch.zeros(*padded, dtype=FLOAT8, device=device)
+    return levels, torch.ones(1, padded[0], device=device)
+
+
+def _float8(levels: Tensor, scale: Tensor, bias: Tensor | None, outputs: int) -> Matrix:
+    if bias is not None:
+        bias = F.pad(bias, (0, len(levels) - outputs))
+    return Matrix(levels, bias, scale, outputs)

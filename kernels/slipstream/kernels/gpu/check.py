@@ -14,8 +14,8 @@ from xxhash import xxh3_128_digest
 from slipstream.kernels.draw import draw as reference_draw
 from slipstream.kernels.drawn import CASES, TOLERANCE, Shapes, agree, logits_and_draws, outcome
 from slipstream.kernels.gpu import blocks
-from slipstream.kernels.gpu.backend import TritonBackend, has_float8
-from slipstream.kernels.ops import FLOAT8, Quantization
+from slipstream.kernels.gpu.backend import TritonBackend
+from slipstream.kernels.ops import FLOAT8, Quantization, has_float8
 from slipstream.kernels.reference import Reference
 
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)
@@ -31,6 +31,7 @@ WAYS: tuple[tuple[torch.dtype, torch.dtype, Quantization], ...] = (
 """Dtypes of activations and of the pool, and what weights are made into."""
 OF_FLOAT8_POOLS, OF_WEIGHTS = ("attention", "padding"), ("linear", "gated")
 _NAMES = (*CASES, "padding")
+FLOAT8_ROWS = "quantized_rows_of_float8"
 
 
 class Checked(NamedTuple):
@@ -52,7 +53,7 @@ def check(device: torch.device, seeds: range) -> Iterator[Checked]:
     for dtype, kv_dtype, quantization in WAYS:
         if not has_float8(device) and (kv_dtype == FLOAT8 or quantization == "fp8"):
             continue
-        names = OF_WEIGHTS if quantization == "fp8" else _NAMES
+        names = (*OF_WEIGHTS, FLOAT8_ROWS) if quantization == "fp8" else _NAMES
         for name in OF_FLOAT8_POOLS if kv_dtype == FLOAT8 else names:
             for seed in seeds:
                 yield check_operation(name, seed, device, dtype, kv_dtype, quantization)
