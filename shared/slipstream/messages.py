@@ -578,6 +578,7 @@ class AdapterAnswer(Message, kw_only=True, frozen=True):
 
     name: Name
     path: str
+    generation: Count = 0
     adapter: AdapterInfo | None = None
     problem: Problem | None = None
 

@@ -27,13 +27,18 @@ def test_it_is_offered_once_it_is_read() -> None:
     assert adapters.offered == (info(generation=7),) and adapters.has("a@1")
 
 
-def test_it_is_read_once_however_often_it_is_wanted_meanwhile() -> None:
+def test_what_is_wanted_meanwhile_is_read_afterwards_for_the_file_may_be_another() -> None:
     adapters = WorkerAdapters(())
     message = WantAdapter(name="a", path="/a", generation=1)
     assert len(adapters.want(message)) == 1
-    assert adapters.want(WantAdapter(name="a", path="/a", generation=2)) == []
-    adapters.read(AdapterRead("a", "/a", info()))
-    assert adapters.offered == (info(generation=2),)
+    for generation in (2, 3):
+        later = WantAdapter(name="a", path="/a", generation=generation)
+        assert adapters.want(later) == []
+    first, again = adapters.read(AdapterRead("a", "/a", info()))
+    assert isinstance(first, Send) and isinstance(first.message, AdapterAnswer)
+    assert (first.message.generation, again) == (1, LoadAdapter("a", "/a"))
+    adapters.read(AdapterRead("a", "/a", info(2)))
+    assert adapters.offered == (info(generation=1), info(2, generation=3))
 
 
 def test_what_cannot_be_read_changes_nothing() -> None:

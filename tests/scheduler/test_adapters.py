@@ -52,8 +52,15 @@ class Desk(Rig):
         """Both workers have it."""
         for worker in (PREFILL, DECODE):
             self.join(having(worker, *others, adapter))
-            answer = AdapterAnswer(name="a", path=adapter.path, adapter=adapter)
-            self.hear(worker, answer)
+            self.answer(worker, adapter)
+
+    def answer(self, worker: NodeId, adapter: AdapterInfo) -> None:
+        self.hear(
+            worker,
+            AdapterAnswer(
+                name="a", path=adapter.path, generation=adapter.generation, adapter=adapter
+            ),
+        )
 
     def said(self, kind: type) -> list[tuple[NodeId, object]]:
         return [(to, message) for to, message in self.sent if isinstance(message, kind)]
@@ -73,10 +80,10 @@ def test_all_workers_have_it_before_it_is_listed() -> None:
     want = WantAdapter(name="a", path="/a", generation=1)
     assert desk.said(WantAdapter) == [(DECODE, want), (PREFILL, want)]
     desk.join(having(PREFILL, info()))
-    desk.hear(PREFILL, AdapterAnswer(name="a", path="/a", adapter=info()))
+    desk.answer(PREFILL, info())
     assert not desk.said(AdapterChanged) and desk.listed() == []
     desk.join(having(DECODE, info()))
-    desk.hear(DECODE, AdapterAnswer(name="a", path="/a", adapter=info()))
+    desk.answer(DECODE, info())
     assert desk.result() is None and desk.listed() == ["a@1"]
     peers = [message for to, message in desk.said(Peers) if to == FRONTEND]
     assert isinstance(peers[0], Peers) and peers[0].models[0].adapters == [info()]
@@ -86,9 +93,9 @@ def test_one_that_cannot_load_it_ends_the_change_and_the_others_let_go() -> None
     desk = Desk()
     desk.ask()
     desk.join(having(PREFILL, info()))
-    desk.hear(PREFILL, AdapterAnswer(name="a", path="/a", adapter=info()))
+    desk.answer(PREFILL, info())
     problem = Problem(code=ErrorCode.INVALID_VALUE, message="rank 99")
-    desk.hear(DECODE, AdapterAnswer(name="a", path="/a", problem=problem))
+    desk.hear(DECODE, AdapterAnswer(name="a", path="/a", generation=1, problem=problem))
     assert desk.result() == problem and desk.listed() == []
     told = []
     while desk.now_s < 20.0 + 2 * RETIRE_S:
@@ -102,8 +109,8 @@ def test_one_that_cannot_load_it_ends_the_change_and_the_others_let_go() -> None
 def test_different_files_are_no_adapter() -> None:
     desk = Desk()
     desk.ask()
-    desk.hear(PREFILL, AdapterAnswer(name="a", path="/a", adapter=info("1")))
-    desk.hear(DECODE, AdapterAnswer(name="a", path="/a", adapter=info("2")))
+    desk.answer(PREFILL, info("1"))
+    desk.answer(DECODE, info("2"))
     problem = desk.result()
     assert problem is not None and "different files in /a" in problem.message
 

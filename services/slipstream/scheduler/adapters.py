@@ -124,8 +124,8 @@ class Adapters:
 
     def _answered(self, worker: NodeId, answer: AdapterAnswer, now_s: float) -> list[Effect]:
         for change in list(self._changes.values()):
-            named = (change.asked.name, change.asked.path) == (answer.name, answer.path)
-            if not (named and answer.path) or worker not in change.waits_for:
+            meant = answer.generation == change.generation and change.asked.path
+            if not meant or worker not in change.waits_for:
                 continue
             change.waits_for.discard(worker)
             if answer.adapter is None:

@@ -13,8 +13,8 @@ class WorkerAdapters:
     def __init__(self, held: Collection[AdapterInfo]) -> None:
         """`held`: what it was started with."""
         self._held = {adapter.adapter_id: adapter for adapter in held}
-        self._loading: dict[tuple[str, str], WantAdapter] = {}
-        """(Name, path) -> the last word of the scheduler."""
+        self._loading: dict[tuple[str, str], list[WantAdapter]] = {}
+        """(Name, path) -> why it is read, and the last word of the scheduler since."""
         self._unwanted: set[str] = set()
         """Held still, for requests that have it."""
 
@@ -27,13 +27,13 @@ class WorkerAdapters:
 
     def want(self, message: WantAdapter) -> list[Effect]:
         key = message.name, message.path
-        begun = key in self._loading
-        self._loading[key] = message
+        begun = self._loading.get(key)
+        self._loading[key] = [message] if begun is None else [begun[0], message]
         return [] if begun else [LoadAdapter(*key)]
 
     def read(self, event: AdapterRead) -> list[Effect]:
         """To be told after what is `offered` now: who hears the answer knows that it is here."""
-        wanted = self._loading.pop((event.name, event.path))
+        wanted, *since = self._loading.pop((event.name, event.path))
         adapter = event.adapter
         if adapter is not None:
             adapter = msgspec.structs.replace(
@@ -45,9 +45,15 @@ class WorkerAdapters:
             Send(
                 SCHEDULER,
                 AdapterAnswer(
-                    name=event.name, path=event.path, adapter=adapter, problem=event.problem
+                    name=event.name,
+                    path=event.path,
+                    generation=wanted.generation,
+                    adapter=adapter,
+                    problem=event.problem,
                 ),
-            )
+            ),
+            # There may be another file by now.
+            *(effect for message in since for effect in self.want(message)),
         ]
 
     def unwant(self, message: UnwantAdapter) -> None:
