@@ -2,8 +2,10 @@
 
 import asyncio
 import queue
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,14 +15,17 @@ import torch
 from engine.tiny import admission, generate, greedy, prompt_of
 from slipstream.config import StartError
 from slipstream.core.machine import (
+    AdapterRead,
     BatchDone,
     BatchFailed,
     BatchPlan,
     BlocksDigested,
     Counted,
     DigestBlocks,
+    DropAdapter,
     Event,
     Exit,
+    LoadAdapter,
     PullBlocks,
     PullDone,
     Row,
@@ -44,12 +49,13 @@ from slipstream.engine.sizing import (
     size_pool,
 )
 from slipstream.engine.step_loop import Made, Step, StepRunner
+from slipstream.errors import ErrorCode, Problem
 from slipstream.kv.choice import Transports
 from slipstream.kv.digest import block_digests
 from slipstream.kv.segment import SegmentHeader, create_segment
 from slipstream.kv.shm import ShmTransport
 from slipstream.kv.transport import Digests, Read, TransferError
-from slipstream.messages import NodeInfo, WorkerInfo
+from slipstream.messages import AdapterInfo, NodeInfo, WorkerInfo
 from slipstream.prefill.config import PrefillConfig
 from slipstream.types import Role
 
@@ -67,6 +73,7 @@ class Side:
         make_runner: Callable[[np.ndarray], StepRunner],
         num_blocks: int = BLOCKS,
         block_bytes: int = BLOCK_BYTES,
+        adapters: Any = None,
     ):
         header = SegmentHeader(
             kv_layout_id="x", epoch=3, num_blocks=num_blocks, block_bytes=block_bytes
@@ -76,7 +83,8 @@ class Side:
         self.transports = Transports([ShmTransport(self.segment)], "x", block_bytes, "here")
         self.peers: dict[str, NodeInfo] = {}
         self.executor = WorkerExecutor(
-            make_runner(self.blocks), self.blocks, self.transports, lambda: self.peers
+            *(make_runner(self.blocks), self.blocks, self.transports, lambda: self.peers),
+            adapters=adapters,
         )
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.info = NodeInfo(
@@ -127,6 +135,63 @@ class Scripted:
             raise RuntimeError(f"no\nstep {plan.step}")
         self.blocks[:] = plan.step
         return Made((RowOutput("r", 1, (plan.step,)),))
+
+
+class Shelf:
+    """An `AdapterBook` that notes who calls; some of its adapters are trouble."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, str]] = []
+
+    def _note(self, call: str, name: str) -> None:
+        self.calls.append((call, name, threading.current_thread().name.partition("_")[0]))
+
+    def read(self, name: str, path: str) -> AdapterRead:
+        self._note("read", name)
+        if name == "odd":
+            raise RuntimeError("the disk\nis gone")
+        if name == "wrong":
+            problem = Problem(code=ErrorCode.INVALID_VALUE, message="no")
+            return AdapterRead(name, path, problem=problem)
+        return AdapterRead(name, path, AdapterInfo(adapter_id=f"{name}@1", name=name, path=path))
+
+    def put(self, adapter_id: str) -> None:
+        self._note("put", adapter_id)
+        if adapter_id == "large@1":
+            raise RuntimeError("out of memory")
+
+    def drop(self, adapter_id: str) -> None:
+        self._note("drop", adapter_id)
+
+
+async def test_an_adapter_is_read_beside_the_steps_and_put_between_them(tmp_path: Path) -> None:
+    """Each load ends as one event, whatever happens."""
+    shelf = Shelf()
+    side = Side(tmp_path, "d", Scripted, adapters=shelf)
+    await side.start()
+    for name in ("good", "odd", "wrong", "large"):
+        side.executor.execute(LoadAdapter(name, "/x"))
+        read = await side.next()
+        assert isinstance(read, AdapterRead) and (read.name, read.path) == (name, "/x")
+        assert (read.adapter is None) == (name != "good")
+        assert (read.problem is None) == (name == "good")
+        if name in ("odd", "large"):
+            assert read.problem is not None and "\n" not in read.problem.message
+            assert read.problem.code is ErrorCode.INTERNAL and name in read.problem.message
+    side.executor.execute(DropAdapter("good@1"))
+    side.executor.execute(RunBatch(BatchPlan(1, ())))
+    assert isinstance(await side.next(), BatchDone)
+    await side.close()
+    assert shelf.calls == [
+        ("read", "good", "adapters"),
+        ("put", "good@1", "compute"),
+        ("read", "odd", "adapters"),
+        ("read", "wrong", "adapters"),
+        ("read", "large", "adapters"),
+        ("put", "large@1", "compute"),
+        ("drop", "large@1", "compute"),
+        ("drop", "good@1", "compute"),
+    ]
 
 
 async def test_steps_run_in_order_and_digests_follow_the_writes(tmp_path: Path) -> None:
@@ -525,7 +590,9 @@ def test_a_gpu_is_divided_by_configuration() -> None:
     share = gpu_share(given, "cuda:0", free=72 * GIB, total=144 * GIB)
     assert share == int(0.45 * 144 * GIB)
     room = gpu_room(given, "cuda:0", share, peak=20 * GIB)
-    assert room.num_bytes == share - 21 * GIB
+    assert room.num_bytes == share - 21 * GIB - given.lora_bytes
+    without = gpu_room(config(max_loras=0), "cuda:0", share, peak=20 * GIB)
+    assert without.num_bytes == share - 21 * GIB
     assert size_pool(given, MIB, 1600, room).num_blocks == room.num_bytes // MIB
     assert gpu_share(config(), "cuda:0", free=144 * GIB, total=144 * GIB) == int(0.9 * 144 * GIB)
     words = r"cuda:0 has 40GiB free of 144GiB, --gpu-memory-share 0.45 asks .* give 0.27 or less"

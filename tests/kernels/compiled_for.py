@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from slipstream.kernels.drawn import batch_of
 from slipstream.kernels.gpu import blocks, draw, rows
+from slipstream.kernels.gpu.adapters import TritonAdapters
 from slipstream.kernels.gpu.attention import attention
 from slipstream.kernels.gpu.levels import grouped
 from slipstream.kernels.gpu.tuning import FLOAT32, Tuning
@@ -75,6 +76,12 @@ def multiply(rows: int, group: int, kind: torch.dtype, dtype: torch.dtype) -> No
     matrix.times(torch.zeros(rows, inputs, dtype=dtype))
 
 
+def adapt(dtype: torch.dtype) -> None:
+    adapters = TritonAdapters((2048, 512), 2048, 4, 64, torch.device("cpu"))
+    places = torch.zeros(4, dtype=torch.int32)
+    adapters.add(torch.zeros(4, 2560, dtype=dtype), torch.zeros(4, 2048, dtype=dtype), places)
+
+
 def main(capability: int) -> None:
     driver.set_active(Target(capability))
     JITFunction.run = compile_instead(JITFunction.run)
@@ -86,6 +93,8 @@ def main(capability: int) -> None:
     attend(64, 2, Heads(21, 3, 96), (half, half), Tuning({}, PROCESSORS))
     exact = Tuning({}, PROCESSORS, FLOAT32)
     attend(64, 2, Heads(4, 2, 64), (torch.float32, torch.float32), exact)
+    for dtype in (half, torch.float32):
+        adapt(dtype)
     x, weight = torch.zeros(4, 4096, dtype=half), torch.zeros(4096, dtype=half)
     rows.rms_norm(x, weight, 1e-5, None)
     rows.rms_norm(x, weight, 1e-5, x.clone())

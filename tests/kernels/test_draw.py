@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slipstream.kernels.draw import Draw
-from slipstream.kernels.drawn import agree, logits_and_draws
+from slipstream.kernels.drawn_draws import agree, logits_and_draws
 from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from slipstream.kernels.build import (
     chosen_level,
 )
 from slipstream.kernels.drawn import (
+    ADAPTED,
     BLOCK_TOKENS,
     CASES,
     EPSILON,
@@ -27,7 +29,7 @@ from slipstream.kernels.drawn import (
     batch_of,
     outcome,
 )
-from slipstream.kernels.ops import Backend, Heads, Model, Quantization
+from slipstream.kernels.ops import NO_ADAPTER, Backend, Heads, Model, Quantization
 from slipstream.kernels.program import CpuBackend
 from slipstream.kernels.reference import Reference
 
@@ -111,7 +113,7 @@ def test_int8_does_not_hide_what_is_no_number(compiled: ctypes.CDLL, number: flo
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["linear", "gated", "rms_norm"])
+@pytest.mark.parametrize("name", ["linear", "gated", "rms_norm", "adapted_linear", "adapted_gated"])
 def test_a_row_does_not_depend_on_its_neighbours(
     compiled: ctypes.CDLL, name: str, dtype: torch.dtype, quantization: Quantization
 ) -> None:
@@ -122,9 +124,27 @@ def test_a_row_does_not_depend_on_its_neighbours(
         forward = backend.compile(build(backend))
         together = forward(batch, *rest).clone()
         for row in range(0, len(batch.tokens), 7):
-            alone = batch_of(1, [])
-            alone.tokens[0] = row
+            own = None if batch.adapters is None else batch.adapters[row : row + 1]
+            alone = batch_of(1, [0])
+            alone.tokens[0], alone = row, replace(alone, adapters=own)
             assert torch.equal(forward(alone, *rest)[0], together[row]), f"seed {seed}, row {row}"
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_who_wants_no_adapter_is_not_touched_by_those_of_others(
+    compiled: ctypes.CDLL, name: str, dtype: torch.dtype, quantization: Quantization
+) -> None:
+    backend = CpuBackend(compiled, 2, dtype, quantization)
+    for seed in SEEDS:
+        case = getattr(Shapes(seed, dtype), name)()
+        wanted = case.batch.adapters[case.batch.sample_indices]
+        wanted = wanted if name == "adapted_samples" else case.batch.adapters
+        free = replace(case.batch, adapters=torch.full_like(case.batch.adapters, NO_ADAPTER))
+        plain, _ = outcome(backend, case._replace(batch=free))
+        mixed, _ = outcome(backend, case)
+        assert torch.equal(mixed[wanted == NO_ADAPTER], plain[wanted == NO_ADAPTER]), seed
 
 
 def test_threads_that_come_late_change_nothing(compiled: ctypes.CDLL) -> None:

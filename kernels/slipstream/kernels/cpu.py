@@ -14,7 +14,7 @@ from slipstream.kernels.build import BuildError, Level, build, default_cache_dir
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu_program.cpp")
-_PARTS = ("vector", "hadamard", "matmul", "attention", "team", "draw")
+_PARTS = ("vector", "hadamard", "matmul", "adapters", "attention", "team", "draw")
 _HEADERS = tuple(_SOURCE.with_name(f"cpu_{n}.h") for n in _PARTS)
 _FLAGS = ("-ffp-contract=fast", "-fopenmp-simd", "-pthread")
 

@@ -42,6 +42,7 @@ struct Scratch {
   std::vector<vec> values;  // of a span, in words of several tokens: [words][dim]
   std::vector<vec> keys;  // one block, transposed: [words of a head][16 tokens]
   std::vector<float> row;  // of what is quantized
+  std::vector<float> added;  // to a chunk of a product: [rows][panels][16]
 
   void prepare(int64_t rows, int64_t dim) {
     query.resize(rows * dim);

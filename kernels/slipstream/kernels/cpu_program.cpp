@@ -4,7 +4,9 @@
 // number of threads, on the other rows of a batch, or on how a prompt was cut into chunks.
 
 #include <map>
+#include <utility>
 
+#include "cpu_adapters.h"
 #include "cpu_attention.h"
 #include "cpu_draw.h"
 #include "cpu_hadamard.h"
@@ -12,7 +14,7 @@
 
 namespace {
 
-enum Kind : int32_t { kEmbed, kTake, kNorm, kQuantize, kLinear, kGated, kRotate, kAttend };
+enum Kind : int32_t { kEmbed, kTake, kNorm, kQuantize, kLinear, kGated, kRotate, kAttend, kShrink };
 enum Rows : int32_t { kTokens, kSamples };
 
 // Mirrored in `program.py`, field by field.
@@ -23,12 +25,16 @@ struct Op {
   int32_t quantized;    // kLinear, kGated: int8 weights, quantized inputs
   int32_t turned;       // kQuantize: rows are rotated first
   int32_t in, residual, out;  // buffers; residual: also the scales of quantized inputs
+  int32_t shrunk;       // kLinear, kGated: buffer of what adapters' `down` made, if some may add
   const void* weight;
   const void* second;   // kLinear: bias; kRotate: the norm of keys
   const float* scale;   // of quantized weights, one for each output
   const int32_t* sums;  // of quantized weights, one for each output
+  const Adapter* adapters;  // kShrink, kLinear, kGated: the table of one matrix
+  const int32_t* parts;     // of each panel of outputs
   int64_t inputs, outputs;
   int64_t heads, kv_heads, head_dim, layer;
+  int64_t inner;        // width of a row of `shrunk`, which is float32
   float number;         // kNorm, kRotate: epsilon; kAttend: scale
 };
 
@@ -36,6 +42,7 @@ struct Step {
   int64_t tokens, rows, samples, max_blocks;
   const int64_t *token_ids, *slots, *sample_indices;
   const int32_t *block_tables, *query_starts, *context_lengths;
+  const int32_t* adapters;  // of each token, less than 0: none; null: nobody has one
   const float *cosine, *sine;
   void* pool;
   int64_t block_stride, layer_stride;  // of the pool, in elements
@@ -45,11 +52,19 @@ struct Step {
 constexpr int64_t kChunkRows = 64;  // of a product's rows in one chunk
 constexpr int64_t kTilesPerThread = 3;  // below that a tile is one KV head
 constexpr int64_t kRowsElements = 2048;  // elements in one chunk of what goes row by row
+constexpr int64_t kAddedPanels = std::max(kTilePanels, 2);  // that adapters add to at a time
+
+inline int32_t adapter_of(const Op& op, const Step& step, int64_t row) {
+  if (!step.adapters) return -1;
+  return step.adapters[op.rows == kTokens ? row : step.sample_indices[row]];
+}
 
 template <typename T>
 class Typed {
  public:
-  Typed(const Op& op, const Step& step) : op(op), step(step) {}
+  // `groups`: of the operation's rows, where it has adapters.
+  Typed(const Op& op, const Step& step, const Groups* groups)
+      : op(op), step(step), groups(groups) {}
 
   void embed(int64_t begin, int64_t end) const {  // out of the panels of the vocabulary
     constexpr int64_t G = 4 / sizeof(T);
@@ -106,28 +121,35 @@ class Typed {
     }
   }
 
-  void linear(int64_t begin, int64_t end, int64_t panel) const {
+  template <bool Adapted>
+  void linear(int64_t begin, int64_t end, int64_t panel, Scratch& scratch) const {
     const T* bias = static_cast<const T*>(op.second);
     const int64_t panels = (op.outputs + kLanes - 1) / kLanes;
+    const int64_t last = std::min(panel + kTilePanels, panels);
+    if (Adapted) add_up(begin, panel, last - panel, scratch);
     const auto put = [&](int64_t row, int64_t p, vec value) {
       const int64_t first = p * kLanes, count = op.outputs - first;
       if (bias && count >= kLanes) value += load(bias + first);
       if (bias && count < kLanes)
         for (int64_t i = 0; i < count; i++) value[i] += load_one(bias + first + i);
+      if (Adapted) value = with_added(value, row - begin, row, p - panel, scratch);
       if (op.wide)
         put_some(static_cast<float*>(step.buffers[op.out]) + row * op.outputs + first, value, count);
       else
         put_some(at(op.out, row, op.outputs) + first, value, count);
     };
-    multiply<kTilePanels>(begin, end, panel, std::min(panel + kTilePanels, panels), put);
+    multiply<kTilePanels>(begin, end, panel, last, put);
   }
 
   // Panels of gate and up alternate.
-  void gated(int64_t begin, int64_t end, int64_t panel) const {
+  template <bool Adapted>
+  void gated(int64_t begin, int64_t end, int64_t panel, Scratch& scratch) const {
     const T* bias = static_cast<const T*>(op.second);
+    if (Adapted) add_up(begin, panel, 2, scratch);
     vec gate{};
     const auto put = [&](int64_t row, int64_t p, vec value) {
       if (bias) value += load(bias + p * kLanes);
+      if (Adapted) value = with_added(value, row - begin, row, p - panel, scratch);
       value = round_to(value, static_cast<const T*>(nullptr));
       if (p % 2 == 0) {
         gate = value;
@@ -137,6 +159,13 @@ class Typed {
       store(at(op.out, row, op.outputs) + p / 2 * kLanes, activated * value);
     };
     multiply<2>(begin, end, panel, panel + 2, put);
+  }
+
+  void shrink(const Group& group, int64_t panel) const {
+    const Adapter& adapter = op.adapters[group.adapter];
+    if (panel < adapter.panels)
+      shrink_group(at(op.in, 0, 0), op.inputs, adapter, panel, group,
+                   static_cast<float*>(step.buffers[op.out]), op.inner);
   }
 
   void rotate(int64_t begin, int64_t end) const {
@@ -180,6 +209,36 @@ class Typed {
   static void put_some(Out* out, vec value, int64_t count) {
     if (count >= kLanes) return store(out, value);
     for (int64_t i = 0; i < count; i++) store_one(out + i, value[i]);
+  }
+
+  // Of a product's chunk: what adapters add, summed apart and added last, once.
+  void add_up(int64_t begin, int64_t panel, int64_t count, Scratch& scratch) const {
+    scratch.added.resize(kChunkRows * kAddedPanels * kLanes);
+    const float* shrunk = static_cast<const float*>(step.buffers[op.shrunk]);
+    for (const Group* group = groups->begin(begin / kChunkRows);
+         group != groups->end(begin / kChunkRows); group++) {
+      const Adapter& adapter = op.adapters[group->adapter];
+      if (!adapter.rank) continue;
+      for (int64_t p = panel; p < panel + count; p++)
+        for_rows_of(*group, [&](auto rows, int first) {
+          expand_rows<rows(), T>(shrunk, op.inner, adapter, op.parts[p], p, *group, first,
+                                 [&](int64_t row) {
+                                   return scratch.added.data() +
+                                          ((row - begin) * kAddedPanels + p - panel) * kLanes;
+                                 });
+        });
+    }
+  }
+
+  vec with_added(vec value, int64_t index, int64_t row, int64_t panel, const Scratch& scratch) const {
+    if (!adapter_at(row)) return value;
+    return value + load(scratch.added.data() + (index * kAddedPanels + panel) * kLanes);
+  }
+
+  // What adds to this row; null if nothing does.
+  const Adapter* adapter_at(int64_t row) const {
+    const int32_t adapter = adapter_of(op, step, row);
+    return adapter < 0 || !op.adapters[adapter].rank ? nullptr : op.adapters + adapter;
   }
 
   template <int P, typename Put>
@@ -230,6 +289,7 @@ class Typed {
 
   const Op& op;
   const Step& step;
+  const Groups* groups;
 };
 
 class Program final : public Work {
@@ -245,6 +305,9 @@ class Program final : public Work {
         tiles_[{op.heads, op.kv_heads}] = tiles_of(step.query_starts, step.rows,
                                                    op.heads / op.kv_heads, op.kv_heads,
                                                    kTilesPerThread * team_.threads());
+    bool grouped[2] = {};
+    for (const Op& op : ops_)
+      if (op.kind == kShrink && !std::exchange(grouped[op.rows], true)) group(op);
     team_.run(*this, int64_t(ops_.size()), clock_ns);
   }
 
@@ -255,14 +318,16 @@ class Program final : public Work {
       case kLinear: return blocks(rows, kChunkRows) * blocks(panels(op), kTilePanels);
       case kGated: return blocks(rows, kChunkRows) * blocks(op.outputs, kLanes);
       case kAttend: return int64_t(tiles(op).size());
+      case kShrink: return int64_t(groups_[op.rows].all().size()) * (op.inner / kLanes);
       default: return blocks(rows, at_a_time(op));
     }
   }
 
   void run(int64_t phase, int64_t chunk, int thread) const override {
     const Op& op = ops_[phase];
-    if (op.dtype == 0) run_typed(Typed<float>(op, step_), op, chunk, thread);
-    else run_typed(Typed<bf16>(op, step_), op, chunk, thread);
+    const Groups* groups = op.adapters ? &groups_[op.rows] : nullptr;
+    if (op.dtype == 0) run_typed(Typed<float>(op, step_, groups), op, chunk, thread);
+    else run_typed(Typed<bf16>(op, step_, groups), op, chunk, thread);
   }
 
  private:
@@ -270,6 +335,11 @@ class Program final : public Work {
   static int64_t panels(const Op& op) { return blocks(op.outputs, kLanes); }
   static int64_t at_a_time(const Op& op) {
     return std::max<int64_t>(1, kRowsElements / std::max<int64_t>({op.inputs, op.outputs, 1}));
+  }
+  void group(const Op& op) {
+    const int64_t rows = op.rows == kTokens ? step_.tokens : step_.samples;
+    groups_[op.rows].assign(rows, kChunkRows,
+                            [&](int64_t row) { return adapter_of(op, step_, row); });
   }
   const std::vector<Tile>& tiles(const Op& op) const { return tiles_.at({op.heads, op.kv_heads}); }
 
@@ -285,8 +355,18 @@ class Program final : public Work {
       case kTake: return typed.take(begin, end);
       case kNorm: return typed.norm(begin, end);
       case kQuantize: return typed.quantize(begin, end, scratch_[thread]);
-      case kLinear: return typed.linear(begin, end, column * kTilePanels);
-      case kGated: return typed.gated(begin, end, column * 2);
+      case kLinear:
+        if (op.adapters)
+          return typed.template linear<true>(begin, end, column * kTilePanels, scratch_[thread]);
+        return typed.template linear<false>(begin, end, column * kTilePanels, scratch_[thread]);
+      case kGated:
+        if (op.adapters)
+          return typed.template gated<true>(begin, end, column * 2, scratch_[thread]);
+        return typed.template gated<false>(begin, end, column * 2, scratch_[thread]);
+      case kShrink: {
+        const int64_t panels = op.inner / kLanes;
+        return typed.shrink(groups_[op.rows].all()[chunk / panels], chunk % panels);
+      }
       case kRotate: return typed.rotate(begin, end);
       case kAttend: return typed.attend(tiles(op)[chunk], scratch_[thread]);
     }
@@ -296,6 +376,7 @@ class Program final : public Work {
   std::vector<Op> ops_;
   Step step_{};
   std::map<std::pair<int64_t, int64_t>, std::vector<Tile>> tiles_;
+  Groups groups_[2];  // of tokens, of samples
   mutable std::vector<Scratch> scratch_;
 };
 

@@ -4,27 +4,32 @@ What a backend is held to, on any device: its results and the pool afterwards ar
 reference. Tests walk through them, and `gpu.check` on a card.
 """
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.kernels.draw import Draw, Drawn, cutoff, draw
 from slipstream.kernels.levels import Levels, in_nibbles
-from slipstream.kernels.ops import FLOAT8, NO_SLOT, Backend, ForwardBatch, Heads, Model, stored
+from slipstream.kernels.ops import (
+    FLOAT8,
+    NO_ADAPTER,
+    NO_SLOT,
+    Adapters,
+    Backend,
+    ForwardBatch,
+    Heads,
+    LowRank,
+    Model,
+    stored,
+)
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 1.6e-2)}
 """Relative and absolute, of results."""
 BLOCK_TOKENS = 16
 EPSILON = 1e-5
-VOCABS = (1, 15, 16, 17, 255, 256, 257, 5000, 49152, 50257)
-NEAR = 1e-5
-"""Of a sum of probabilities: what rounding may move."""
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 
 
@@ -216,6 +221,71 @@ class Shapes:
 
         return self.plain(build, count)
 
+    def adapted_samples(self) -> Case:
+        return self.adapted_linear(lambda ops, x: ops.take(x))
+
+    def adapted_linear(self, of: Callable[[Any, Any], Any] = lambda ops, x: x) -> Case:
+        parts = [self.random.choice([16, 48, 112]) for _ in range(self.random.choice([1, 2, 3]))]
+        count, inputs = self.tokens(), self.size()
+        x, weight = self.normal(count, inputs), self.normal(sum(parts), inputs) / inputs**0.5
+        bias = self.normal(sum(parts)) if self.random.random() < 0.5 else None
+        places = self.places(parts, inputs)
+
+        def build(backend: Backend) -> Model:
+            table, packed = backend.table(x), backend.pack(weight, bias)
+            adapters = self.adapters(backend, parts, places)
+            return lambda ops: ops.linear(of(ops, ops.embed(table)), packed, adapters=adapters)
+
+        return self.wanting(self.plain(build, count), places)
+
+    def adapted_gated(self) -> Case:
+        count, inputs = self.tokens(), self.size()
+        parts = [self.random.choice([16, 80, 576])] * 2
+        x, weight = self.normal(count, inputs), self.normal(sum(parts), inputs) / inputs**0.5
+        places = self.places(parts, inputs)
+
+        def build(backend: Backend) -> Model:
+            table, packed = backend.table(x), backend.pack_gated(weight)
+            adapters = self.adapters(backend, parts, places, gated=True)
+            return lambda ops: ops.gated(ops.embed(table), packed, adapters)
+
+        return self.wanting(self.plain(build, count), places)
+
+    def places(self, parts: Sequence[int], inputs: int) -> list[LowRank | None]:
+        """Some are free, of some the rank is none that kernels like."""
+        ranks = self.random.choices([None, 1, 3, 8, 16, 20, 64], k=self.random.choice([1, 2, 5]))
+        return [
+            None
+            if rank is None
+            else LowRank(
+                down=self.normal(len(parts) * rank, inputs) / inputs**0.5,
+                up=self.normal(sum(parts), rank) / rank**0.5,
+                scale=torch.rand(len(parts), generator=self.generator).to(self.device),
+            )
+            for rank in ranks
+        ]
+
+    def adapters(
+        self,
+        backend: Backend,
+        parts: Sequence[int],
+        places: Sequence[LowRank | None],
+        gated: bool = False,
+    ) -> Adapters:
+        inputs = next((low.down.shape[1] for low in places if low), 16)
+        adapters = backend.adapters(parts, inputs, len(places), 64, gated)
+        for place, low in enumerate(places):
+            adapters.put(place, None if low is None else adapters.pack(low))
+        return adapters
+
+    def wanting(self, case: Case, places: Sequence[LowRank | None]) -> Case:
+        """Tokens of several adapters, of none, in runs and by turns."""
+        wanted = range(NO_ADAPTER, len(places))
+        count, run = len(case.batch.tokens), self.random.choice([1, 1, 5, 40])
+        chosen = [self.random.choice(wanted) for _ in range(-(-count // run)) for _ in range(run)]
+        adapters = torch.tensor(chosen[:count], dtype=torch.int32, device=self.device)
+        return case._replace(batch=replace(case.batch, adapters=adapters))
+
     def attention(self) -> Case:
         kv_heads = self.random.choice([1, 2, 3, 5])
         group = self.random.choice([1, 2, 3, 7, 40])
@@ -272,9 +342,10 @@ class Shapes:
         return Case(build, padded, behind(cosine, 1), behind(sine, 0), pool)
 
 
+ADAPTED = ("adapted_linear", "adapted_samples", "adapted_gated")
 CASES = (
     *("embed", "take", "rms_norm", "rms_norm_of_a_sum", "linear", "gated", "attention"),
-    *("quantized", "quantized_gated"),
+    *("quantized", "quantized_gated", *ADAPTED),
 )
 """Methods of `Shapes`, of what every backend can do."""
 
@@ -285,48 +356,3 @@ def outcome(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
     model = case.build(backend)
     result = backend.compile(model)(case.batch, case.cosine, case.sine, pool)
     return result.clone(), pool
-
-
-def logits_and_draws(seed: int, vocabs: Sequence[int] = VOCABS) -> tuple[Tensor, list[Draw]]:
-    """Logits, and what is wanted of them, ugly ones too."""
-    some = random.Random(seed)
-    vocab = some.choice(vocabs)
-    size = (some.choice([1, 2, 9]), vocab)
-    logits = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    logits *= some.choice([0.0, 0.3, 3.0, 30.0])
-    logits[0, some.randrange(vocab)] = some.choice([-math.inf, 0.0, 60.0, math.inf, math.nan])
-    return logits, [
-        Draw(
-            row=some.randrange(len(logits)),
-            temperature=some.choice([0.0, 1e-50, 1e-9, 0.3, 1.0, 2.0]),
-            top_k=some.choice([0, 0, 1, 2, 40, vocab, vocab + 1]),
-            top_p=some.choice([1.0, 1.0, 0.0, 0.1, 0.9, 0.9999]),
-            min_p=some.choice([0.0, 0.0, 0.05, 1.0]),
-            point=some.choice([0.0, some.random(), some.random(), 1 - 2**-53]),
-        )
-        for _ in range(some.choice([1, 2, 40]))
-    ]
-
-
-def agree(logits: Tensor, wanted: Draw, one: Drawn, other: Drawn) -> bool:
-    """Whether `other` is what the reference drew, `one`, or, where sums that are rounded otherwise
-    decide, a token beside it that may be."""
-    if not (one.top == other.top or (math.isnan(one.top) and math.isnan(other.top))):
-        return False
-    if not math.isfinite(one.top) or one.token == other.token:
-        return True
-    if not np.float32(wanted.temperature) or not _passes(logits[wanted.row], wanted, other.token):
-        return False
-    points = (max(wanted.point - NEAR, 0.0), wanted.point + NEAR)
-    low, high = (
-        each.token for each in draw(logits, [wanted._replace(point=point) for point in points])
-    )
-    return low <= other.token <= (logits.shape[1] - 1 if points[1] >= 1 else high)
-
-
-def _passes(row: Tensor, wanted: Draw, token: int) -> bool:
-    """Whether the filters leave the token."""
-    scaled = (row - row.max()) / float(np.float32(wanted.temperature))
-    probabilities = torch.softmax(scaled, -1).numpy()
-    chosen = float(probabilities[token])
-    return chosen > 0 and chosen >= (1 - NEAR) * cutoff(probabilities, wanted)

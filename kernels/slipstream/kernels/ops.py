@@ -21,12 +21,16 @@ Value: TypeAlias = Any
 """What an operation yields: a tensor, or the promise of one; rows are tokens or samples."""
 Weights: TypeAlias = Any
 """A matrix as its backend wants it."""
+OwnAdapters: TypeAlias = Any
+"""`Adapters` that the same backend made."""
 Quantization: TypeAlias = Literal["none", "int8", "fp8"]
 """What matrices that are multiplied with are made into."""
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 NO_SLOT = -1
 """Of a row of padding: nothing is written for it."""
+NO_ADAPTER = -1
+"""Of a token that wants none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class ForwardBatch:
     """int32 [R]: tokens of the request after this step"""
     sample_indices: Tensor
     """int64 [S]: last token of each row that samples"""
+    adapters: Tensor | None = None
+    """int32 [T]: the place of each token's adapter, or `NO_ADAPTER`; None: nobody wants any"""
 
 
 def rotation_block(dim: int) -> int:
@@ -195,6 +201,39 @@ class Scoring(NamedTuple):
     """`[query heads]`: one more score for each head, of nothing, that takes its share of weight."""
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to the outputs of one matrix: `scale * (x @ down.T) @ up.T`, for each of
+    the parts that lie in the matrix one under the other.
+    Source: Hu et al., "LoRA", 2021.
+    """
+
+    down: Tensor
+    """`[parts * rank, in]`; parts of a lower rank are filled up with zeros"""
+    up: Tensor
+    """`[out, rank]`"""
+    scale: Tensor
+    """float32 `[parts]`"""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.nbytes for each in self)
+
+
+class PackedLowRank(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Adapters(Protocol):
+    """What every adapter adds to one matrix: places, some of them taken."""
+
+    def pack(self, low: LowRank) -> PackedLowRank:
+        """As the backend wants it, on its device. Any thread."""
+
+    def put(self, place: int, packed: Any | None) -> None:
+        """For the tokens of the next steps; None: they add nothing there."""
+
+
 class Ops(Protocol):
     """One step of one batch; `model(ops)` says what is computed, and yields the logits."""
 
@@ -202,7 +241,8 @@ class Ops(Protocol):
         """Rows of a packed `[vocab, hidden]` by the batch's tokens: `[T, hidden]`."""
 
     def take(self, x: Value) -> Value:
-        """The rows that sample: `[T, dim]` -> `[S, dim]`."""
+        """The rows that sample: `[T, dim]` -> `[S, dim]`. Behind it `adapters` are those of
+        samples."""
 
     def rms_norm(
         self, x: Value, weight: Tensor, epsilon: float, residual: Value | None = None
@@ -214,11 +254,16 @@ class Ops(Protocol):
         Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
         """
 
-    def linear(self, x: Value, weights: Weights, wide: bool = False) -> Value:
-        """`x @ weight.T + bias`; `wide`: float32, not rounded."""
+    def linear(
+        self, x: Value, weights: Weights, wide: bool = False, adapters: OwnAdapters | None = None
+    ) -> Value:
+        """`x @ weight.T + bias`; `wide`: float32, not rounded. With `adapters` each token's own one
+        adds to its row what it makes of x, in float32; rows of others are what they are without.
+        """
 
-    def gated(self, x: Value, weights: Weights) -> Value:
-        """`silu(x @ gate.T) * (x @ up.T)` of what `pack_gated` packed.
+    def gated(self, x: Value, weights: Weights, adapters: OwnAdapters | None = None) -> Value:
+        """`silu(x @ gate.T) * (x @ up.T)` of what `pack_gated` packed; `adapters` add to both
+        products, their parts.
 
         Source: Shazeer, "GLU Variants Improve Transformer", 2020.
         """
@@ -287,6 +332,12 @@ class Backend(Protocol):
 
     def pack_gated(self, weight: Tensor | Levels, bias: Tensor | None = None) -> Weights:
         """`[gate | up]`, one under the other."""
+
+    def adapters(
+        self, parts: Sequence[int], inputs: int, places: int, rank: int, gated: bool = False
+    ) -> Adapters:
+        """For a matrix `[sum(parts), inputs]`: room for `places` adapters of up to `rank`. `gated`:
+        of one that `pack_gated` packed, whose parts are gate and up."""
 
     def compile(self, model: Model) -> Forward:
         """`model` is called now, or at each step; what it does must not depend on which."""

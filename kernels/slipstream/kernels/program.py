@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import panels
+from slipstream.kernels.cpu_adapters import CpuAdapters
 from slipstream.kernels.draw import Draw, Drawn, as_tensors
 from slipstream.kernels.levels import Levels
 from slipstream.kernels.ops import (
@@ -41,6 +42,7 @@ class Kind(IntEnum):
     GATED = 5
     ROTATE = 6
     ATTEND = 7
+    SHRINK = 8
 
 
 class Rows(IntEnum):
@@ -53,9 +55,10 @@ class _Op(ctypes.Structure):
 
     _fields_ = [
         *((name, _N) for name in ("kind", "dtype", "rows", "wide", "quantized", "turned")),
-        *((name, _N) for name in ("input", "residual", "output")),
-        *((name, _P) for name in ("weight", "second", "scale", "sums")),
+        *((name, _N) for name in ("input", "residual", "output", "shrunk")),
+        *((name, _P) for name in ("weight", "second", "scale", "sums", "adapters", "parts")),
         *((name, _I) for name in ("inputs", "outputs", "heads", "kv_heads", "head_dim", "layer")),
+        ("inner", _I),
         ("number", _F),
     ]
 
@@ -66,7 +69,7 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _I) for name in ("tokens", "rows", "samples", "max_blocks")),
         *((name, _P) for name in ("token_ids", "slots", "sample_indices")),
-        *((name, _P) for name in ("block_tables", "query_starts", "context_lengths")),
+        *((name, _P) for name in ("block_tables", "query_starts", "context_lengths", "adapters")),
         *((name, _P) for name in ("cosine", "sine", "pool")),
         *((name, _I) for name in ("block_stride", "layer_stride")),
         ("buffers", _P),
@@ -126,13 +129,15 @@ class Recorder:
             number=epsilon,
         )
 
-    def linear(self, x: Buffer, weights: Packed, wide: bool = False) -> Buffer:
-        out = self._product(Kind.LINEAR, x, weights, wide=wide)
+    def linear(
+        self, x: Buffer, weights: Packed, wide: bool = False, adapters: CpuAdapters | None = None
+    ) -> Buffer:
+        out = self._product(Kind.LINEAR, x, weights, adapters, wide=wide)
         out.dtype = torch.float32 if wide else self.dtype
         return out
 
-    def gated(self, x: Buffer, weights: Packed) -> Buffer:
-        return self._product(Kind.GATED, x, weights)
+    def gated(self, x: Buffer, weights: Packed, adapters: CpuAdapters | None = None) -> Buffer:
+        return self._product(Kind.GATED, x, weights, adapters)
 
     def moe(self, x: Buffer, experts: Experts) -> Buffer:
         raise ValueError("there are no compiled kernels for experts")
@@ -166,8 +171,16 @@ class Recorder:
         width = heads.query * heads.dim
         return self._add(Kind.ATTEND, qkv, Rows.TOKENS, width, number=heads.dim**-0.5, **shape)
 
-    def _product(self, kind: Kind, x: Buffer, weights: Packed, **fields: Any) -> Buffer:
+    def _product(
+        self, kind: Kind, x: Buffer, weights: Packed, adapters: CpuAdapters | None, **fields: Any
+    ) -> Buffer:
         scales = None
+        if adapters is not None:
+            self.kept.append(adapters)
+            shrunk = Buffer(x.rows, adapters.width, torch.float32)
+            table: dict[str, Any] = {"adapters": adapters.table, "inner": adapters.width}
+            self._write(Kind.SHRINK, x, x.rows, shrunk, inputs=x.width, **table)
+            fields |= {"shrunk": shrunk, "parts": adapters.part_of, **table}
         if weights.scale is not None:
             levels = Buffer(x.rows, x.width, torch.uint8)
             scales = Buffer(x.rows, 1, torch.float32)
@@ -203,6 +216,7 @@ class Recorder:
         rows: Rows,
         out: Buffer | None,
         residual: Buffer | None = None,
+        shrunk: Buffer | None = None,
         **fields: Any,
     ) -> None:
         for name, value in fields.items():
@@ -210,12 +224,11 @@ class Recorder:
                 assert value.is_contiguous()
                 self.kept.append(value)
                 fields[name] = value.data_ptr()
-        for used in (x, residual, out):
+        buffers = {"input": x, "residual": residual, "output": out, "shrunk": shrunk}
+        for used in buffers.values():
             if used is not None:
                 used.last_use = len(self.ops)
-        self.ops.append(
-            {"kind": kind, "rows": rows, "input": x, "residual": residual, "output": out, **fields}
-        )
+        self.ops.append({"kind": kind, "rows": rows, **buffers, **fields})
 
 
 class Program:
@@ -251,6 +264,7 @@ class Program:
             block_tables=batch.block_tables.data_ptr(),
             query_starts=batch.query_starts.data_ptr(),
             context_lengths=batch.context_lengths.data_ptr(),
+            adapters=None if batch.adapters is None else batch.adapters.data_ptr(),
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
             pool=pool.data_ptr(),
@@ -278,7 +292,7 @@ class Program:
     def _op(self, fields: dict[str, Any]) -> _Op:
         buffers = {
             name: -1 if fields[name] is None else fields[name].slot
-            for name in ("input", "residual", "output")
+            for name in ("input", "residual", "output", "shrunk")
         }
         return _Op(**{**fields, **buffers, "dtype": _DTYPES[self._recorder.dtype]})
 
@@ -342,6 +356,11 @@ class CpuBackend:
         mixed = weight.of_outputs(turns) if isinstance(weight, Levels) else weight[turns]
         packed = self.pack(mixed, None if bias is None else bias[turns])
         return replace(packed, outputs=packed.outputs // 2)
+
+    def adapters(
+        self, parts: Sequence[int], inputs: int, places: int, rank: int, gated: bool = False
+    ) -> CpuAdapters:
+        return CpuAdapters(parts, places, rank, gated)
 
     def compile(self, model: Model) -> Forward:
         recorder = Recorder(self.dtype)

@@ -12,11 +12,13 @@ from slipstream.kernels.draw import Draw, Drawn, as_tensors, draw
 from slipstream.kernels.levels import Levels
 from slipstream.kernels.ops import (
     FLOAT8,
+    NO_ADAPTER,
     VALUE_LIFT,
     Experts,
     Forward,
     ForwardBatch,
     Heads,
+    LowRank,
     Model,
     Quantization,
     Scoring,
@@ -49,6 +51,32 @@ class Matrix:
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
+class ReferenceAdapters:
+    def __init__(self, parts: Sequence[int], places: int) -> None:
+        self._parts = list(parts)
+        self._places: list[LowRank | None] = [None] * places
+
+    def pack(self, low: LowRank) -> LowRank:
+        return low
+
+    def put(self, place: int, packed: LowRank | None) -> None:
+        self._places[place] = packed
+
+    def add(self, out: Tensor, x: Tensor, places: Tensor) -> Tensor:
+        """To `out`, in place, what the adapters of its rows make of `x`."""
+        for place in set(places.tolist()):
+            low = None if place == NO_ADAPTER else self._places[place]
+            if low is None:
+                continue
+            rows = (places == place).nonzero()[:, 0]
+            inner = F.linear(x[rows].float(), low.down.float())
+            inner = inner.view(len(rows), len(self._parts), -1) * low.scale[:, None]
+            ups = low.up.float().split(self._parts)
+            made = [F.linear(inner[:, part], up) for part, up in enumerate(ups)]
+            out[rows] = (out[rows].float() + torch.cat(made, dim=1)).to(out.dtype)
+        return out
+
+
 class Reference:
     """A backend that computes at once."""
 
@@ -73,6 +101,11 @@ class Reference:
 
     pack_gated = pack
 
+    def adapters(
+        self, parts: Sequence[int], inputs: int, places: int, rank: int, gated: bool = False
+    ) -> ReferenceAdapters:
+        return ReferenceAdapters(parts, places)
+
     def compile(self, model: Model) -> Forward:
         def forward(batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> Tensor:
             result: Tensor = model(ReferenceOps(batch, cosine, sine, pool))
@@ -91,11 +124,14 @@ class ReferenceOps:
     def __init__(self, batch: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> None:
         self._batch, self._pool = batch, pool
         self._cosine, self._sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+        self._places = batch.adapters
 
     def embed(self, table: Matrix) -> Tensor:
         return F.embedding(self._batch.tokens, table.weight)
 
     def take(self, x: Tensor) -> Tensor:
+        if self._batch.adapters is not None:
+            self._places = self._batch.adapters[self._batch.sample_indices]
         return x[self._batch.sample_indices]
 
     def rms_norm(
@@ -107,13 +143,26 @@ class ReferenceOps:
         variance = wide.pow(2).mean(-1, keepdim=True)
         return weight * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
 
-    def linear(self, x: Tensor, weights: Matrix, wide: bool = False) -> Tensor:
-        out = weights.times(x)
+    def linear(
+        self,
+        x: Tensor,
+        weights: Matrix,
+        wide: bool = False,
+        adapters: ReferenceAdapters | None = None,
+    ) -> Tensor:
+        out = self._adapted(weights.times(x), x, adapters)
         return out.float() if wide else out
 
-    def gated(self, x: Tensor, weights: Matrix) -> Tensor:
-        gate, up = weights.times(x).chunk(2, dim=-1)
+    def gated(
+        self, x: Tensor, weights: Matrix, adapters: ReferenceAdapters | None = None
+    ) -> Tensor:
+        gate, up = self._adapted(weights.times(x), x, adapters).chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def _adapted(self, out: Tensor, x: Tensor, adapters: ReferenceAdapters | None) -> Tensor:
+        if adapters is None or self._places is None:
+            return out
+        return adapters.add(out, x, self._places)
 
     def moe(self, x: Tensor, experts: Experts) -> Tensor:
         return moe(x, experts)

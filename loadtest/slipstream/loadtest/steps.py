@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,11 @@ class Steps:
         """The medians; `around` is what the runner does besides the program."""
         program = self.program
         program.clock_ns = (ctypes.c_int64 * (len(program.ops) + 1))()
-        rows = self._rows(shape)
+        rows = self.rows(shape)
         samples: list[list[float]] = []
         for _ in range(times + 2):
             begin_ns = time.monotonic_ns()
-            self._step(rows)
+            self.step(rows)
             end_ns = time.monotonic_ns()
             clock_ns = list(program.clock_ns)
             gaps = [after - before for before, after in pairwise(clock_ns)]
@@ -148,7 +148,7 @@ class Steps:
         parts["around"] = Part(ms=medians[-1])
         return parts
 
-    def _rows(self, shape: Shape) -> tuple[Row, ...]:
+    def rows(self, shape: Shape) -> tuple[Row, ...]:
         length = shape.context + shape.tokens
         table = -(-length // BLOCK_TOKENS)
         return tuple(
@@ -163,13 +163,13 @@ class Steps:
             for number in range(shape.rows)
         )
 
-    def _step(self, rows: Sequence[Row]) -> None:
+    def step(self, rows: Sequence[Row], adapters: Sequence[str] = ("",)) -> None:
+        """`adapters`: rows have them by turns."""
         self.number += 1
+        greedy = SamplingParams(max_tokens=1, seed=1, temperature=0)
         admitted = tuple(
-            Admission(
-                row.request_id, 1, (1,), 1, SamplingParams(max_tokens=1, seed=1, temperature=0)
-            )
-            for row in rows
+            Admission(row.request_id, 1, (1,), 1, greedy, adapter)
+            for row, adapter in zip(rows, cycle(adapters), strict=False)
         )
         self.runner.run(BatchPlan(step=self.number, rows=tuple(rows), admitted=admitted))
 

@@ -14,6 +14,10 @@ from slipstream.config import (
     KvCacheDtype,
     LoadFormat,
     LogLevel,
+    LoraBytes,
+    LoraDir,
+    MaxLoraRank,
+    MaxLoras,
     MaxModelLen,
     MaxNumSeqs,
     MaxRequests,
@@ -94,6 +98,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_num_seqs: MaxNumSeqs = 64
     prefill_budget_tokens: PrefillBudget = 256
     speculative: Speculative = ""
+    max_loras: MaxLoras = 16
+    max_lora_rank: MaxLoraRank = 64
+    lora_bytes: LoraBytes = 512 * 2**20
+    lora_dir: LoraDir = ""
     tool_format: ToolFormat = "auto"
     reasoning_format: ReasoningFormat = "auto"
 

@@ -118,7 +118,8 @@ class Cluster:
         )
         transports = Transports([], header.kv_layout_id, header.block_bytes, "", {})
         executor = WorkerExecutor(
-            self._runner, self._segment.blocks, transports, lambda: machine.membership.nodes
+            *(self._runner, self._segment.blocks, transports, lambda: machine.membership.nodes),
+            adapters=self._runner.adapters,
         )
         return Process(network, info, machine, executor.execute), executor
 

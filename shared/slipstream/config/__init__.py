@@ -12,6 +12,7 @@ from slipstream.config.loader import (
     load,
     load_with_origin,
 )
+from slipstream.config.lora import LoraBytes, LoraDir, MaxLoraRank, MaxLoras
 from slipstream.config.rules import AUTO_TRANSPORTS, is_loopback, make_folder, require_folder
 from slipstream.config.service import (
     Dtype,
@@ -65,6 +66,10 @@ __all__ = [
     "LoadFormat",
     "Loaded",
     "LogLevel",
+    "LoraBytes",
+    "LoraDir",
+    "MaxLoraRank",
+    "MaxLoras",
     "MaxModelLen",
     "MaxNumSeqs",
     "MaxRequests",

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from slipstream.config.cluster import InsecureBus, KeysDir, Watchdog
 from slipstream.config.devices import Device, GpuMemoryShare, LoadFormat, TensorParallelSize
+from slipstream.config.lora import LoraBytes, LoraDir, MaxLoraRank, MaxLoras
 from slipstream.config.rules import check_offload, check_ranks, check_transports, is_loopback
 from slipstream.config.values import ByteSize, ConfigError
 from slipstream.types import Role, role_of
@@ -211,6 +212,10 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         ),
     ] = 10.0
     speculative: Speculative = ""
+    max_loras: MaxLoras = 16
+    max_lora_rank: MaxLoraRank = 64
+    lora_bytes: LoraBytes = 512 * 2**20
+    lora_dir: LoraDir = ""
     overlap: Annotated[bool, Meta(description="Plan the next step while one runs.")] = True
     transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"

@@ -265,7 +265,7 @@ class WorkerMachine:
     def _take(self, job: Job, row: Row, output: RowOutput | None) -> bool:
         """What the row made, up to the token that ends the stream; False if some is missing."""
         if not (row.sample or row.prompt_logprobs):
-            return True
+            return output is None or output.problem is None
         if output is None or len(output.prompt_logprobs) != row.prompt_logprobs:
             return False
         job.prompt_logprobs += output.prompt_logprobs

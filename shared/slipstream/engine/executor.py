@@ -1,31 +1,38 @@
 """What a worker's machine decides, done: steps on a compute thread, the rest in `transfers`."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from slipstream.core.machine import (
+    AdapterRead,
     BatchDone,
     BatchFailed,
     BatchPlan,
     Counted,
     DigestBlocks,
+    DropAdapter,
     Effect,
     Event,
+    LoadAdapter,
     LoadBlocks,
     PublishKvEvents,
     PullBlocks,
     RunBatch,
     SaveBlocks,
 )
-from slipstream.engine.effect_threads import one_line
+from slipstream.engine.adapters import AdapterBook
+from slipstream.engine.effect_threads import EffectThreads, one_line
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.offload import Offload
 from slipstream.engine.step_loop import Outputs, StepLoop, StepRunner
 from slipstream.engine.team import Team, TeamTransfers
 from slipstream.engine.transfers import Transfers
+from slipstream.errors import ErrorCode, Problem
 from slipstream.kv.choice import Transports
 from slipstream.kv.device import PoolBlocks
 from slipstream.kv.digest import block_digests
@@ -33,6 +40,7 @@ from slipstream.messages import NodeInfo
 from slipstream.types import NodeId
 
 COUNTED_PERIOD_S = 0.5
+_LOG = logging.getLogger(__name__)
 
 
 class WorkerExecutor:
@@ -47,12 +55,16 @@ class WorkerExecutor:
         offload: Offload | None = None,
         kv_events: KvEventPublisher | None = None,
         team: Team | None = None,
+        adapters: AdapterBook | None = None,
     ):
         """`blocks`: the runner's pool as bytes. `directory`: who is there now. `offload`,
-        `kv_events`: where the machine's settings have them. `team`: the worker's other ranks."""
+        `kv_events`: where the machine's settings have them. `team`: the worker's other ranks.
+        `adapters`: the runner's."""
         self._offload, self._kv_events = offload, kv_events
         self._blocks = blocks
         self._team = team
+        self._adapters = adapters
+        self._reads = EffectThreads(1, "adapters")
         own = Transfers(blocks, transports, directory)
         self._transfers = own if team is None else TeamTransfers(own, team, directory)
         self._post: Callable[[Event], None] = lambda event: None
@@ -76,6 +88,10 @@ class WorkerExecutor:
                 self._transfers.execute(effect)
             case SaveBlocks() | LoadBlocks() if self._offload is not None:
                 self._offload.execute(effect)
+            case LoadAdapter(name, path) if self._adapters is not None:
+                self._load(self._adapters, name, path)
+            case DropAdapter(adapter_id) if self._adapters is not None:
+                self._steps.between(partial(self._adapters.drop, adapter_id))
             case PublishKvEvents(events):
                 assert self._kv_events is not None
                 self._kv_events.publish(events)
@@ -86,6 +102,7 @@ class WorkerExecutor:
         """Ends READs under way; waits for the step under way."""
         if self._telling is not None:
             self._telling.cancel()
+        self._reads.cancel()
         await self._transfers.close()
         await asyncio.to_thread(self._steps.close)
         if self._offload is not None:
@@ -106,6 +123,37 @@ class WorkerExecutor:
         while True:
             await asyncio.sleep(COUNTED_PERIOD_S)
             self._post(Counted(self.statistics()))
+
+    def _load(self, adapters: AdapterBook, name: str, path: str) -> None:
+        """Read in a thread; rows may want it when it has been put in its place between two steps,
+        and that is said then."""
+
+        def failed(error: Exception) -> AdapterRead:
+            line = f"the LoRA adapter {name} could not be loaded: {one_line(error)}"
+            return AdapterRead(
+                name,
+                path,
+                problem=Problem(code=ErrorCode.INTERNAL, message=line, param="lora_path"),
+            )
+
+        def put(read: Event) -> None:
+            assert isinstance(read, AdapterRead)
+            if read.adapter is not None:
+                adapter_id = read.adapter.adapter_id
+                try:
+                    adapters.put(adapter_id)
+                except Exception as error:  # noqa: BLE001 whatever a device says, it is one event
+                    _LOG.exception("adapter %s", name)
+                    adapters.drop(adapter_id)
+                    read = failed(error)
+            self._post(read)
+
+        self._reads.submit(
+            lambda event: self._steps.between(lambda: put(event)),
+            f"adapter {name}",
+            lambda: adapters.read(name, path),
+            failed,
+        )
 
     def _done(self, plan: BatchPlan, outputs: Outputs, began_s: float) -> BatchDone:
         digests = block_digests(self._blocks, plan.digest_blocks)

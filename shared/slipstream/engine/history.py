@@ -19,6 +19,7 @@ class History:
         self.request_id = admission.request_id
         self.sampling: SamplingParams = admission.sampling
         self.num_prompt = admission.num_prompt
+        self.adapter = admission.adapter
         self.tokens: list[int] = list(admission.tokens)
         self._prompt_ids: Ids | None = None
         self._output_counts = Counter(self.tokens[self.num_prompt :])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slipstream.config import ModelImpl
+from slipstream.engine.adapters import ModelAdapters
 from slipstream.engine.backends import weights_word
 from slipstream.engine.decoder import Decoder, DecoderWeights
 from slipstream.engine.model_config import (
@@ -29,6 +30,9 @@ _LOG = logging.getLogger(__name__)
 class Model(Protocol):
     def forward(self, batch: ForwardBatch, pool: Tensor) -> Tensor:
         """As `Decoder.forward`."""
+
+    def adapters(self, places: int, rank: int) -> ModelAdapters:
+        """As `Decoder.adapters`."""
 
 
 class Loading(NamedTuple):

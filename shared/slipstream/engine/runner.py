@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
+from slipstream.core.machine import BatchPlan, Row, RowOutput
+from slipstream.engine.adapters import AdapterBook, adapter_gone
 from slipstream.engine.backends import choose_backend
 from slipstream.engine.batch import (
     Inputs,
@@ -25,6 +26,7 @@ from slipstream.engine.batch import (
 from slipstream.engine.guide import Guides
 from slipstream.engine.history import History
 from slipstream.engine.launched import Launched
+from slipstream.engine.lora import LoraLimits
 from slipstream.engine.model_config import ServedModel
 from slipstream.engine.models import Loading, load_model, read_model
 from slipstream.engine.ranks import Ranks
@@ -34,11 +36,15 @@ from slipstream.engine.shaping import is_plain
 from slipstream.engine.step_loop import Made, Outputs, Step
 from slipstream.errors import Problem
 from slipstream.kernels.draw import Draw
-from slipstream.kernels.ops import FLOAT8, Prepared, Quantization
+from slipstream.kernels.ops import FLOAT8, ForwardBatch, Prepared, Quantization
 from slipstream.kv.layout import KvDtype, KvLayout
 from slipstream.types import RequestId, SamplingParams, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
+_ONE_RANK = (
+    "no LoRA adapters with --tensor-parallel-size {}; serve the model by one rank, or merge the "
+    "adapter into it"
+)
 Tell: TypeAlias = Callable[[Sizes], None]
 """Says to the ranks above 0 that a batch of these sizes follows."""
 _DTYPES: dict[KvDtype, torch.dtype] = {
@@ -74,12 +80,14 @@ class Runner:
         tell: Tell = lambda sizes: None,
         config: ServedModel | None = None,
         kv_dtype: KvDtype | None = None,
+        lora: LoraLimits = LoraLimits(),  # noqa: B008 it never changes
     ) -> None:
         """`pool`: or the device where one will be, to be said by `attach`; the model lives there.
         `threads`: CPU threads, 0 for one on each core. `packed_dir`: where packed weights are kept.
         `dummy`: random weights. `ranks`: those that compute with this one; `tell`: of rank 0, so
         that they `follow`. `config`: what `read_model` said of the model, if it has been asked.
-        `kv_dtype`: of a pool that is not there yet, if it is not `dtype`.
+        `kv_dtype`: of a pool that is not there yet, if it is not `dtype`. `lora`: what adapters may
+        take.
 
         ModelError: see `read_model` and `load_model`. SetupError: see `choose_backend`. ValueError:
         the pool has another layout.
@@ -101,6 +109,8 @@ class Runner:
         self._backend, self._ranks, self._tell = backend, ranks, tell
         how = Loading(self._dtype, self._device, backend, packed_dir, dummy, ranks, kept)
         self.decoder = load_model(model_path, self.config, how)
+        alone = "" if ranks is None else _ONE_RANK.format(ranks.size)
+        self.adapters = AdapterBook(self.decoder, self._dtype, lora, alone)
         self._histories: dict[tuple[RequestId, int], History] = {}
         self._failed: dict[tuple[RequestId, int], Problem | None] = {}
         """No tokens come any more, and why."""
@@ -172,7 +182,8 @@ class Runner:
 
         One output for each row that samples or scores, in order of the rows. A row whose logits are
         no numbers, or that lets no token be drawn, yields none but a problem (it is logged, with
-        the request's name), as does that request later; the rest of the batch is not harmed.
+        the request's name), as does that request later; the rest of the batch is not harmed. So
+        does any row whose adapter is not there, those that make nothing too, behind the others.
         KeyError: a row of a request that was never admitted. ValueError: a row that contradicts the
         request's history or exceeds its block table; nothing was computed then.
         """
@@ -182,14 +193,16 @@ class Runner:
                 history.drop()
         for admission in plan.admitted:
             key = (admission.request_id, admission.attempt)
-            self._histories[key] = self._history(admission)
+            grammar = admission.sampling.grammar
+            guide = self._guides.guide(grammar, admission.num_prompt) if grammar else None
+            self._histories[key] = History(admission, guide)
             self._failed.pop(key, None)
         if not plan.rows:
             return Made(())
         with self._failing(plan), torch.inference_mode():
             inputs = [self._inputs(row) for row in plan.rows]
             memory, sizes = pack_batch(plan.rows, inputs, self._device)
-            batch = unpacked(memory, sizes)
+            batch = self._with_adapters(unpacked(memory, sizes), plan.rows, inputs)
             self._fill(batch.tokens, plan.rows, inputs)
             if self._ranks is not None:
                 self._tell(sizes)
@@ -199,7 +212,7 @@ class Runner:
             pairs = zip(plan.rows, inputs, strict=True)
             sampling = [(row, each) for row, each in pairs if num_samples(row, each)]
             if self.waits(plan):
-                return Made(self._sample(logits, sampling))
+                return Made(self._sample(logits, sampling) + self._unserved(plan))
             rows = [row for row, _ in sampling]
             self._flying = Launched(self._finished, plan, rows, *self._draw(logits, rows))
             return self._flying
@@ -271,12 +284,29 @@ class Runner:
                 outputs.append(RowOutput(*key, (result.token,)))
                 continue
             outputs.append(RowOutput(*key, (), problem=self._failed[key]))
-        return tuple(outputs)
+        return tuple(outputs) + self._unserved(step.plan)
 
-    def _history(self, admission: Admission) -> History:
-        grammar = admission.sampling.grammar
-        guide = self._guides.guide(grammar, admission.num_prompt) if grammar else None
-        return History(admission, guide)
+    def _with_adapters(
+        self, batch: ForwardBatch, rows: Sequence[Row], inputs: Sequence[Inputs]
+    ) -> ForwardBatch:
+        """A request whose adapter is not there fails: without it, it is another."""
+        keys = [(row.request_id, row.attempt) for row in rows]
+        ids = [self._histories[key].adapter for key in keys]
+        for key, adapter in zip(keys, ids, strict=True):
+            if adapter and not self.adapters.has(adapter):
+                self._failed.setdefault(key, adapter_gone(adapter))
+        counts = [len(each.tokens) + len(each.drafts) for each in inputs]
+        return self.adapters.wanted(batch, ids, counts)
+
+    def _unserved(self, plan: BatchPlan) -> Outputs:
+        """Of rows that make nothing, those whose keys and values must not be used."""
+        silent = [row for row in plan.rows if not (row.sample or row.prompt_logprobs)]
+        keys = [(row.request_id, row.attempt) for row in silent]
+        return tuple(
+            RowOutput(*key, (), problem=problem)
+            for key in keys
+            if (problem := self._failed.get(key))
+        )
 
     def _inputs(self, row: Row) -> Inputs:
         key = (row.request_id, row.attempt)

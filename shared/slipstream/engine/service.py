@@ -89,6 +89,7 @@ def run_worker(config: WorkerConfig) -> int:
                 offload=_offload(config, segment),
                 kv_events=kv_events,
                 team=team,
+                adapters=runner.adapters,
             )
             spans = WorkerSpans(node, wall_offset_ns, machine.batcher)
             return run_service(config, node, machine, executor, spans=spans)

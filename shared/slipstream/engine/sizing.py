@@ -85,11 +85,13 @@ def gpu_share(config: WorkerConfig, device: str, free: int, total: int) -> int:
 def gpu_room(config: WorkerConfig, device: str, share: int, peak: int) -> Room:
     """`share`: as `gpu_share` has it. `peak`: bytes that torch held at most, weights and all, in
     the largest step."""
-    limit = max(0, share - peak - GPU_OTHER_BYTES)
+    adapters = config.lora_bytes if config.max_loras else 0
+    limit = max(0, share - peak - adapters - GPU_OTHER_BYTES)
     why = (
         f"{format_bytes(limit)} of {device} for KV blocks (--gpu-memory-share: "
         f"{format_bytes(share)}, less {format_bytes(peak)} for weights and the largest step, "
-        f"{format_bytes(GPU_OTHER_BYTES)} for CUDA itself)"
+        f"{format_bytes(adapters)} for LoRA adapters, {format_bytes(GPU_OTHER_BYTES)} for CUDA "
+        "itself)"
     )
     return Room(limit, why)
 

@@ -73,7 +73,7 @@ class StepLoop:
         """`done`: told when the step began to compute; if it fails, the step has. All of them are
         called by the thread."""
         self._runner, self._post, self._done, self._failed = runner, post, done, failed
-        self._plans: queue.SimpleQueue[BatchPlan | None] = queue.SimpleQueue()
+        self._plans: queue.SimpleQueue[BatchPlan | Callable[[], None] | None] = queue.SimpleQueue()
         self._flying: deque[_Flight] = deque()
         self._ended_s = 0.0
         self._closed = False
@@ -83,6 +83,11 @@ class StepLoop:
 
     def submit(self, plan: BatchPlan) -> None:
         self._plans.put(plan)
+
+    def between(self, work: Callable[[], None]) -> None:
+        """On the thread, behind the steps submitted so far, which may still compute; it must be
+        short, and must not raise."""
+        self._plans.put(work)
 
     def close(self) -> None:
         """What has not begun never will, and ends as nothing: its machine is gone. Waits for what
@@ -100,8 +105,12 @@ class StepLoop:
                 plan = self._plans.get(timeout=LOOK_EVERY_S if self._flying else None)
             except queue.Empty:
                 continue
-            if plan is not None and not self._closed:
+            if plan is None or self._closed:
+                continue
+            if isinstance(plan, BatchPlan):
                 self._launch(plan)
+            else:
+                plan()
         while self._flying:
             self._finish()
 

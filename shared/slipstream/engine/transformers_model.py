@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from slipstream.engine.attention_interface import NAME, Paged, Probe, RefusedError, Step, during
 from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.foreign_adapters import ForeignAdapters
 from slipstream.engine.model_config import (
     ForeignModel,
     ModelError,
@@ -188,13 +189,21 @@ class TransformersModel:
     def __init__(self, model: Any, config: ForeignModel) -> None:
         """From now on the model attends as we do."""
         self._model, self._config = model, config
+        self._adapters: ForeignAdapters | None = None
         model.set_attn_implementation(NAME)
 
     def forward(self, batch: ForwardBatch, pool: Tensor) -> Tensor:
         """As `Decoder.forward`."""
         paged = Paged(batch, pool, self._config.reaches)
-        logits = _run(self._model, paged, batch.tokens, batch.positions, batch.sample_indices)
+        adding = nullcontext() if self._adapters is None else self._adapters.during(batch.adapters)
+        with adding:
+            logits = _run(self._model, paged, batch.tokens, batch.positions, batch.sample_indices)
         return logits.float()
+
+    def adapters(self, places: int, rank: int) -> ForeignAdapters:
+        """As `Decoder.adapters`."""
+        self._adapters = ForeignAdapters(self._model, places)
+        return self._adapters
 
 
 def _run(model: Any, step: Step, tokens: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from slipstream.core.job import blocks_for
 from slipstream.core.machine import Row
 from slipstream.engine import gpu
 from slipstream.engine.backends import weights_word
+from slipstream.engine.lora import LoraLimits
 from slipstream.engine.model_config import ServedModel
 from slipstream.engine.ranks import Ranks
 from slipstream.engine.runner import Runner, Tell
@@ -77,6 +78,7 @@ def load_runner(
         tell=tell,
         config=plan.model,
         kv_dtype=plan.layout.dtype,
+        lora=LoraLimits(config.max_loras, config.max_lora_rank, config.lora_bytes, config.lora_dir),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from slipstream.kernels.draw import Draw, Drawn
 from slipstream.kernels.gpu import draw as drawing
 from slipstream.kernels.gpu import rows
+from slipstream.kernels.gpu.adapters import TritonAdapters
 from slipstream.kernels.gpu.attention import attention
 from slipstream.kernels.gpu.graphs import CudaCapture, Graphs
 from slipstream.kernels.gpu.language import INTERPRETED
@@ -73,11 +74,14 @@ class TritonOps:
     ) -> None:
         self._batch, self._pool, self._tuning = batch, pool, tuning
         self._cosine, self._sine = cosine, sine
+        self._places = batch.adapters
 
     def embed(self, table: Matrix) -> Tensor:
         return F.embedding(self._batch.tokens, table.weight)
 
     def take(self, x: Tensor) -> Tensor:
+        if self._batch.adapters is not None:
+            self._places = self._batch.adapters.index_select(0, self._batch.sample_indices)
         return x.index_select(0, self._batch.sample_indices)
 
     def rms_norm(
@@ -85,11 +89,25 @@ class TritonOps:
     ) -> Tensor:
         return rows.rms_norm(x, weight, epsilon, residual)
 
-    def linear(self, x: Tensor, weights: Matrix | Grouped, wide: bool = False) -> Tensor:
-        return weights.wide(x) if wide else weights.times(x)
+    def linear(
+        self,
+        x: Tensor,
+        weights: Matrix | Grouped,
+        wide: bool = False,
+        adapters: TritonAdapters | None = None,
+    ) -> Tensor:
+        out = weights.wide(x) if wide else weights.times(x)
+        return self._adapted(out, x, adapters)
 
-    def gated(self, x: Tensor, weights: Matrix | Grouped) -> Tensor:
-        return rows.gate(weights.times(x))
+    def gated(
+        self, x: Tensor, weights: Matrix | Grouped, adapters: TritonAdapters | None = None
+    ) -> Tensor:
+        return rows.gate(self._adapted(weights.times(x), x, adapters))
+
+    def _adapted(self, out: Tensor, x: Tensor, adapters: TritonAdapters | None) -> Tensor:
+        if adapters is None or self._places is None:
+            return out
+        return adapters.add(out, x, self._places)
 
     def moe(self, x: Tensor, experts: Experts) -> Tensor:
         return moe(x, experts)
@@ -156,7 +174,7 @@ class TritonBackend:
             raise ValueError("int8 weights are for CPUs; give --quantization fp8 on a GPU")
         if (quantization == "fp8" or kv_dtype == FLOAT8) and not has_float8(device):
             raise ValueError("this GPU has no float8 (compute capability 8.9 or more); give no fp8")
-        self.dtype = dtype
+        self.dtype, self._device = dtype, device
         self.quantization: Quantization = quantization
         self._tuning = tuning or Tuning.of(device, dtype)
         self._max_blocks = max_blocks if device.type == "cuda" else 0
@@ -194,6 +212,11 @@ class TritonBackend:
         return Matrix(weight.plain(), bias)
 
     pack_gated = pack
+
+    def adapters(
+        self, parts: Sequence[int], inputs: int, places: int, rank: int, gated: bool = False
+    ) -> TritonAdapters:
+        return TritonAdapters(parts, inputs, places, rank, self._device)
 
     def compile(self, model: Model) -> Forward:
         forward = TritonForward(model, self._tuning)

@@ -12,7 +12,8 @@ from torch import Tensor
 from xxhash import xxh3_128_digest
 
 from slipstream.kernels.draw import draw as reference_draw
-from slipstream.kernels.drawn import CASES, TOLERANCE, Shapes, agree, logits_and_draws, outcome
+from slipstream.kernels.drawn import CASES, TOLERANCE, Shapes, outcome
+from slipstream.kernels.drawn_draws import agree, logits_and_draws
 from slipstream.kernels.gpu import blocks
 from slipstream.kernels.gpu.backend import TritonBackend
 from slipstream.kernels.ops import FLOAT8, Quantization, has_float8

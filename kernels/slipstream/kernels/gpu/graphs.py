@@ -101,12 +101,13 @@ class Graphs:
         return next((size for size in self._sizes if size >= rows), None)
 
     def run(self, step: ForwardBatch, cosine: Tensor, sine: Tensor, pool: Tensor) -> Tensor | None:
-        """The step's result, overwritten by the next; None if it is none for a graph."""
+        """The step's result, overwritten by the next; None if it is none for a graph: one with
+        adapters, too, which is rarer than who would capture all sizes again."""
         rows, width = step.block_tables.shape
         size = self.size_of(rows)
         if len(step.tokens) != rows or len(step.sample_indices) != rows or size is None:
             return None
-        if width > self._max_blocks:
+        if width > self._max_blocks or step.adapters is not None:
             return None
         inputs = self._inputs_for(pool, cosine.shape[1])
         inputs.fill(step, cosine, sine, size)
