@@ -108,9 +108,8 @@ def by_transformers_code(folder: Path, plain: Path) -> None:
     pool = allocate_pool(config.kv_layout("float32"), 64)
     runner = Runner(folder, "float32", pool, threads=2, config=config)
     prompt = prompt_of(50)
-    logits = expected(
-        plain, prompt + (made := generate(runner, prompt, greedy(ignore_eos=True), 8))
-    )
+    made = generate(runner, prompt, greedy(ignore_eos=True), 8)
+    logits = expected(plain, prompt + made)
     assert made == tuple(logits[49:-1].argmax(1).tolist())
     assert weights_word(config, "none", CPU).endswith("a16")
 
