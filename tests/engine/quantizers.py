@@ -257,7 +257,7 @@ ROWS = "compressed-tensors int-quantized: int8 weights and rows"
 
 def is_linear(name: str, tensor: Tensor) -> bool:
     """What quantizers take: matrices, but for vocabularies and routers."""
-    apart = ("embed_tokens", "lm_head", "mlp.gate.", "block_sparse_moe.gate.", "expert_gate.")
+    apart = ("embed", "lm_head", "mlp.gate.", "block_sparse_moe.gate.", "expert_gate.")
     return tensor.dim() == 2 and name.endswith(".weight") and not any(x in name for x in apart)
 
 

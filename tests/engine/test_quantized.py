@@ -17,6 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
+from engine.architectures import tiny_config, tiny_model
 from engine.models_page import format_row
 from engine.quantizers import (
     CLOSE,
@@ -101,18 +102,34 @@ def test_experts_are_made_plain(copies: Copies, case: str, form: str) -> None:
     torch.testing.assert_close(ours(folder, tokens), wanted, rtol=CLOSE, atol=CLOSE)
 
 
-@pytest.mark.parametrize("form", [PLAIN[0], "gptq: 8 bits", "fp8: float8, blocks", ROWS])
-def test_transformers_code_serves_them_made_plain(copies: Copies, form: str) -> None:
-    folder, plain = copies("llama", form)
+def by_transformers_code(folder: Path, plain: Path) -> None:
     config = read_model(folder, "transformers")
     assert isinstance(config, ForeignModel)
-    runner = runner_for(folder, config=config)
+    pool = allocate_pool(config.kv_layout("float32"), 64)
+    runner = Runner(folder, "float32", pool, threads=2, config=config)
     prompt = prompt_of(50)
-    with torch.no_grad():
-        inputs = torch.tensor([prompt])
-        made = transformers(plain).generate(inputs, max_new_tokens=8, do_sample=False)
-    assert generate(runner, prompt, greedy(ignore_eos=True), 8) == tuple(made[0, 50:].tolist())
+    made = generate(runner, prompt, greedy(ignore_eos=True), 8)
+    logits = expected(plain, prompt + made)
+    assert made == tuple(logits[49:-1].argmax(1).tolist())
     assert weights_word(config, "none", CPU).endswith("a16")
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        *(("llama", form) for form in (PLAIN[0], "gptq: 8 bits", "fp8: float8, blocks", ROWS)),
+        ("mixtral", "awq: 4 bits, gemm"),
+    ],
+)
+def test_transformers_code_serves_them_made_plain(copies: Copies, case: str, form: str) -> None:
+    by_transformers_code(*copies(case, form))
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "olmo2", "gpt_neox"])
+def test_so_do_architectures_that_are_not_ours(tmp_path: Path, model_type: str) -> None:
+    source, folder = tmp_path / "source", tmp_path / "quantized"
+    tiny_model(tiny_config(model_type)).save_pretrained(source)
+    by_transformers_code(folder, quantized(source, folder, FORMATS["gptq: 4 bits"]))
 
 
 @pytest.mark.parametrize("form", PLAIN)

@@ -26,7 +26,7 @@ from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest
 
 from slipstream.config import format_bytes
-from slipstream.engine import checkpoint, decoder, quantized_tensors, weights
+from slipstream.engine import checkpoint, decoder, quantized_config, quantized_tensors, weights
 from slipstream.engine.decoder import DecoderWeights, LayerWeights
 from slipstream.engine.model_config import ModelConfig, weight_files
 from slipstream.kernels import levels, ops, panels, program
@@ -40,7 +40,8 @@ _DIGEST, _ALIGNED = 16, 64
 _PREFIX = len(_MAGIC) + _DIGEST + 8
 _TYPES = {each.__name__: each for each in (DecoderWeights, LayerWeights, Packed)}
 _SOURCES = (
-    *(decoder.__file__, weights.__file__, checkpoint.__file__, quantized_tensors.__file__),
+    *(decoder.__file__, weights.__file__, checkpoint.__file__),
+    *(quantized_config.__file__, quantized_tensors.__file__),
     *(levels.__file__, ops.__file__, panels.__file__, program.__file__, __file__),
 )
 _LOG = logging.getLogger(__name__)

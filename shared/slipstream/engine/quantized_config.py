@@ -150,7 +150,7 @@ def read_quantization(settings: dict[str, Any]) -> Quantized | None:
 
 def _allowed(method: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        only = ", ".join(str(each) for each in allowed if each is not None)
+        only = ", ".join(str(each) for each in allowed if each is not None) or "none"
         raise ValueError(
             f"quantized weights ({method}) of {name} {value} are not supported (only {only}); "
             "take a copy in one of these, or in bfloat16"
@@ -162,15 +162,16 @@ def _compressed_tensors(given: dict[str, Any]) -> Quantized:
     config = msgspec.convert(given, _CompressedTensors)
     sparsity = (config.sparsity_config or {}).get("format") or None
     _allowed(method, "sparsity", sparsity, (None, "dense"))
-    transforms = (config.transform_config or {}).get("config_groups") or None
-    _allowed(method, "transforms", transforms, (None,))
+    transforms = (config.transform_config or {}).get("config_groups") or {}
+    _allowed(method, "transforms", ", ".join(transforms) or None, (None,))
     schemes = []
     for group in config.config_groups.values():
         if group.weights is None:
             continue
         _allowed(method, "format", group.format or config.format, _COMPRESSED_FORMATS)
         scheme = _scheme(method, group.weights, group.input_activations)
-        _allowed(method, "output activations", group.output_activations, (None,))
+        outputs = group.output_activations
+        _allowed(method, "output activations", outputs and outputs.type, (None,))
         for target in group.targets:
             re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
         schemes.append((tuple(group.targets), scheme))

@@ -68,9 +68,10 @@ def levels_of(
             raise ValueError(f"zero points are {list(zero.shape)}, scales {list(scale.shape)}")
         zero = None if bool((zero == (0 if is_byte else 8)).all()) else zero.contiguous()
     whole = group == inputs and zero is None and order is None
+    own = torch.contiguous_format  # what was read may be the file itself, mapped
     return Levels(
-        levels.contiguous() if is_byte else in_nibbles(levels),
-        scale.contiguous(),
+        levels.clone(memory_format=own) if is_byte else in_nibbles(levels),
+        scale.clone(memory_format=own),
         zero,
         inputs,
         group,
