@@ -1,30 +1,37 @@
-"""Two models behind one door: each answers as alone, by its name or an alias, while one more joins
-and leaves under load."""
+"""Two models behind one door, one with LoRA adapters: each name answers as alone, while a model
+joins and leaves and an adapter is replaced, under load and without a failed request."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from openai import NotFoundError, OpenAI
+from peft import PeftModel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from e2e.reference import model_folder
 from e2e.stack import PATIENCE_S, Stack, until
+from engine.tiny_lora import save_adapter
 
 COUNT = 16
 NAMES = ("first", "second", "third")
+ADAPTERS = {"calm": 1, "wild": 2, "wilder": 3}
+"""Of the first model: name -> seed. What is served as `wild` is replaced by the last one."""
 PROMPTS = ("One, two, three,", "The river " * 20, "a")
 
 
@@ -54,19 +61,25 @@ def folders() -> Iterator[dict[str, Path]]:
             model.save_pretrained(folder)
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(demo / file, folder)
-        yield {name: Path(base) / name for name in NAMES}
+        first = LlamaForCausalLM.from_pretrained(Path(base) / "first", dtype=torch.float32)
+        for name, seed in ADAPTERS.items():
+            save_adapter(Path(base) / "loras" / name, first, seed)
+        yield {name: Path(base) / name for name in (*NAMES, "loras")}
 
 
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, Path]) -> dict[tuple[str, str], str]:
-    """What `generate` says, by model and prompt."""
+    """What `generate` says, PEFT's with an adapter, by model or adapter and prompt."""
     found = {}
-    for name, folder in folders.items():
+    for name in (*NAMES, *ADAPTERS):
+        folder = folders["first" if name in ADAPTERS else name]
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        if name in ADAPTERS:
+            model = PeftModel.from_pretrained(model, str(folders["loras"] / name)).eval()
         for prompt in PROMPTS:
             tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
-            made = model.generate(tokens, do_sample=False, max_new_tokens=COUNT)
+            made = model.generate(input_ids=tokens, do_sample=False, max_new_tokens=COUNT)
             text = tokenizer.decode(made[0, tokens.shape[1] :], skip_special_tokens=True)
             found[name, prompt] = str(text)
     assert len(set(found.values())) == len(found), "no two answers are alike"
@@ -99,9 +112,17 @@ def joined(stack: Stack, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Load:
-    """Requests for some models, one after the other from each of three threads, until stopped."""
+    """Requests for some names, one after the other from each of three threads, until stopped.
+    `also`: what a name may say as well, for it is being replaced."""
 
-    def __init__(self, url: str, names: tuple[str, ...], expected: dict[tuple[str, str], str]):
+    def __init__(
+        self,
+        url: str,
+        names: tuple[str, ...],
+        expected: dict[tuple[str, str], str],
+        also: dict[str, str],
+    ):
+        self.also, self.late = also, Counter[str]()
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._stop = threading.Event()
@@ -125,9 +146,11 @@ class Load:
             except Exception as error:  # noqa: BLE001 (whatever a client may meet is a failure here)
                 self.wrong.append(f"{name}: {error!r}")
                 return
-            if text != expected[name, prompt]:
+            other = expected[self.also[name], prompt] if name in self.also else None
+            if text not in (expected[name, prompt], other):
                 self.wrong.append(f"{name}: {text!r}")
             self.counts[name] += 1
+            self.late[name] += text == other
 
     def stop(self) -> None:
         self._stop.set()
@@ -143,39 +166,60 @@ def page_of(stack: Stack) -> str:
 
 def said(client: OpenAI, model: str, prompt: str) -> str:
     answer = client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=COUNT)
-    assert answer.model in NAMES
+    assert answer.model == model
     return answer.choices[0].text
 
 
-def test_models_join_answer_and_leave_under_load(
+def change(stack: Stack, what: str, **body: Any) -> str:
+    """Load or unload an adapter, as a client of vLLM would."""
+    request = urllib.request.Request(
+        f"{stack.url}/v1/{what}_lora_adapter",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return str(reply.read().decode())
+
+
+def test_models_and_adapters_come_and_go_under_load(
     folders: dict[str, Path], expected: dict[tuple[str, str], str], tmp_path: Path
 ) -> None:
     routes = tmp_path / "routes.toml"
     routes.write_text("")
     environ = {"SLIPSTREAM_MODEL": str(folders["first"]), "SLIPSTREAM_ROUTES_FILE": str(routes)}
+    environ |= {"SLIPSTREAM_LORA_DIR": str(folders["loras"]), "SLIPSTREAM_ALLOW_LORA_UPDATES": "1"}
+    environ |= {"SLIPSTREAM_LORA_MODULES": "calm=calm"}
     stack = Stack(environ=environ, max_model_len=0)
     try:
         client = OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=60)
         with joined(stack, folders["second"]):
-            listed = {card.id: card.model_extra for card in client.models.list()}
-            assert listed.keys() == {"first", "second"}
-            assert [listed[n]["max_model_len"] for n in ("first", "second")] == [384, 512]
-            load = Load(stack.url, ("first", "second"), expected)
-            until(lambda: min(load.counts[n] for n in ("first", "second")) >= 2, "answers of both")
-            with pytest.raises(
-                NotFoundError, match=r"'third' does not exist\. Served here: 'first'"
-            ):
+            loaded = change(stack, "load", lora_name="wild", lora_path="wild", base_model="first")
+            assert loaded == "Success: LoRA adapter 'wild' added successfully."
+            listed = {card.id: card.model_extra or {} for card in client.models.list()}
+            assert listed.keys() == {"first", "second", "calm", "wild"}
+            assert [listed[name]["max_model_len"] for name in listed] == [384, 512, 384, 384]
+            assert listed["calm"]["parent"] == listed["wild"]["parent"] == "first"
+            load = Load(stack.url, tuple(listed), expected, {"wild": "wilder"})
+            until(lambda: min(load.counts[name] for name in listed) >= 2, "answers of all")
+            assert not load.late["wild"]
+            unknown = r"'third' does not exist\. Served here: 'first', 'second', 'calm', 'wild'"
+            with pytest.raises(NotFoundError, match=unknown):
                 said(client, "third", "a")
             with joined(stack, folders["third"]) as third:
                 for prompt in PROMPTS:
                     assert said(client, "third", prompt) == expected["third", prompt]
+                named = {"lora_name": "wild", "lora_path": "wilder", "base_model": "first"}
+                change(stack, "load", **named, load_inplace=True)
+                assert said(client, "wild", "a") == expected["wilder", "a"]
                 _routes_change_without_a_restart(stack, client, routes, expected)
                 routes.write_text("")
                 third.send_signal(signal.SIGTERM)
                 assert third.wait(PATIENCE_S) == 0
             assert said(client, "first", "a") == expected["first", "a"]
             load.stop()
-            assert min(load.counts.values()) >= 2, load.counts
+            assert min(load.counts.values()) >= 4, load.counts
+            assert 0 < load.late["wild"] < load.counts["wild"]
+            _an_adapter_is_taken_away(stack, client)
             page = page_of(stack)
             for name in ("first", "second", "third"):
                 line = f'vllm:request_success_total{{finished_reason="length",model_name="{name}"}}'
@@ -183,6 +227,20 @@ def test_models_join_answer_and_leave_under_load(
         stack.close()
     finally:
         stack.kill()
+
+
+def _an_adapter_is_taken_away(stack: Stack, client: OpenAI) -> None:
+    """And its memory is given back, when nobody can have it any more."""
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        change(stack, "load", lora_name="calm", lora_path="calm", base_model="first")
+    change(stack, "unload", lora_name="calm")
+    with pytest.raises(NotFoundError):
+        said(client, "calm", "a")
+
+    def let_go() -> int:
+        return len(re.findall("drops the LoRA adapter calm@", stack.log))
+
+    until(lambda: let_go() == 2, "both workers let it go")
 
 
 def _routes_change_without_a_restart(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.architectures import tiny_config, tiny_model
 from engine.tiny import Bench, greedy, prompt_of, scrambled_blocks
+from engine.tiny_lora import expected, save_adapter
 from slipstream.core.machine import Admission, BatchPlan, Row, RowOutput
 from slipstream.engine.batch import Inputs, build_batch
 from slipstream.engine.lora import CONFIG, PICKLE, WEIGHTS, LoraLimits, Low, read_lora
@@ -25,10 +26,6 @@ from slipstream.errors import ErrorCode
 from slipstream.kernels.build import VARIABLE
 from slipstream.kernels.ops import NO_ADAPTER, Quantization
 from slipstream.kernels.reference import Reference
-
-pytest.importorskip("peft")
-
-from engine.tiny_lora import expected, save_adapter
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]
 COUNT = 12

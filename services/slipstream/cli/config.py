@@ -16,6 +16,7 @@ from slipstream.config import (
     LogLevel,
     LoraBytes,
     LoraDir,
+    LoraModules,
     MaxLoraRank,
     MaxLoras,
     MaxModelLen,
@@ -40,6 +41,7 @@ from slipstream.config import (
     Transports,
     Watchdog,
 )
+from slipstream.config.lora import lora_modules
 from slipstream.config.rules import check_offload, check_ranks, check_transports
 from slipstream.frontend.config import (
     ApiKeysFile,
@@ -102,6 +104,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_lora_rank: MaxLoraRank = 64
     lora_bytes: LoraBytes = 512 * 2**20
     lora_dir: LoraDir = ""
+    lora_modules: LoraModules = ""
     tool_format: ToolFormat = "auto"
     reasoning_format: ReasoningFormat = "auto"
 
@@ -182,6 +185,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         check_otlp_endpoint(self.otlp_endpoint)
         check_offload(self.offload_disk_bytes, self.offload_dir)
         check_ranks(self.tensor_parallel_size, bool(self.offload_host_bytes or self.offload_dir))
+        lora_modules(self.lora_modules)
         if self.join and self.run_dir:
             raise ValueError("--join names the run directory; leave --run-dir out")
         if self.port + self.frontend - 1 > 65535:

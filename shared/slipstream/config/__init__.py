@@ -12,7 +12,7 @@ from slipstream.config.loader import (
     load,
     load_with_origin,
 )
-from slipstream.config.lora import LoraBytes, LoraDir, MaxLoraRank, MaxLoras
+from slipstream.config.lora import LoraBytes, LoraDir, LoraModules, MaxLoraRank, MaxLoras
 from slipstream.config.rules import AUTO_TRANSPORTS, is_loopback, make_folder, require_folder
 from slipstream.config.service import (
     Dtype,
@@ -68,6 +68,7 @@ __all__ = [
     "LogLevel",
     "LoraBytes",
     "LoraDir",
+    "LoraModules",
     "MaxLoraRank",
     "MaxLoras",
     "MaxModelLen",

@@ -20,6 +20,13 @@ LoraBytes: TypeAlias = Annotated[
         "free by the KV blocks."
     ),
 ]
+LoraModules: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="LoRA adapters to begin with: name=folder, several with commas between. "
+        "Requests ask for them by the name."
+    ),
+]
 LoraDir: TypeAlias = Annotated[
     str,
     Meta(
@@ -27,3 +34,17 @@ LoraDir: TypeAlias = Annotated[
         "relative to it; empty: they may lie anywhere."
     ),
 ]
+
+
+def lora_modules(given: str) -> list[tuple[str, str]]:
+    """Names and folders of `--lora-modules`. ValueError: it says something else."""
+    found: dict[str, str] = {}
+    for item in given.split(",") if given else ():
+        name, _, path = item.partition("=")
+        if not (name and path) or name in found:
+            raise ValueError(
+                f"--lora-modules: '{item}' is not name=folder with a name of its own; write "
+                "'style=/loras/style,other=/loras/other'"
+            )
+        found[name] = path
+    return list(found.items())

@@ -13,7 +13,14 @@ from msgspec import Meta
 
 from slipstream.config.cluster import InsecureBus, KeysDir, Watchdog
 from slipstream.config.devices import Device, GpuMemoryShare, LoadFormat, TensorParallelSize
-from slipstream.config.lora import LoraBytes, LoraDir, MaxLoraRank, MaxLoras
+from slipstream.config.lora import (
+    LoraBytes,
+    LoraDir,
+    LoraModules,
+    MaxLoraRank,
+    MaxLoras,
+    lora_modules,
+)
 from slipstream.config.rules import check_offload, check_ranks, check_transports, is_loopback
 from slipstream.config.values import ByteSize, ConfigError
 from slipstream.types import Role, role_of
@@ -216,6 +223,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     max_lora_rank: MaxLoraRank = 64
     lora_bytes: LoraBytes = 512 * 2**20
     lora_dir: LoraDir = ""
+    lora_modules: LoraModules = ""
     overlap: Annotated[bool, Meta(description="Plan the next step while one runs.")] = True
     transports: Transports = "auto"
     shm_dir: ShmDir = "/dev/shm"
@@ -264,6 +272,7 @@ class WorkerConfig(ServiceConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         check_transports(self.transports)
         check_offload(self.offload_disk_bytes, self.offload_dir)
         check_ranks(self.tensor_parallel_size, self.offloads)
+        lora_modules(self.lora_modules)
         if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
             raise ValueError("--kv-events-replay-endpoint needs --kv-events-endpoint")
 

@@ -91,6 +91,7 @@ class WorkerExecutor:
             case LoadAdapter(name, path) if self._adapters is not None:
                 self._load(self._adapters, name, path)
             case DropAdapter(adapter_id) if self._adapters is not None:
+                _LOG.info("drops the LoRA adapter %s", adapter_id)
                 self._steps.between(partial(self._adapters.drop, adapter_id))
             case PublishKvEvents(events):
                 assert self._kv_events is not None

@@ -6,9 +6,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from slipstream.config import SetupError, StartError, WorkerConfig, format_bytes
+from slipstream.config.lora import lora_modules
 from slipstream.core.worker import WorkerMachine
 from slipstream.core.worker_settings import WorkerSettings
 from slipstream.core.worker_spans import WorkerSpans
+from slipstream.engine.adapters import AdapterBook
 from slipstream.engine.executor import WorkerExecutor
 from slipstream.engine.kv_events import KvEventPublisher
 from slipstream.engine.model_config import ForeignModel, ModelError, ServedModel
@@ -33,7 +35,7 @@ from slipstream.errors import ExitCode
 from slipstream.kv.choice import Transports
 from slipstream.kv.device import DeviceSegment
 from slipstream.kv.segment import Segment, remove_dead_segments
-from slipstream.messages import NodeInfo, WorkerInfo
+from slipstream.messages import AdapterInfo, NodeInfo, WorkerInfo
 from slipstream.runtime.identity import host_identity, new_epoch
 from slipstream.runtime.log import set_up
 from slipstream.runtime.memory import available_memory, require_host_tiers
@@ -72,14 +74,15 @@ def run_worker(config: WorkerConfig) -> int:
             transports = make_transports(config, segment)
             stack.callback(transports.close)
             rank_transports = team.make_pools(size.num_blocks) if team is not None else ()
-            node = _node(config, plan, size, segment, transports, rank_transports)
-            machine = WorkerMachine(node, _settings(config, plan.model))
             pool = pool_tensor(plan, segment)
             if runner is None:
                 runner = load_runner(config, plan, pool)
             else:
                 runner.attach(pool)
                 runner.prepare(config.max_num_seqs)
+            adapters = _load_adapters(config, runner.adapters)
+            node = _node(config, plan, size, segment, transports, rank_transports, adapters)
+            machine = WorkerMachine(node, _settings(config, plan.model))
             _announce(config, plan, size, segment, transports)
             kv_events = _kv_events(config, node)
             if kv_events is not None:
@@ -165,6 +168,7 @@ def _node(
     segment: Segment | DeviceSegment,
     transports: Transports,
     rank_transports: tuple[dict[str, str], ...],
+    adapters: tuple[AdapterInfo, ...],
 ) -> NodeInfo:
     return NodeInfo(
         node_id=config.node_id,
@@ -186,8 +190,25 @@ def _node(
             quantization=plan.weights,
             device=what_computes(plan),
             rank_transports=rank_transports,
+            adapters=adapters,
         ),
     )
+
+
+def _load_adapters(config: WorkerConfig, book: AdapterBook) -> tuple[AdapterInfo, ...]:
+    """Those to begin with. StartError 4: one of them is none, and why."""
+    found = []
+    for name, path in lora_modules(config.lora_modules):
+        read = book.read(name, path)
+        if read.adapter is None:
+            why = read.problem.message if read.problem is not None else "it cannot be read"
+            raise StartError(
+                f"slipstream {config.role}: --lora-modules {name}={path}: {why}", ExitCode.MODEL
+            )
+        book.put(read.adapter.adapter_id)
+        _LOG.info("LoRA adapter %s from %s", read.adapter.adapter_id, path)
+        found.append(read.adapter)
+    return tuple(found)
 
 
 def _kv_events(config: WorkerConfig, node: NodeInfo) -> KvEventPublisher | None:
