@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slipstream.offline.llm import LLM as LLM
     from slipstream.offline.outputs import RequestOutput as RequestOutput
+    from slipstream.offline.params import LoRARequest as LoRARequest
     from slipstream.offline.params import SamplingParams as SamplingParams
 
 __path__ = pkgutil.extend_path(__path__, __name__)  # in a checkout parts of it lie elsewhere
 
 _WHERE = {
     "LLM": "slipstream.offline.llm",
+    "LoRARequest": "slipstream.offline.params",
     "RequestOutput": "slipstream.offline.outputs",
     "SamplingParams": "slipstream.offline.params",
 }

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.tiny import WORDS, prompt_of, save_model
-from slipstream import LLM, RequestOutput, SamplingParams
+from slipstream import LLM, LoRARequest, RequestOutput, SamplingParams
 from slipstream.config import ConfigError, StartError
 from slipstream.offline.cluster import OPEN_MAX
 
@@ -209,3 +209,38 @@ def test_the_program_of_the_page_runs() -> None:
     )
     assert ran.returncode == 0 and "Paris" in ran.stdout, ran.stdout + ran.stderr
     assert "Traceback" not in ran.stderr and "Loop" not in ran.stderr, ran.stderr
+
+
+def test_adapters_are_mixed_in_one_call(
+    llm: LLM, saved: tuple[Path, PreTrainedModel], tmp_path: Path
+) -> None:
+    """The tokens of PEFT, with a request for each prompt, for all, and in a chat."""
+    pytest.importorskip("peft")
+    from engine.tiny_lora import save_adapter
+
+    made = [save_adapter(tmp_path / str(n), saved[1], n, lora_alpha=8 + n) for n in range(2)]
+    first, second = (LoRARequest(f"a{n}", n + 1, str(tmp_path / str(n))) for n in range(2))
+    prompt = prompt_of(40, 3)
+    outputs = llm.generate([prompt] * 4, GREEDY, lora_request=[first, None, second, first])
+    wanted = [right(model, prompt, 12) for model in (made[0], saved[1], made[1], made[0])]
+    assert [each.outputs[0].token_ids for each in outputs] == wanted and wanted[0] != wanted[1]
+    (again,) = llm.generate([prompt], GREEDY, lora_request=second)
+    assert again.outputs[0].token_ids == wanted[2] and again.num_cached_tokens  # its own blocks
+    (plain,) = llm.generate([prompt], GREEDY)
+    assert plain.outputs[0].token_ids == wanted[1]
+    moved = LoRARequest("a0", 1, str(tmp_path / "1"))  # another one in its place
+    (output,) = llm.generate([prompt], GREEDY, lora_request=moved)
+    assert output.outputs[0].token_ids == wanted[2]
+
+
+def test_what_no_adapter_is_says_why(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora_request: .*No such file or directory"):
+        llm.generate("a", GREEDY, lora_request=LoRARequest("x", 1, str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="2 lora_request for 1 prompts; give one, or as many"):
+        llm.generate(["a"], GREEDY, lora_request=[None, None])
+    two = [LoRARequest("x", 1, "/a"), LoRARequest("x", 1, "/b")]
+    with pytest.raises(ValueError, match="x names two folders; give two names"):
+        llm.generate(["a", "b"], GREEDY, lora_request=two)
+    with pytest.raises(ValueError, match="needs lora_name and lora_path"):
+        LoRARequest("", 1, "/a")
+    assert llm.generate("a", GREEDY)[0].outputs[0].token_ids

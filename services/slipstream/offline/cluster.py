@@ -5,13 +5,22 @@ What is decided, and every token, is what `slipstream serve` would make of the s
 
 import asyncio
 import math
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from slipstream.config import SetupError, WorkerConfig
-from slipstream.core.machine import Closed, Deliver, Effect, Opened
+from slipstream.core.machine import (
+    AdapterAsked,
+    Closed,
+    Deliver,
+    DeliverAdapter,
+    Effect,
+    Opened,
+)
 from slipstream.core.worker import WorkerMachine
 from slipstream.core.worker_settings import WorkerSettings
 from slipstream.engine.executor import WorkerExecutor
@@ -24,11 +33,20 @@ from slipstream.engine.worker_parts import (
     pool_tensor,
     room_of,
 )
+from slipstream.errors import Problem
 from slipstream.frontend.gateway import StreamItem
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.frontend.settings import FrontendSettings
 from slipstream.kv.choice import Transports
-from slipstream.messages import SCHEDULER, NodeInfo, Tokenize, TokenizerInfo, WorkerInfo
+from slipstream.messages import (
+    SCHEDULER,
+    AdapterChanged,
+    ChangeAdapter,
+    NodeInfo,
+    Tokenize,
+    TokenizerInfo,
+    WorkerInfo,
+)
 from slipstream.offline.process import Network, Process
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.scheduler.settings import SchedulerSettings
@@ -43,6 +61,8 @@ from slipstream.types import Role
 OPEN_MAX = 512
 """Requests at a time; the others have not begun to exist."""
 LONGEST_S = 86_400.0
+ADAPTER_S, AGAIN_S = 90.0, 0.05
+"""For a LoRA adapter to be loaded; until who is not ready yet is asked again."""
 _EPOCH = 1
 """There is one life of it."""
 
@@ -68,6 +88,7 @@ class Cluster:
         self._runner.attach(pool_tensor(plan, self._segment))
         self._segment.close()  # nobody else maps it: its name goes now, it goes with us
         self._put: dict[str, Callable[[StreamItem], None]] = {}
+        self._changes: dict[str, asyncio.Future[AdapterChanged]] = {}
 
     async def start(self, failed: Callable[[BaseException], None]) -> None:
         network = Network(asyncio.get_running_loop(), failed)
@@ -86,7 +107,8 @@ class Cluster:
         self._encoder = self._start_tokenizer(network)
         info = _info("frontend-0", Role.FRONTEND)
         settings = FrontendSettings(max_requests=OPEN_MAX, recovery_wait_s=LONGEST_S)
-        self._frontend = Process(network, info, FrontendMachine(info, settings), self._deliver)
+        self._machine = FrontendMachine(info, settings)
+        self._frontend = Process(network, info, self._machine, self._deliver)
         await self._worker[1].start(self._worker[0].post)
         await self._encoder[1].start(self._encoder[0].post)
 
@@ -151,7 +173,33 @@ class Cluster:
 
         return close
 
+    async def adapter(self, name: str, path: str) -> str | Problem:
+        """Its id, once it is loaded, in the place of another one of its name."""
+        end_s = time.monotonic() + ADAPTER_S
+        while True:
+            call_id = uuid.uuid4().hex
+            changed: asyncio.Future[AdapterChanged] = asyncio.get_running_loop().create_future()
+            self._changes[call_id] = changed
+            change = ChangeAdapter(
+                call_id=call_id, model=self.model, name=name, path=path, replace=True
+            )
+            self._frontend.post(AdapterAsked(change))
+            try:
+                problem = (await asyncio.wait_for(changed, ADAPTER_S)).problem
+            finally:
+                del self._changes[call_id]
+            if problem is None:
+                known = self._machine.membership.models[self.model].adapters
+                return next(each.adapter_id for each in known if each.name == name)
+            if problem.retry_after_s is None or time.monotonic() >= end_s:
+                return problem
+            await asyncio.sleep(AGAIN_S)  # those who have just begun do not know of each other yet
+
     def _deliver(self, effect: Effect) -> None:
+        if isinstance(effect, DeliverAdapter):
+            if (changed := self._changes.get(effect.changed.call_id)) is not None:
+                changed.set_result(effect.changed)
+            return
         assert isinstance(effect, Deliver)
         if (put := self._put.get(effect.request_id)) is not None:
             put(effect.item)

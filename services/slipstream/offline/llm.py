@@ -19,7 +19,7 @@ from slipstream.frontend.gateway import StreamItem
 from slipstream.messages import ChatPrompt, Prompt, TextDelta, TextPrompt, Tokenize, TokenPrompt
 from slipstream.offline.cluster import LONGEST_S, OPEN_MAX, Cluster
 from slipstream.offline.outputs import CompletionOutput, RequestOutput, add
-from slipstream.offline.params import SamplingParams
+from slipstream.offline.params import LoRARequest, SamplingParams
 from slipstream.tokenizer.codec import PromptError
 from slipstream.types import pack_tokens
 
@@ -29,6 +29,7 @@ Chat: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages of one conversation."""
 T = TypeVar("T")
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
+Loras: TypeAlias = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 class LLM:
@@ -45,6 +46,8 @@ class LLM:
         found = prepare(model, models_dir(os.environ), Console(stderr=True))
         self._cluster = Cluster(_config(str(found.folder), settings))
         self._count = 0
+        self._loaded: dict[str, tuple[str, str]] = {}
+        """Name of a LoRA adapter -> its folder and id."""
         self._loop = asyncio.new_event_loop()
         self._error: BaseException | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -77,14 +80,17 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
+        lora_request: Loras = None,
     ) -> list[RequestOutput]:
         """Answers in the order of the prompts. A prompt that cannot be served (too long, no token)
         has `error` in its output; the others are not harmed.
 
-        `use_tqdm`: a bar on a terminal. RuntimeError: the engine has ended.
+        `use_tqdm`: a bar on a terminal. `lora_request`: the adapter of all, or one or None for
+        each. RuntimeError: the engine has ended. ValueError: an adapter cannot be loaded, and why.
         """
         listed: Sequence[Any] = [prompts] if _is_one(prompts) else list(prompts)
-        return self._answers([_text(each) for each in listed], sampling_params, use_tqdm)
+        texts = [_text(each) for each in listed]
+        return self._answers(texts, sampling_params, use_tqdm, lora_request)
 
     def chat(
         self,
@@ -96,6 +102,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: Loras = None,
     ) -> list[RequestOutput]:
         """As `generate`, of conversations, by the model's chat template."""
         chats: Sequence[Any] = messages
@@ -114,7 +121,7 @@ class LLM:
             )
             for chat in chats
         ]
-        return self._answers(prompts, sampling_params, use_tqdm)
+        return self._answers(prompts, sampling_params, use_tqdm, lora_request)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, as `generate` makes them."""
@@ -123,11 +130,12 @@ class LLM:
     # --- Inside -----------------------------------------------------------------------------------
 
     def _answers(
-        self, prompts: list[tuple[str | None, Prompt]], params: Params, bar: bool
+        self, prompts: list[tuple[str | None, Prompt]], params: Params, bar: bool, loras: Loras
     ) -> list[RequestOutput]:
-        each = _each(params, len(prompts))
+        each = _each("sampling_params", params or SamplingParams(), len(prompts))
+        adapters = _each("lora_request", loras, len(prompts))
         with progress(Console(stderr=True, quiet=not bar), "prompts") as advance:
-            return self._call(self._all(prompts, each, advance))
+            return self._call(self._all(prompts, each, adapters, advance))
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """On the loop, and waited for. Whoever stops waiting (Ctrl-C) has it cancelled."""
@@ -148,8 +156,10 @@ class LLM:
         self,
         prompts: list[tuple[str | None, Prompt]],
         params: Sequence[SamplingParams],
+        loras: Sequence[LoRARequest | None],
         advance: Advance,
     ) -> list[RequestOutput]:
+        adapters = await self._adapters(loras)
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         left = iter(range(len(prompts)))
         done = 0
@@ -157,7 +167,7 @@ class LLM:
         async def serve() -> None:
             nonlocal done
             for index in left:  # shared: whoever is free takes the next one
-                outputs[index] = await self._one(*prompts[index], params[index])
+                outputs[index] = await self._one(*prompts[index], params[index], adapters[index])
                 done += 1
                 advance(done, len(prompts))
 
@@ -175,7 +185,24 @@ class LLM:
             raise
         return [output for output in outputs if output is not None]
 
-    async def _one(self, text: str | None, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    async def _adapters(self, loras: Sequence[LoRARequest | None]) -> list[str]:
+        """Their ids, loaded if they are not yet."""
+        wanted = {each.lora_name: each.lora_path for each in loras if each}
+        for lora in loras:
+            if lora and lora.lora_path != wanted[lora.lora_name]:
+                name = lora.lora_name
+                raise ValueError(f"lora_request: {name} names two folders; give two names")
+        for name, path in wanted.items():
+            if self._loaded.get(name, ("", ""))[0] != path:
+                found = await self._cluster.adapter(name, path)
+                if isinstance(found, Problem):
+                    raise ValueError(f"lora_request: {found.message}")
+                self._loaded[name] = path, found
+        return [self._loaded[each.lora_name][1] if each else "" for each in loras]
+
+    async def _one(
+        self, text: str | None, prompt: Prompt, params: SamplingParams, adapter: str
+    ) -> RequestOutput:
         self._count += 1
         output = RequestOutput(str(self._count), text, [], [])
         if self._error is not None:
@@ -194,6 +221,7 @@ class LLM:
             sampling=params.wire(self._cluster.max_model_len, seed=seed),
             timeout_s=LONGEST_S,
             model=self._cluster.model,
+            adapter=adapter,
             clamp_max_tokens=params.max_tokens is None,
             constraint=params.constraint(),
             bad_words=tuple(params.bad_words),
@@ -256,9 +284,9 @@ def _text(prompt: Text) -> tuple[str | None, Prompt]:
     )
 
 
-def _each(params: Params, count: int) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one, or as many")
-    return params
+def _each(name: str, given: T | Sequence[T], count: int) -> Sequence[T]:
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{len(given)} {name} for {count} prompts; give one, or as many")
+    return given

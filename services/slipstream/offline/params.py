@@ -1,5 +1,6 @@
 """How answers are sampled, under the names that users of vLLM know."""
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,21 @@ from slipstream.types import Constraint, ConstraintKind
 
 _SEED_BITS = 63
 CHOICES_MAX = 256
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """A LoRA adapter that prompts are answered with: a name, and the folder that PEFT saved."""
+
+    lora_name: str
+    lora_int_id: int
+    """vLLM's users know it; what counts here is the name."""
+    lora_path: str
+
+    def __post_init__(self) -> None:
+        if not self.lora_name or not self.lora_path:
+            raise ValueError("a LoRARequest needs lora_name and lora_path")
+        object.__setattr__(self, "lora_path", os.path.abspath(self.lora_path))
 
 
 @dataclass(frozen=True, kw_only=True)
