@@ -52,8 +52,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """A LoRA adapter as it lies in a worker's memory."""
 
     adapter_id: Annotated[str, Meta(max_length=128)]
-    """`name@version`; the version is a digest of what the adapter adds, so that two workers with
-    the same id compute the same, and blocks of another version are never used."""
+    """`name@version`; the version is a digest of what is added: two workers with the same id compute
+    the same."""
     name: str
     path: str
     """Where it was read from."""
@@ -359,7 +359,7 @@ class Tokenize(Message, kw_only=True, frozen=True):
     model: str = ""
     """Whose tokens are wanted; a tokenizer of another one refuses."""
     adapter: str = ""
-    """The id of the one whose weights are added; empty: none."""
+    """By id, whose weights are added; empty: none."""
     attempt: int = 1
     accepted: bytes = b""
     salt: str = ""
