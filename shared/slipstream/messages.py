@@ -52,8 +52,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """A LoRA adapter as it lies in a worker's memory."""
 
     adapter_id: Annotated[str, Meta(max_length=128)]
-    """`name@version`; the version is a digest of what is added: two workers with the same id compute
-    the same."""
+    """`name@version`; the version is a digest of what is added: equal ids compute the same."""
     name: str
     path: str
     """Where it was read from."""
