@@ -273,7 +273,7 @@ def quantized(source: Path, folder: Path, form: Format) -> Path:
         stored[name] = meant[name] = tensor
         if is_linear(name, tensor):
             del stored[name]
-            parts, meant[name] = form.make(tensor)
+            parts, meant[name] = form.make(tensor.float())
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{part}": each.contiguous() for part, each in parts.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
