@@ -302,3 +302,17 @@ def test_an_account_never_knows_less_than_before() -> None:
     assert account.hear({"m": [5, 0, 10, 0, 10]}) == Used(5, 20)
     assert account.hear({"m": [2, 0, 4, 0, 4], "n": [1, 0, 0, 0, 1]}) == Used(1, 1)
     assert account.used() == Used(6, 21)
+
+
+@pytest.mark.parametrize("end", ["failed", "nothing"])
+def test_what_is_counted_during_an_exchange_is_said_by_the_next(end: str) -> None:
+    ledger = Ledger(0.0, 0.0)
+    meter = ledger.meter("a")
+    writes = ledger.due(0.0)
+    assert not any(write.rows for write in writes), "questions"
+    meter.count("m", Kind.REQUESTS, 1, 0.0)
+    if end == "failed":
+        ledger.failed(writes)
+    else:
+        ledger.heard(writes, [None] * len(writes), 0.0, 0.0)
+    assert meter.month(0.0).dirty

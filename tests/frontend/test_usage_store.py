@@ -5,11 +5,13 @@ import logging
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from frontend.fakes import until
 from frontend.usages import Accounts, MemoryUsage
 from kvindex import servers
 from kvindex.conftest import RedisServer
@@ -18,7 +20,7 @@ from slipstream.cli.plan import Layout, redis_child
 from slipstream.frontend import usage_sync
 from slipstream.frontend.journal import StoreError
 from slipstream.frontend.usage import Account, Kind, Ledger, Used, Write, minute, month
-from slipstream.frontend.usage_store import RedisUsage, UsageStore
+from slipstream.frontend.usage_store import Exchanged, RedisUsage, UsageStore
 from slipstream.frontend.usage_sync import ACCOUNTS_PER_SCRIPT, UsageSync
 
 UNIX_S = 1_795_000_000.0
@@ -242,15 +244,52 @@ async def test_many_clients_are_many_scripts(server: RedisServer) -> None:
     await sync.close()
 
 
-async def test_the_last_is_said_at_the_end_and_the_old_removed() -> None:
+async def test_the_old_is_looked_for_beside_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not where the clocks of store and host are a day apart: that may be the store's fault."""
+    monkeypatch.setattr(usage_sync, "EXCHANGE_S", 0.01)
+
+    class Slow(MemoryUsage):
+        async def forget(self, oldest: str) -> None:
+            await super().forget(oldest)
+            await asyncio.sleep(60)
+
+    for unix_s, forgotten in ((UNIX_S, []), (time.time(), [month(time.time(), 12).name])):
+        accounts = Accounts()
+        accounts.unix_s = unix_s
+        store = Slow(accounts, "f-0.1")
+        sync = Sync(store)
+        sync.ledger.meter("a")
+        running = asyncio.create_task(sync.run())
+        await until(lambda: sync.statistics().get("usage_exchanges_total", 0) > 5)  # noqa: B023
+        assert store.forgotten == forgotten
+        running.cancel()
+
+
+async def test_an_exchange_that_is_broken_off_has_said_nothing() -> None:
+    """By the end of who asks for usage, or of the frontend: what it was to say is said later."""
+
+    class Hangs(MemoryUsage):
+        async def exchange(self, writes: Sequence[Write]) -> Exchanged:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    accounts = Accounts()
+    sync = Sync(Hangs(accounts, "f-0.1"))
+    sync.ledger.meter("a").count("m", Kind.REQUESTS, 1, sync.now_s)
+    for chore in (sync.exchange(), sync.ask([sync.ledger.meter("a").month(sync.now_s)])):
+        task = asyncio.create_task(chore)
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait({task})
+        assert sync.ledger.meter("a").month(sync.now_s).dirty
+
+
+async def test_the_last_is_said_at_the_end() -> None:
     accounts = Accounts()
     store = MemoryUsage(accounts, "f-0.1")
     sync = Sync(store)
-    running = asyncio.create_task(sync.run())
-    await asyncio.sleep(0.05)
-    assert store.forgotten == [], "the clocks are apart: this host's is not of 2026-11-18"
+    await sync.exchange()
     sync.ledger.meter("a").count("m", Kind.REQUESTS, 1, sync.now_s)
-    running.cancel()
     await sync.close()
     assert accounts.kept["a", month(accounts.unix_s).name]["f-0.1"] == {"m": [1, 0, 0, 0, 0]}
     for writes in ([], [Write(account(REQUESTS=1), {}, Used(0, 0))]):

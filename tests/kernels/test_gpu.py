@@ -3,10 +3,13 @@
 The same walk over the same drawn shapes that a card is checked with (`gpu.check`).
 """
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,25 +29,21 @@ MORE = (3, 7, 8)
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", FLOAT8: "float8"}
 
 
-@pytest.mark.parametrize("name", [*check.CASES, "padding"])
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float32, FLOAT8),
-        (torch.bfloat16, FLOAT8),
-    ],
-    ids=lambda dtypes: "-".join(KINDS[each] for each in dtypes),
-)
+def operations() -> Iterator[Any]:
+    """Each with the dtypes that it knows; only some look at the pool's."""
+    for model, pool in itertools.product((torch.float32, torch.bfloat16), (None, FLOAT8)):
+        for name in check.OF_FLOAT8_POOLS if pool else (*check.CASES, "padding"):
+            mark = f"{KINDS[model]}-{KINDS[pool or model]}-{name}"
+            yield pytest.param(name, model, pool or model, id=mark)
+
+
+@pytest.mark.parametrize(("name", "model", "pool"), [*operations()])
 def test_operations_agree_with_the_reference(
-    name: str, dtypes: tuple[torch.dtype, torch.dtype]
+    name: str, model: torch.dtype, pool: torch.dtype
 ) -> None:
-    if dtypes[1] == FLOAT8 and name not in check.OF_FLOAT8_POOLS:
-        pytest.skip("has no pool")
     seeds = UGLY if name in check.OF_FLOAT8_POOLS else SEEDS
-    for seed in seeds if dtypes[1] == FLOAT8 or name == "padding" else {*seeds, *MORE}:
-        assert (found := check.check_operation(name, seed, DEVICE, *dtypes)).ok, found
+    for seed in seeds if pool == FLOAT8 or name == "padding" else {*seeds, *MORE}:
+        assert (found := check.check_operation(name, seed, DEVICE, model, pool)).ok, found
 
 
 @pytest.mark.slow

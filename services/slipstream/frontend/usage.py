@@ -276,7 +276,7 @@ class Ledger:
 
     def failed(self, writes: Iterable[Write]) -> None:
         for write in writes:
-            write.account.dirty = bool(write.rows)
+            write.account.dirty |= bool(write.rows)
 
     def heard(
         self, writes: Sequence[Write], said: Sequence[Said | None], unix_s: float, now_s: float
@@ -291,7 +291,7 @@ class Ledger:
         for write, answer in zip(writes, said, strict=True):
             account = write.account
             if answer is None:
-                account.dirty = bool(write.rows)
+                account.dirty |= bool(write.rows)
                 continue
             lost = lost or (account.written and not answer.ours)
             account.written = account.written or bool(write.rows)

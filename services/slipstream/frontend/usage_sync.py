@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from slipstream.frontend.journal import StoreError
 from slipstream.frontend.usage import EXCHANGE_S, MONTHS_KEPT, Account, Ledger, Used, Write, month
@@ -45,18 +45,23 @@ class UsageSync:
 
     async def run(self) -> None:
         """Until cancelled."""
+        await asyncio.gather(self._again(self.exchange), self._again(self._forget))
+
+    async def _again(self, chore: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await self.exchange()
-            await self._forget()
+            await chore()
             await asyncio.sleep(EXCHANGE_S)
 
     async def exchange(self) -> None:
         """Says all that is due, and hears the rest."""
         async with self._one_at_a_time:
             writes = iter(self.ledger.due(self._clock()))
-            while part := list(itertools.islice(writes, ACCOUNTS_PER_SCRIPT)):
-                if not await self._exchanged(part):
-                    self.ledger.failed(writes)
+            try:
+                while part := list(itertools.islice(writes, ACCOUNTS_PER_SCRIPT)):
+                    if not await self._exchanged(part):
+                        return
+            finally:  # of what did not come to its turn
+                self.ledger.failed(writes)
 
     async def ask(self, accounts: Sequence[Account]) -> bool:
         """Hears of these now; whether the store could say all of it in time."""
@@ -84,6 +89,9 @@ class UsageSync:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 unix_s, said = await self._store.exchange(writes)
+        except asyncio.CancelledError:
+            self.ledger.failed(writes)
+            raise
         except Exception as error:  # noqa: BLE001 a count is not worth the frontend, nor its next exchange
             if not isinstance(error, (StoreError, TimeoutError)):
                 _log.exception("an exchange of usage failed")
@@ -111,5 +119,5 @@ class UsageSync:
         try:
             async with asyncio.timeout(FORGET_S):
                 await self._store.forget(oldest)
-        except (StoreError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 what is too old harms nobody, and is looked for again
             _log.warning("months before %s are not removed from Redis: %s", oldest, error)
