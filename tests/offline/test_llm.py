@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from engine.tiny import WORDS, prompt_of, save_model
 from slipstream import LLM, LoRARequest, RequestOutput, SamplingParams
 from slipstream.config import ConfigError, StartError
-from slipstream.offline.cluster import OPEN_MAX
+from slipstream.offline.cluster import LONGEST_S, OPEN_MAX
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -244,3 +244,13 @@ def test_what_no_adapter_is_says_why(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs lora_name and lora_path"):
         LoRARequest("", 1, "/a")
     assert llm.generate("a", GREEDY)[0].outputs[0].token_ids
+
+
+def test_what_is_left_of_the_time_may_be_said(llm: LLM) -> None:
+    """It is a difference of times, rounded: no message is refused for what it says."""
+    for _ in range(30):
+        llm.generate(["a"] * 8, SamplingParams(max_tokens=1))
+    processes = llm._cluster._frontend._network.processes.values()
+    assert [process._node.frames_malformed for process in processes] == [0] * len(processes)
+    limit = 86_400.0  # of `messages.Seconds`
+    assert all(now + LONGEST_S - now < limit for now in (0.1, 47_329.123, 1e6 / 3, 1e9 / 7))

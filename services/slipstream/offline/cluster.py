@@ -60,7 +60,9 @@ from slipstream.types import Role
 
 OPEN_MAX = 512
 """Requests at a time; the others have not begun to exist."""
-LONGEST_S = 86_400.0
+LONGEST_S = 86_000.0
+"""Less than a message may say (86,400 s): what is left of it is a difference of times, which may be
+rounded up."""
 ADAPTER_S, AGAIN_S = 90.0, 0.05
 """For a LoRA adapter to be loaded; until who is not ready yet is asked again."""
 _EPOCH = 1
