@@ -133,7 +133,6 @@ def test_tokens_are_those_of_peft(
 ) -> None:
     """Five adapters and none in one batch, in chunks, joining late; then each alone."""
     if kernels:  # a GPU's, interpreted
-        pytest.importorskip("triton")
         monkeypatch.setenv(VARIABLE, kernels)
     folder, model = saved(case)
     runner, count = runner_for(folder), 4 if kernels else COUNT
@@ -419,6 +418,8 @@ def tensors_with(folder: Path, **changes: Callable[[Tensor], Tensor | None]) -> 
         ({"r": "8"}, "Expected `int`, got `str` - at `$.r`"),
         ({"lora_alpha": 1e999}, "JSON is malformed"),
         ({"rank_pattern": {"(a+)+": 8}}, "pattern '(a+)+' may take very long to search for"),
+        ({"rank_pattern": {".?" * 3 + "Z": 8}}, "may take very long to search for"),
+        ({"rank_pattern": {str(n): 8 for n in range(65)}}, "65 patterns; at most 64 are read"),
         ({"alpha_pattern": {"[": 8}}, "pattern '[': unterminated character set"),
         ({"target_modules": ["q_proj", "w7"]}, "no tensors of w7, which target_modules name"),
     ],

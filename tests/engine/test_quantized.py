@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-pytest.importorskip("triton")
-
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine.architectures import tiny_config, tiny_model
 from engine.models_page import format_row

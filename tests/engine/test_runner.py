@@ -61,7 +61,6 @@ def test_greedy_tokens_equal_generate(
 ) -> None:
     """Three requests, chunked differently, one joining late, decoding together."""
     if kernels:  # a GPU's, interpreted
-        pytest.importorskip("triton")
         monkeypatch.setenv(VARIABLE, kernels)
     folder, model = saved(case)
     runner = runner_for(folder)
@@ -397,7 +396,6 @@ def test_float8_blocks_serve_nearly_as_well(saved: Saved, caplog: pytest.LogCapt
 
 
 def test_a_gpu_refuses_int8(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     monkeypatch.setenv(VARIABLE, "triton")
     with pytest.raises(SetupError, match="int8 weights are for CPUs; give --quantization fp8"):
         runner_for(saved("llama")[0], quantization="int8")

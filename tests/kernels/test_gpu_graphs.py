@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-
 from slipstream.kernels.drawn import EPSILON, batch_of
 from slipstream.kernels.gpu.backend import TritonBackend
 from slipstream.kernels.gpu.graphs import Graphs, Inputs, Replay

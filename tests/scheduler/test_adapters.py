@@ -3,6 +3,7 @@
 import msgspec
 
 from scheduler.rig import DECODE, PREFILL, WORKING, Rig, node, submit
+from slipstream.core.machine import PeerDown
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     AdapterAnswer,
@@ -18,7 +19,7 @@ from slipstream.messages import (
     UnwantAdapter,
     WantAdapter,
 )
-from slipstream.scheduler.adapters import AGAIN_S, LOAD_S, RETIRE_S
+from slipstream.scheduler.adapters import AGAIN_S, AWAY_S, LOAD_S, RETIRE_S
 from slipstream.types import NodeId
 
 FRONTEND = "frontend-0"
@@ -213,3 +214,32 @@ def test_what_a_worker_is_started_with_is_wanted_until_it_is_taken_away() -> Non
     assert desk.result() is None and desk.listed() == []
     desk.join(having(PREFILL, info("1", 0)))
     assert desk.listed() == [], "it was started with it, too, but that was long ago"
+
+
+def test_a_name_is_a_models_or_one_adapters() -> None:
+    desk = Desk()
+    taken = msgspec.structs.replace(info(generation=0), name="fake", adapter_id="fake@1")
+    other = node("decode-1", model="other", kv_layout_id="other/float32/l1")
+    assert other.worker is not None
+    for adapter in (taken, info(generation=0)):
+        worker = msgspec.structs.replace(other.worker, adapters=(adapter,))
+        desk.join(msgspec.structs.replace(other, worker=worker))
+    assert [a.adapter_id for a in desk.machine.adapters.of("other")] == ["a@1"]
+    assert "'fake' is the name of a model" in desk.notes[0]
+    desk.ask()
+    problem = desk.result()
+    assert problem is not None and "'a' is an adapter of 'other'" in problem.message
+    desk.join(having(DECODE, info("2", 0)))
+    assert desk.listed() == [] and "'a' is an adapter of 'other'" in desk.notes[-1]
+
+
+def test_a_model_that_is_gone_for_good_keeps_no_names() -> None:
+    desk = Desk()
+    desk.ask()
+    desk.load(info())
+    for gone in (PREFILL, DECODE, "tokenizer-0"):
+        desk.handle(PeerDown(gone))
+    desk.pass_time(AWAY_S - 10.0)
+    assert desk.listed() == ["a@1"], "it may come back"
+    desk.pass_time(20.0)
+    assert desk.listed() == []

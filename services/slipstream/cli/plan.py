@@ -1,5 +1,6 @@
 """Which processes `slipstream serve` starts, with which arguments. Starts nothing."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,8 +19,9 @@ from slipstream.kv.cuda_driver import count_gpus
 from slipstream.types import Role
 
 REDIS = "redis"
-NAME_CHARS_MAX = 24
-"""Of a model's, in the name of a process: paths of sockets are short."""
+NAME_CHARS_MAX = 16
+"""Of a model's, in the name of a process: paths of sockets are short. A digest tells apart what
+begins alike."""
 _OTHERS = re.compile(r"[^A-Za-z0-9._]")
 _NEVER_INHERITED = (
     "node_id",
@@ -86,7 +88,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         """Among those of a cluster that runs already, with the model's name in it."""
         if not self.config.join:
             return f"{role}-{index}"
-        return f"{role}-{_OTHERS.sub('_', self.model_name)[:NAME_CHARS_MAX]}-{index}"
+        name = _OTHERS.sub("_", self.model_name)[:NAME_CHARS_MAX]
+        digest = hashlib.blake2b(self.model_name.encode(), digest_size=3).hexdigest()
+        return f"{role}-{name}-{digest}-{index}"
 
 
 def plan(layout: Layout) -> list[ChildSpec]:

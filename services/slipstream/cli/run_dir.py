@@ -68,6 +68,11 @@ def running(base: Path) -> list[Path]:
     return found
 
 
+def is_alive(path: Path) -> bool:
+    """Whether the run in this folder is still held by its supervisor."""
+    return path in running(path.parent)
+
+
 def joined(wanted: str, environ: Mapping[str, str]) -> Path:
     """The folder of the run that `wanted` names. SetupError: there is no such run."""
     base = run_dir_base("", environ) if wanted == "auto" else Path(wanted).absolute().parent

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ from slipstream.cli.config import ServeConfig
 from slipstream.cli.models import Model, models_dir, prepare
 from slipstream.cli.plan import REDIS, Layout, metrics_ports, plan, redis_binary
 from slipstream.cli.preflight import preflight
-from slipstream.cli.ready import Readyz, reachable, ready_block, until_ready
-from slipstream.cli.run_dir import joined, private_run_dir, run_dir_base, sweep
+from slipstream.cli.ready import Readyz, ask, reachable, ready_block, until_ready
+from slipstream.cli.run_dir import is_alive, joined, private_run_dir, run_dir_base, sweep
 from slipstream.cli.screen import Screen
 from slipstream.cli.supervisor import Failure, Supervisor
-from slipstream.config import Loaded, StartError
+from slipstream.config import Loaded, SetupError, StartError
 from slipstream.errors import ExitCode
 from slipstream.runtime.ports import require_free
 
 _SERVICES = ("scheduler", "kvindex", "tokenizer", "prefill", "decode")
 STOP_ORDER: Sequence[Sequence[str]] = (("frontend",), _SERVICES, (REDIS,))
 """Frontends first: they finish their streams while everybody else still works."""
+JOINED_LOOK_S = 1.0
 SECOND_SIGNAL_S = 1.0
 """A signal sooner than this after the first is its echo: make passes on what its group got too."""
 
@@ -67,7 +68,27 @@ def serve(loaded: Loaded, environ: Mapping[str, str]) -> int:
             model_name=config.served_model_name or model.name,
             run_dir=run_dir,
         )
+        if config.join:
+            _check_joined(layout)
         return asyncio.run(_supervise(layout, model, screen, started))
+
+
+def _check_joined(layout: Layout) -> None:
+    """SetupError: no frontend is where it is said to be, or the model is served there already."""
+    config = layout.config
+    where = f"{config.host}:{config.port}"
+    answer = ask(config.host, config.port)
+    if answer.body is None:
+        raise SetupError(
+            f"slipstream serve: --join: no frontend answers at {where}; name one that does by "
+            "--host and --port"
+        )
+    ours = {spec.node_id for spec in plan(layout)}
+    if taken := sorted(ours & {node.node_id for node in answer.body.nodes}):
+        raise SetupError(
+            f"slipstream serve: --join: {taken[0]} is in that cluster already, with the model "
+            f"{layout.model_name}; give this one another --served-model-name, or end the other"
+        )
 
 
 def _http_ports(config: ServeConfig) -> list[int]:
@@ -84,7 +105,7 @@ async def _supervise(layout: Layout, model: Model, screen: Screen, started: floa
     try:
         failure = await _until_ready(layout, supervisor, signalled, screen, started)
         if failure is None and not signalled.is_set():
-            await signalled.wait()
+            failure = await _until_over(layout, signalled)
     finally:
         drain_s = layout.config.drain_timeout_s if supervisor.ready else 0.5
         if supervisor.ready:
@@ -96,6 +117,21 @@ async def _supervise(layout: Layout, model: Model, screen: Screen, started: floa
         print(failure, file=sys.stderr, flush=True)  # the last line on the screen
         return failure.exit_code
     return 0
+
+
+async def _until_over(layout: Layout, signalled: asyncio.Event) -> Failure | None:
+    """A signal; or the end of the cluster that was joined: without its scheduler nobody asks us."""
+    while layout.config.join and is_alive(layout.run_dir):
+        with suppress(TimeoutError):
+            await asyncio.wait_for(signalled.wait(), JOINED_LOOK_S)
+            return None
+    if layout.config.join:
+        return Failure(
+            f"slipstream serve: the cluster that was joined, {layout.run_dir}, has ended",
+            ExitCode.FAILED,
+        )
+    await signalled.wait()
+    return None
 
 
 def _on_signals(supervisor: Supervisor, signalled: asyncio.Event, screen: Screen) -> None:

@@ -1,18 +1,16 @@
 """POST /v1/load_lora_adapter, /v1/unload_lora_adapter: as vLLM has them, for all frontends at
 once."""
 
-import re
-
 import msgspec
 from aiohttp import web
 
+from slipstream.config.lora import ADAPTER_NAME, ADAPTER_NAME_WORDS
 from slipstream.errors import ErrorCode
 from slipstream.frontend import validate
 from slipstream.frontend.callers import CALLER
 from slipstream.frontend.context import CONTEXT, Context
 from slipstream.frontend.problems import ApiError, api_error
 
-_NAME = re.compile(r"[A-Za-z0-9._/-]{1,64}")
 PATH_CHARS_MAX = 1024
 
 
@@ -76,10 +74,9 @@ def _allowed(request: web.Request) -> Context:
 
 
 def _name(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not ADAPTER_NAME.fullmatch(name):
         validate.refuse(
-            f"lora_name must have 1 to 64 letters, digits, '.', '_', '/' and '-', but is "
-            f"{validate.shown(name)}.",
+            f"lora_name must have {ADAPTER_NAME_WORDS}, but is {validate.shown(name)}.",
             "lora_name",
         )
     return name

@@ -64,7 +64,7 @@ def _score(key: str, model: str, weight: float) -> float:
 def _drawn(key: str, model: str) -> float:
     """In (0, 1), the same at every frontend."""
     drawn = hashlib.blake2b(f"{model}\0{key}".encode(), digest_size=8).digest()
-    return (int.from_bytes(drawn) + 0.5) / 2**64
+    return ((int.from_bytes(drawn) >> 12) + 0.5) / 2**52
 
 
 def read(path: str | Path) -> Routes:

@@ -58,6 +58,7 @@ SHUTDOWN_TIMEOUT_S = 2.0
 
 ADAPTER_TIMEOUT_S = 90.0
 """Longer than the scheduler waits for the workers."""
+DRAIN_SEEN_S = 0.5
 TRACE_TIMEOUT_S = 2.0
 TRACES_ASKED_MAX = 4
 """At a time, for an answer can be a megabyte; one more is told that nobody answers."""
@@ -98,7 +99,9 @@ class FrontendService:
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
-        self._watching = asyncio.create_task(self._routes.watch())
+        self._chores = [
+            asyncio.create_task(chore) for chore in (self._routes.watch(), self._let_shadows_go())
+        ]
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._host, self.port).start()
@@ -133,12 +136,19 @@ class FrontendService:
 
     async def close(self) -> None:
         """After the machine's last word: sends what is written, then closes every connection."""
-        self._watching.cancel()
+        for chore in self._chores:
+            chore.cancel()
         await self._runner.cleanup()
         if self._books.journal is not None:
             await self._books.journal.close()
         if self._books.audit is not None:
             await asyncio.to_thread(self._books.audit.close)
+
+    async def _let_shadows_go(self) -> None:
+        """Nobody waits for them, so a drain does not."""
+        while not self._machine.draining:  # noqa: ASYNC110 (machines tell nobody of a drain)
+            await asyncio.sleep(DRAIN_SEEN_S)
+        self._shadows.close()
 
     # --- Gateway ---
 
@@ -180,6 +190,7 @@ class FrontendService:
             for model in models
             if model.name in known
             for adapter in model.adapters
+            if adapter.name not in known  # a model has its name for itself
         }
 
     def _cards(
@@ -221,9 +232,9 @@ class FrontendService:
         model: str,
         taken: Taken | None = None,
     ) -> Callable[[], None]:
-        if taken is None and (to := self._routes.now.copied(submission.model, context.trace_id)):
+        if taken is None and (to := self._routes.now.copied(model, context.trace_id)):
             inner = partial(self._open, context=context, model=to, taken=None)
-            self._shadows.copy(submission, to, inner)
+            self._shadows.copy(submission, to, self.status(to), inner)
         return self._open(submission, put, context, model, taken)
 
     def _open(

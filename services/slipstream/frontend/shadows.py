@@ -7,7 +7,7 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from slipstream.errors import Problem
-from slipstream.frontend.gateway import StreamItem
+from slipstream.frontend.gateway import ClusterStatus, StreamItem
 from slipstream.messages import TextDelta, Tokenize, TokenPrompt
 from slipstream.runtime.metric_table import HTTP
 
@@ -25,17 +25,20 @@ class Shadows:
     def __init__(self) -> None:
         self.running: dict[str, Callable[[], None]] = {}
         self.counts: Counter[tuple[str, str]] = Counter()
-        """(Model, outcome)."""
+        """(Name of the model or adapter, outcome)."""
 
-    def copy(self, submission: Tokenize, model: str, open_: Open) -> None:
-        if len(self.running) >= SHADOWS_MAX or not _fits_others(submission):
-            self.counts[model, "skipped"] += 1
+    def copy(self, submission: Tokenize, name: str, status: ClusterStatus, open_: Open) -> None:
+        """`status`: of who answers to `name`, if anybody does."""
+        able = status.model and status.ready and not status.draining
+        if not able or len(self.running) >= SHADOWS_MAX or not _fits_others(submission):
+            self.counts[name, "skipped"] += 1
             return
         request_id = f"shadow-{submission.request_id}"
         own = msgspec.structs.replace(
             *(submission,),
             request_id=request_id,
-            model=model,
+            model=status.model,
+            adapter=status.adapter,
             tenant="",
             weight=1,
             priority=LAST,
@@ -45,7 +48,7 @@ class Shadows:
         def put(item: StreamItem) -> None:
             failed = isinstance(item, Problem)
             if failed or (isinstance(item, TextDelta) and item.finish_reason is not None):
-                self.counts[model, "failed" if failed else "finished"] += 1
+                self.counts[name, "failed" if failed else "finished"] += 1
                 self.running.pop(request_id)()
 
         self.running[request_id] = open_(own, put)

@@ -36,6 +36,8 @@ class Watched(Generic[T]):
             self.now = self._read(self._path)
         except SetupError as error:
             _log.error("what the file said before holds on: %s", error)
+        except Exception:  # noqa: BLE001 (a file must not end the watch over it)
+            _log.exception("what %s said before holds on", self._path)
         else:
             _log.info("%s was read again", self._path)
 

@@ -33,6 +33,8 @@ AGAIN_S = 10.0
 """After this a worker that lacks an adapter is told again."""
 RETIRE_S = 10.0
 """So long after nobody could ask for it any more the last request with it has come here."""
+AWAY_S = 300.0
+"""A model that is gone for so long keeps no names; as long as frontends know it."""
 CHANGES_MAX, REMOVED_MAX = 64, 4096
 
 
@@ -66,6 +68,8 @@ class Adapters:
         """(Model, id): what lives in requests or is wanted; it may have to be loaded again."""
         self._unused_s: dict[str, float] = {}
         """Ids that nobody has, or can ask for -> since when."""
+        self._away_s: dict[str, float] = {}
+        """Models with adapters and without any process -> since when."""
         self._generation = 0
         self.recovering = False
         """A young scheduler knows of no change before it."""
@@ -76,6 +80,7 @@ class Adapters:
     def hello(self, node: NodeInfo, now_s: float) -> list[Effect]:
         """Take what a worker was started with for wanted, and, while what was wanted is not known,
         what it was told to load."""
+        notes: list[Effect] = []
         for adapter in node.worker.adapters if node.worker is not None else ():
             key = node.model, adapter.name
             self._generation = max(self._generation, adapter.generation)
@@ -85,10 +90,14 @@ class Adapters:
                 continue
             pending = any(change.key == key for change in self._changes.values())
             started = adapter.generation == 0 or self.recovering
-            if started and not (adapter.retired or pending or key in self._removed):
-                self._wanted[key] = adapter
+            if not started or adapter.retired or pending or key in self._removed:
+                continue
+            if taken := self._taken(*key):
+                notes.append(Note(f"{node.node_id} has an adapter that nobody gets: {taken}"))
+                continue
+            self._wanted[key] = adapter
         self._list()
-        return self._settle(now_s)
+        return [*notes, *self._settle(now_s)]
 
     def down(self, peer: NodeId, now_s: float) -> list[Effect]:
         for key in [key for key in self._told_s if key[0] == peer]:
@@ -140,6 +149,7 @@ class Adapters:
     def tick(self, used: Set[str], now_s: float) -> list[Effect]:
         """`used`: ids that live requests have."""
         effects = self._settle(now_s)
+        self._forget(now_s)
         wanted = {adapter.adapter_id for adapter in self._wanted.values()}
         pending = {change.key for change in self._changes.values() if change.asked.path}
         known = self._known.items()
@@ -161,6 +171,18 @@ class Adapters:
             effects += self._load(node, used, now_s)
         self._unused_s = unused
         return effects
+
+    def _forget(self, now_s: float) -> None:
+        """Adapters of models that are gone for good; what was told long ago."""
+        there = set(self._fleet.models())
+        away = {model for model, _ in self._wanted} - there
+        self._away_s = {model: self._away_s.get(model, now_s) for model in away}
+        for model in [m for m, since_s in self._away_s.items() if now_s >= since_s + AWAY_S]:
+            for key in [key for key in self._wanted if key[0] == model]:
+                del self._wanted[key]
+            self._list()
+        told = self._told_s.items()
+        self._told_s = {key: at_s for key, at_s in told if now_s < at_s + AGAIN_S}
 
     def _load(self, node: NodeInfo, used: Set[str], now_s: float) -> Iterator[Effect]:
         """What is wanted and not there, or retired; and older versions, for requests that would
@@ -186,8 +208,8 @@ class Adapters:
         assert len(self._changes) <= CHANGES_MAX
         for change in self._changes.values():
             assert change.waits_for <= self._fleet.nodes.keys()
-        current = [adapter.name for adapter in self._wanted.values()]
-        assert len(set(self._wanted)) == len(current)
+        names = [name for _, name in self._wanted]
+        assert len(set(names)) == len(names), "each name is one adapter's"
 
     def _tell(
         self, worker: NodeId, what: str, message: WantAdapter | UnwantAdapter, now_s: float
@@ -211,11 +233,8 @@ class Adapters:
                 return None
             text = f"There is no LoRA adapter '{name}'. GET /v1/models lists what there is."
             return Problem(code=ErrorCode.MODEL_NOT_FOUND, message=text, param="lora_name")
-        if name in self._fleet.models():
-            return _invalid(f"'{name}' is the name of a model; give the adapter another one.")
-        elsewhere = [model for model, other in self._wanted if other == name != model]
-        if elsewhere and asked.model not in elsewhere:
-            return _invalid(f"'{name}' is an adapter of '{elsewhere[0]}'; give another name.")
+        if taken := self._taken(*key):
+            return _invalid(f"{taken}; give the adapter another name.")
         if key in self._wanted and not asked.replace:
             return _invalid(
                 f"The LoRA adapter '{name}' is loaded already; unload it, or say load_inplace: "
@@ -225,6 +244,13 @@ class Adapters:
             text = f"There is no worker of the model '{asked.model}' now; ask again."
             return Problem(code=ErrorCode.NO_WORKER, message=text, retry_after_s=5.0)
         return None
+
+    def _taken(self, model: str, name: str) -> str:
+        """Whose name it is already; empty: nobody else's."""
+        if name in self._fleet.models():
+            return f"'{name}' is the name of a model"
+        others = [other for other, adapter in self._wanted if adapter == name and other != model]
+        return f"'{name}' is an adapter of '{others[0]}'" if others else ""
 
     def _remove(self, change: _Change) -> list[Effect]:
         gone = self._wanted.pop(change.key)

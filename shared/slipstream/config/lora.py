@@ -1,5 +1,6 @@
 """Settings of what LoRA adapters may take of a worker."""
 
+import re
 from typing import Annotated, TypeAlias
 
 from msgspec import Meta
@@ -36,15 +37,19 @@ LoraDir: TypeAlias = Annotated[
 ]
 
 
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9._/-]{1,64}")
+ADAPTER_NAME_WORDS = "1 to 64 letters, digits, '.', '_', '/' and '-'"
+
+
 def lora_modules(given: str) -> list[tuple[str, str]]:
     """Names and folders of `--lora-modules`. ValueError: it says something else."""
     found: dict[str, str] = {}
     for item in given.split(",") if given else ():
         name, _, path = item.partition("=")
-        if not (name and path) or name in found:
+        if not (ADAPTER_NAME.fullmatch(name) and path) or name in found:
             raise ValueError(
-                f"--lora-modules: '{item}' is not name=folder with a name of its own; write "
-                "'style=/loras/style,other=/loras/other'"
+                f"--lora-modules: {item!r:.80} is not name=folder with a name of its own, of "
+                f"{ADAPTER_NAME_WORDS}; write 'style=/loras/style,other=/loras/other'"
             )
         found[name] = path
     return list(found.items())

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from slipstream.config import format_bytes
 from slipstream.core.machine import AdapterRead
 from slipstream.engine.lora import (
     NAME_CHARACTERS_MAX,
@@ -90,12 +91,18 @@ class AdapterBook:
             )
         if self._there is None:
             self._there = self._model.adapters(limits.loras, limits.rank)
-        lora = read_lora(path, self._there.modules, self._dtype, limits, self._bytes_left())
+        lora = read_lora(path, self._there.modules, self._dtype, limits, limits.num_bytes)
         adapter_id = f"{name}@{lora.version}"
         with self._lock:
             if adapter_id in self._held:
                 return self._held[adapter_id].info
-        packed = self._there.pack(lora.modules)
+        packed, left = self._there.pack(lora.modules), self._bytes_left()
+        if packed.num_bytes > left:
+            raise AdapterError(
+                f"{path} needs {format_bytes(packed.num_bytes)}, of --lora-bytes "
+                f"{format_bytes(limits.num_bytes)} {format_bytes(left)} are left; unload another "
+                "one, or raise it"
+            )
         info = AdapterInfo(
             adapter_id=adapter_id,
             name=name,
@@ -122,13 +129,19 @@ class AdapterBook:
         self._there.put(held.place, held.packed)
         self._places[adapter_id] = held.place
 
-    def drop(self, adapter_id: str) -> None:
-        """Gives its memory back. What is not there is gone already."""
-        self._places.pop(adapter_id, None)
+    def leave(self, adapter_id: str) -> int | None:
+        """It is to be dropped: who reads it from now on reads it anew. Its place, if it has one.
+        Any thread."""
         with self._lock:
             held = self._held.pop(adapter_id, None)
-        if held is not None and self._there is not None:
-            self._there.put(held.place, None)
+        return None if held is None else held.place
+
+    def drop(self, adapter_id: str, place: int | None = None) -> None:
+        """Gives the memory of what `leave` has found back, before anything newer is put there."""
+        place = self.leave(adapter_id) if place is None else place
+        self._places.pop(adapter_id, None)
+        if place is not None and self._there is not None:
+            self._there.put(place, None)
 
     def wanted(
         self, batch: ForwardBatch, ids: Sequence[str], counts: Sequence[int]

@@ -92,7 +92,8 @@ class WorkerExecutor:
                 self._load(self._adapters, name, path)
             case DropAdapter(adapter_id) if self._adapters is not None:
                 _LOG.info("drops the LoRA adapter %s", adapter_id)
-                self._steps.between(partial(self._adapters.drop, adapter_id))
+                place = self._adapters.leave(adapter_id)
+                self._steps.between(partial(self._adapters.drop, adapter_id, place))
             case PublishKvEvents(events):
                 assert self._kv_events is not None
                 self._kv_events.publish(events)

@@ -25,7 +25,7 @@ CONFIG_BYTES_MAX = 1 << 20
 NAME_CHARACTERS_MAX = 100
 VERSION_CHARACTERS = 16
 _PATTERN_CHARACTERS_MAX = 200
-_REPEATS_MAX = 4
+_REPEATS_MAX, _PATTERNS_MAX = 2, 64
 """Of a pattern: what it may cost grows with each."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -211,7 +211,10 @@ def _read_config(file: Path) -> _Config:
         raise AdapterError(f"{file}: a rank of {min(ranks)}; it is 1 at least")
     if not all(map(math.isfinite, [config.lora_alpha, *(config.alpha_pattern or {}).values()])):
         raise AdapterError(f"{file}: an alpha that is no number")
-    for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
+    patterns = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    if len(patterns) > _PATTERNS_MAX:
+        raise AdapterError(f"{file}: {len(patterns)} patterns; at most {_PATTERNS_MAX} are read")
+    for pattern in patterns:
         _check_pattern(pattern, file)
     return config
 
@@ -219,7 +222,7 @@ def _read_config(file: Path) -> _Config:
 def _check_pattern(pattern: str, file: Path) -> None:
     """A pattern that is searched for in names, by somebody whom nobody knows."""
     what = f"{file}: pattern {pattern!r:.60}"
-    repeats = len(re.findall(r"[*+{]", pattern))
+    repeats = len(re.findall(r"[*+?{]", pattern))
     if len(pattern) > _PATTERN_CHARACTERS_MAX or repeats > _REPEATS_MAX or ")" in pattern:
         raise AdapterError(
             f"{what} may take very long to search for: at most {_PATTERN_CHARACTERS_MAX} "

@@ -161,6 +161,10 @@ def _offload(config: WorkerConfig, segment: Segment | DeviceSegment) -> Offload 
     return offload
 
 
+def _served_name(config: WorkerConfig) -> str:
+    return config.served_model_name or Path(config.model).resolve().name
+
+
 def _node(
     config: WorkerConfig,
     plan: WorkerPlan,
@@ -177,7 +181,7 @@ def _node(
         address=config.advertise,
         host=host_identity(config.shm_dir),
         worker=WorkerInfo(
-            model=config.served_model_name or Path(config.model).resolve().name,
+            model=_served_name(config),
             kv_layout_id=segment.header.kv_layout_id,
             num_blocks=size.num_blocks,
             block_bytes=plan.layout.block_bytes,
@@ -199,6 +203,12 @@ def _load_adapters(config: WorkerConfig, book: AdapterBook) -> tuple[AdapterInfo
     """Those to begin with. StartError 4: one of them is none, and why."""
     found = []
     for name, path in lora_modules(config.lora_modules):
+        if name == _served_name(config):
+            raise StartError(
+                f"slipstream {config.role}: --lora-modules {name}={path}: that is the name of the "
+                "model; give the adapter another one",
+                ExitCode.MODEL,
+            )
         read = book.read(name, path)
         if read.adapter is None:
             why = read.problem.message if read.problem is not None else "it cannot be read"
