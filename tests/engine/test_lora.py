@@ -288,7 +288,10 @@ def test_over_int8_weights_it_adds_the_same(saved: Saved, tmp_path: Path) -> Non
 # --- Coming and going -----------------------------------------------------------------------------
 
 
-def test_an_adapter_that_is_not_there_ends_its_rows_alone(saved: Saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("penalty", [0.0, 0.5], ids=["left on the device", "waited for"])
+def test_an_adapter_that_is_not_there_ends_its_rows_alone(
+    saved: Saved, tmp_path: Path, penalty: float
+) -> None:
     folder, model = saved("llama")
     runner = runner_for(folder)
     save_adapter(tmp_path, model)
@@ -300,7 +303,9 @@ def test_an_adapter_that_is_not_there_ends_its_rows_alone(saved: Saved, tmp_path
         Row("silent", 1, prompt[:16], 0, (3, 4, 5), False),
         Row("well", 1, prompt, 0, (6, 7, 8), True),
     )
-    plan = BatchPlan(0, rows, tuple(admitted(*each) for each in wishes.items()))
+    sampling = greedy(presence_penalty=penalty)
+    known = [(name, 1, w.prompt, len(w.prompt), sampling, w.adapter) for name, w in wishes.items()]
+    plan = BatchPlan(0, rows, tuple(Admission(*each) for each in known))
     gone, well, silent = runner.run(plan)
     assert well == RowOutput("well", 1, expected(model, prompt, 1))
     for output, name in ((gone, adapter), (silent, "b@0")):
