@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from slipstream.cli.commands import unknown_variables
 
@@ -147,10 +148,23 @@ def test_replicas_follow_the_variables() -> None:
     assert all(services[role]["deploy"]["replicas"] == 3 for role in names)
 
 
+def overlays_services() -> set[str]:
+    """Those that only some overlay has."""
+    return configured(*OVERLAYS)["services"].keys() - configured()["services"].keys()
+
+
 def test_the_linter_finds_nothing(project: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "compose.json").write_text(json.dumps(project), encoding="utf-8")
     linter = Path(sys.executable).with_name("compose-lint")
-    words = ["--strict-config", "--fail-on", "low", "--config", str(FOLDER / ".compose-lint.yml")]
+    config = yaml.safe_load((FOLDER / ".compose-lint.yml").read_text(encoding="utf-8"))
+    for rule in config[
+        "rules"
+    ].values():  # services of overlays that are not here are unknown to it
+        excluded = rule.get("exclude_services", {})
+        for name in (excluded.keys() - project["services"].keys()) & overlays_services():
+            del excluded[name]
+    (tmp_path / "lint.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    words = ["--strict-config", "--fail-on", "low", "--config", str(tmp_path / "lint.yml")]
     done = subprocess.run(
         [linter, "check", *words, "--skip-suppressed", tmp_path / "compose.json"],
         capture_output=True,
