@@ -10,7 +10,8 @@ import pytest
 from frontend.fakes import MODEL, FakeGateway, Server, chat_body, serving
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.api_keys import ApiKey, add
-from slipstream.frontend.app import AppSettings
+from slipstream.frontend.app import AppSettings, Books
+from slipstream.frontend.audit import Audit
 from slipstream.frontend.gateway import ModelCard
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -110,6 +111,22 @@ async def test_it_takes_an_operators_key(tmp_path: Path) -> None:
         for name, status in (("boss", 200), ("guest", 403)):
             reply = await server.post(LOAD, BODY, Authorization=f"Bearer {keys[name]}")
             assert reply.status == status, await reply.text()
+
+
+async def test_the_audit_log_says_what_came_and_by_whom(tmp_path: Path) -> None:
+    keys, log = tmp_path / "keys.toml", tmp_path / "audit.jsonl"
+    key = add(keys, ApiKey(name="boss", sha256="", operator=True))
+    audit = Audit(str(log), "frontend-0")
+    settings = AppSettings(allow_lora_updates=True, api_keys_file=str(keys))
+    async with serving(Gateway(), settings, Books(audit=audit)) as server:
+        for path, body in ((LOAD, BODY), (UNLOAD, {"lora_name": "x"})):
+            await server.post(path, body, Authorization=f"Bearer {key}")
+    audit.close()
+    lines = [msgspec.json.decode(line) for line in log.read_bytes().splitlines()]
+    assert [line["text"] for line in lines if line["act"] == "adapter"] == [
+        f"/loras/x as x, of {MODEL}, by boss",
+        f"x away, of {MODEL}, by boss",
+    ]
 
 
 async def test_a_request_that_names_an_adapter_gets_its_version(server: Server) -> None:

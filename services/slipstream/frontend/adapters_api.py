@@ -40,7 +40,7 @@ async def load(request: web.Request) -> web.Response:
     if not path.isprintable():
         validate.refuse(f"lora_path is no path: {validate.shown(path)}.", "lora_path")
     model = _base(context, body.base_model)
-    await _change(context, model, name, path, body.load_inplace)
+    await _change(request, model, name, path, body.load_inplace)
     return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -50,14 +50,19 @@ async def unload(request: web.Request) -> web.Response:
     name = _name(body.lora_name)
     cards = {card.name: card for card in context.gateway.status().models}
     found = cards[name].parent if name in cards else None
-    await _change(context, body.base_model or found or _base(context, None), name, "", False)
+    model = body.base_model or found or _base(context, None)
+    await _change(request, model, name, "", False)
     return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-async def _change(context: Context, model: str, name: str, path: str, replace: bool) -> None:
+async def _change(request: web.Request, model: str, name: str, path: str, replace: bool) -> None:
+    context = request.app[CONTEXT]
     problem = await context.gateway.adapter(model, name, path, replace)
     if problem is not None:
         raise ApiError(problem)
+    if context.audit is not None:
+        who, what = request[CALLER].tenant, f"{path} as {name}" if path else f"{name} away"
+        context.audit.act("adapter", f"{what}, of {model}" + (f", by {who}" if who else ""))
 
 
 def _allowed(request: web.Request) -> Context:
