@@ -25,7 +25,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from e2e.reference import model_folder
-from e2e.stack import PATIENCE_S, Stack, until
+from e2e.stack import PATIENCE_S, Stack, ports_in_a_row, until
 from engine.tiny_lora import save_adapter
 
 COUNT = 16
@@ -117,7 +117,7 @@ class Load:
 
     def __init__(
         self,
-        url: str,
+        urls: list[str],
         names: tuple[str, ...],
         expected: dict[tuple[str, str], str],
         also: dict[str, str],
@@ -127,7 +127,9 @@ class Load:
         self.wrong: list[str] = []
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._ask, args=(url, names, expected, number))
+            threading.Thread(
+                target=self._ask, args=(urls[number % len(urls)], names, expected, number)
+            )
             for number in range(3)
         ]
         for thread in self._threads:
@@ -159,8 +161,8 @@ class Load:
         assert not self.wrong, self.wrong
 
 
-def page_of(stack: Stack) -> str:
-    with urllib.request.urlopen(f"{stack.url}/metrics") as page:
+def page_of(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/metrics") as page:
         return str(page.read().decode())
 
 
@@ -189,9 +191,12 @@ def test_models_and_adapters_come_and_go_under_load(
     environ = {"SLIPSTREAM_MODEL": str(folders["first"]), "SLIPSTREAM_ROUTES_FILE": str(routes)}
     environ |= {"SLIPSTREAM_LORA_DIR": str(folders["loras"]), "SLIPSTREAM_ALLOW_LORA_UPDATES": "1"}
     environ |= {"SLIPSTREAM_LORA_MODULES": "calm=calm"}
-    stack = Stack(environ=environ, max_model_len=0)
+    stack = Stack(environ=environ, max_model_len=0, frontend=2, port=ports_in_a_row(2))
+    urls = [stack.url, f"http://127.0.0.1:{stack.port + 1}"]
     try:
-        client = OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=60)
+        client, other = (
+            OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) for url in urls
+        )
         with joined(stack, folders["second"]):
             loaded = change(stack, "load", lora_name="wild", lora_path="wild", base_model="first")
             assert loaded == "Success: LoRA adapter 'wild' added successfully."
@@ -199,7 +204,8 @@ def test_models_and_adapters_come_and_go_under_load(
             assert listed.keys() == {"first", "second", "calm", "wild"}
             assert [listed[name]["max_model_len"] for name in listed] == [384, 512, 384, 384]
             assert listed["calm"]["parent"] == listed["wild"]["parent"] == "first"
-            load = Load(stack.url, tuple(listed), expected, {"wild": "wilder"})
+            until(lambda: {card.id for card in other.models.list()} == listed.keys(), "both know")
+            load = Load(urls, tuple(listed), expected, {"wild": "wilder"})
             until(lambda: min(load.counts[name] for name in listed) >= 2, "answers of all")
             assert not load.late["wild"]
             unknown = r"'third' does not exist\. Served here: 'first', 'second', 'calm', 'wild'"
@@ -211,6 +217,7 @@ def test_models_and_adapters_come_and_go_under_load(
                 named = {"lora_name": "wild", "lora_path": "wilder", "base_model": "first"}
                 change(stack, "load", **named, load_inplace=True)
                 assert said(client, "wild", "a") == expected["wilder", "a"]
+                until(lambda: said(other, "wild", "a") == expected["wilder", "a"], "both know")
                 _routes_change_without_a_restart(stack, client, routes, expected)
                 routes.write_text("")
                 third.send_signal(signal.SIGTERM)
@@ -220,7 +227,7 @@ def test_models_and_adapters_come_and_go_under_load(
             assert min(load.counts.values()) >= 4, load.counts
             assert 0 < load.late["wild"] < load.counts["wild"]
             _an_adapter_is_taken_away(stack, client)
-            page = page_of(stack)
+            page = page_of(urls[0]) + page_of(urls[1])
             for name in ("first", "second", "third"):
                 line = f'vllm:request_success_total{{finished_reason="length",model_name="{name}"}}'
                 assert line in page, page
@@ -260,9 +267,9 @@ def _routes_change_without_a_restart(
     assert {"first", "third"} == set(answers), answers
 
     def shadowed() -> float:
-        page = page_of(stack)
+        page = page_of(stack.url) + page_of(f"http://127.0.0.1:{stack.port + 1}")
         wanted = 'slipstream_shadow_requests_total{model_name="third",outcome="finished"}'
         lines = [line for line in page.splitlines() if line.startswith(wanted)]
-        return float(lines[0].split()[-1]) if lines else 0.0
+        return sum(float(line.split()[-1]) for line in lines)
 
     until(lambda: shadowed() >= 1, "a copy of the second model's load was computed")

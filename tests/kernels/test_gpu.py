@@ -84,3 +84,18 @@ def test_all_compile_for_cards_that_are_not_here(capability: int) -> None:
     ours = {"_segments", "_chain", "_product", "_shrink", "_expand"}
     assert {*kernels} - {"_quantize"} == wanted | ours
     assert max(map(int, kernels.values())) <= room, kernels
+
+
+def test_a_kernel_that_a_card_refuses_does_not_end_the_walk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> check.Checked:
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(check, "check_operation", refused)
+    monkeypatch.setattr(check, "CASES", ("linear",))
+    monkeypatch.setattr(check, "_NAMES", ("linear",))
+    found = list(check.check(DEVICE, range(1)))
+    assert [one.kernel for one in found][-2:] == ["draw", "blocks"]
+    assert not found[0].ok and found[0].shape == "RuntimeError: out of resource: shared memory"
+    assert all(one.ok for one in found[-2:])

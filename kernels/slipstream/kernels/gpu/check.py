@@ -3,7 +3,8 @@
 Tests go through it, and whoever measures a card does so first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -57,10 +58,20 @@ def check(device: torch.device, seeds: range) -> Iterator[Checked]:
         names = (*OF_WEIGHTS, FLOAT8_ROWS) if quantization == "fp8" else _NAMES
         for name in OF_FLOAT8_POOLS if kv_dtype == FLOAT8 else names:
             for seed in seeds:
-                yield check_operation(name, seed, device, dtype, kv_dtype, quantization)
+                given = name, seed, device, dtype, kv_dtype, quantization
+                yield _tried(name, partial(check_operation, *given))
     for seed in seeds:
-        yield check_draw(seed, device)
-        yield check_blocks(seed, device)
+        yield _tried("draw", partial(check_draw, seed, device))
+        yield _tried("blocks", partial(check_blocks, seed, device))
+
+
+def _tried(kernel: str, run: Callable[[], Checked]) -> Checked:
+    """A card may refuse to compile or to launch one; the others are still to be seen."""
+    try:
+        return run()
+    except Exception as error:  # noqa: BLE001 (whatever it is, it is this kernel's result)
+        said = (str(error).splitlines() or [""])[0]
+        return Checked(kernel, f"{type(error).__name__}: {said:.200}", float("inf"))
 
 
 def check_operation(
