@@ -11,6 +11,7 @@ from aiohttp import web
 
 from cli.fake_server import FakeServer, running
 from cli.terminal import Terminal
+from slipstream.cli.batch_file import Answers
 from slipstream.cli.main import main
 from slipstream.errors import ExitCode
 
@@ -160,3 +161,27 @@ def test_ctrl_c_keeps_what_there_is(whole: Whole, tmp_path: Path) -> None:
     finally:
         terminal.close()
     assert 10 < len(answers(tmp_path)) < 500
+
+
+def test_what_nobody_answered_is_asked_again_and_has_one_line(
+    whole: Whole, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "in.jsonl").write_text(line("a") + line("b"))
+    failed = {"custom_id": "a", "response": None, "error": {"code": "no_answer", "message": "x"}}
+    (tmp_path / "out.jsonl").write_text(json.dumps(failed) + "\n")
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    found = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert len(found) == 2 and not any(json.loads(each)["error"] for each in found)
+    assert sorted(whole.order) == ["a", "b"]
+    assert batch(tmp_path, whole.url) == ExitCode.OK and len(whole.order) == 2
+
+
+def test_two_batches_do_not_write_to_one_file(
+    whole: Whole, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "in.jsonl").write_text(line("a"))
+    first = Answers(str(tmp_path / "out.jsonl"))
+    assert batch(tmp_path, whole.url) != ExitCode.OK
+    assert "another batch writes to it" in capsys.readouterr().err.splitlines()[-1]
+    first.close()
+    assert batch(tmp_path, whole.url) == ExitCode.OK

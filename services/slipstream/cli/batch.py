@@ -58,7 +58,7 @@ class Batch:
                 wait_s = min(BACK_OFF_MAX_S, 2 * wait_s)
                 continue
             if reply is None:
-                self._answers.fail(asked, "no_answer", said)
+                self._answers.fail(asked, said)
             else:
                 self._answers.add(asked, reply)
             return status == OK

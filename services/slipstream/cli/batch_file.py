@@ -1,5 +1,6 @@
 """Files of OpenAI's Batch API: one request, or one answer, on each line."""
 
+import fcntl
 import os
 import uuid
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import msgspec
 from slipstream.client.api import Reply
 from slipstream.config import SetupError
 
+NO_ANSWER = "no_answer"
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 
@@ -23,8 +25,13 @@ class Asked(msgspec.Struct, frozen=True):
     method: str = "POST"
 
 
+class _Failure(msgspec.Struct, frozen=True):
+    code: str = ""
+
+
 class _Known(msgspec.Struct, frozen=True):
     custom_id: str
+    error: _Failure | None = None
 
 
 class BatchFileError(SetupError):
@@ -74,10 +81,13 @@ class Answers:
 
     def __init__(self, path: str) -> None:
         """Finds what is there. A last line that a break has torn goes; anything else that is no
-        answer is not ours to overwrite: BatchFileError."""
+        answer, or that another batch writes to, is not ours to change: BatchFileError."""
         self.done: set[str] = set()
+        self._path, self._unanswered = Path(path), set[str]()
+        """Nobody answered these: they are asked again, and their new line takes the place."""
         try:
-            self._file = Path(path).open("a+b")  # noqa: SIM115 it lives as long as we do
+            self._file = self._path.open("a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
             end = 0
             for number, line in enumerate(self._file, 1):
@@ -85,21 +95,27 @@ class Answers:
                     break
                 end += len(line)
                 try:
-                    self.done.add(msgspec.json.decode(line, type=_Known).custom_id)
+                    known = msgspec.json.decode(line, type=_Known)
+                    failed = known.error is not None and known.error.code == NO_ANSWER
+                    (self._unanswered if failed else self.done).add(known.custom_id)
                 except msgspec.DecodeError as error:
                     raise BatchFileError(
                         f"{path}:{number}: not an answer of a batch ({error}); name another file"
                     ) from None
             self._file.truncate(end)
+        except BlockingIOError:
+            raise BatchFileError(
+                f"{path}: another batch writes to it; wait for its end, or name another file"
+            ) from None
         except OSError as error:
             raise BatchFileError(f"{path}: {error.strerror}") from None
 
     def add(self, asked: Asked, reply: Reply) -> None:
         self._write(asked, msgspec.Raw(_answer(reply)), None)
 
-    def fail(self, asked: Asked, code: str, message: str) -> None:
+    def fail(self, asked: Asked, message: str) -> None:
         """There is no answer."""
-        self._write(asked, None, {"code": code, "message": message})
+        self._write(asked, None, {"code": NO_ANSWER, "message": message})
 
     def _write(self, asked: Asked, response: Any, error: Any) -> None:
         line = {
@@ -114,7 +130,17 @@ class Answers:
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+        if self._unanswered:
+            self._keep_the_last()
         self._file.close()
+
+    def _keep_the_last(self) -> None:
+        """Of each request one line."""
+        self._file.seek(0)
+        lines = {msgspec.json.decode(line, type=_Known).custom_id: line for line in self._file}
+        made = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        made.write_bytes(b"".join(lines.values()))
+        made.replace(self._path)
 
 
 def _answer(reply: Reply) -> bytes:
