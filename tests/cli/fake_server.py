@@ -130,6 +130,7 @@ def cluster(looks: int) -> dict[str, Any]:
     }
     worker = {
         "role": "decode",
+        "model": MODEL,
         "epoch": "17",
         "host": "h",
         "device": "cpu",
@@ -146,6 +147,7 @@ def cluster(looks: int) -> dict[str, Any]:
         "reason": "",
         "model": MODEL,
         "max_model_len": CONTEXT,
+        "models": [{"name": MODEL, "max_model_len": CONTEXT, "parent": None, "reason": ""}],
         "workers": [
             {**worker, "node_id": "decode-0", "load": load},
             {

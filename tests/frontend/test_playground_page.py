@@ -6,6 +6,7 @@ import shlex
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from browser import Browser, browsing, needs_chromium
@@ -14,6 +15,7 @@ from frontend.test_callers import entry
 from frontend.test_playground import GAUGES
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings
+from slipstream.frontend.gateway import ClusterStatus, ModelCard
 from slipstream.messages import ChatPrompt, ClusterLoad, Tokenize
 
 pytestmark = needs_chromium
@@ -86,6 +88,34 @@ async def test_what_is_set_is_sent(server: Server, page: Browser) -> None:
     await ask(page, "three")
     await page.until("document.querySelectorAll('.assistant[aria-busy=false]').length === 2")
     assert server.gateway.submissions[-1].clamp_max_tokens
+    assert page.complaints == []
+
+
+async def test_of_several_models_one_is_chosen(server: Server, page: Browser) -> None:
+    assert await page.run("document.querySelector('#model').disabled"), "there is one alone"
+    now = server.gateway.now
+    style = ModelCard(name="style", max_model_len=50, root="/loras/style", parent=now.model)
+    server.gateway.now = msgspec.structs.replace(now, models=[*now.models, style])
+    await page.until("document.querySelectorAll('#model option').length === 2")
+    assert await page.text("#model option:last-child") == f"style ({now.model})"
+    asked: list[str] = []
+    status = server.gateway.status
+
+    def remembered(name: str = "", key: str = "") -> ClusterStatus:
+        asked.append(name)
+        return status(name, key)
+
+    server.gateway.status = remembered  # type: ignore[method-assign]
+    choose = "const all = document.querySelector('#model'); all.value = 'style'; "
+    await page.run(choose + "all.dispatchEvent(new Event('change'))")
+    await ask(page, "Hi")
+    await page.until(IDLE)
+    assert "style" in asked
+    assert (await page.text("#context")).endswith("of 50 tokens")
+    for width in (1000, 360):
+        await page.size(width, 800)
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert await page.run(wide) <= 0
     assert page.complaints == []
 
 

@@ -113,7 +113,7 @@ def view(samples: Sequence[Sample]) -> View:
     workers = [_worker(worker, before, now) for worker in cluster.workers]
     return View(
         state="draining" if cluster.draining else "ready" if cluster.ready else cluster.reason,
-        model=cluster.model,
+        model=", ".join(model.name for model in cluster.models if model.parent is None),
         workers=workers,
         services={one.node_id: "draining" if one.draining else "up" for one in cluster.services},
         requests=states,

@@ -69,6 +69,7 @@ class Load(msgspec.Struct, kw_only=True):
 class Worker(msgspec.Struct, kw_only=True):
     node_id: NodeId
     role: str
+    model: str
     epoch: str
     """A start time in ns: too large for a number of JavaScript."""
     host: str
@@ -82,6 +83,17 @@ class Worker(msgspec.Struct, kw_only=True):
     block_bytes: int
     load: Load | None
     """None until it has reported."""
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """One name that may be asked for."""
+
+    name: str
+    max_model_len: int
+    parent: str | None
+    """Of a LoRA adapter: the model that it is for."""
+    reason: str
+    """Why it cannot be served now."""
 
 
 class Service(msgspec.Struct, kw_only=True):
@@ -116,6 +128,7 @@ class Cluster(msgspec.Struct, kw_only=True):
     reason: str
     model: str
     max_model_len: int
+    models: list[Model]
     workers: list[Worker]
     services: list[Service]
     requests: Requests | None
@@ -133,6 +146,15 @@ def cluster(status: "ClusterStatus", load: ClusterLoad, node_id: NodeId, own: Ga
         reason=status.reason,
         model=status.model,
         max_model_len=status.max_model_len,
+        models=[
+            Model(
+                name=card.name,
+                max_model_len=card.max_model_len,
+                parent=card.parent,
+                reason=card.reason,
+            )
+            for card in status.models
+        ],
         workers=[_worker(node, load) for node in nodes if node.worker is not None],
         services=[
             Service(node_id=node.node_id, role=node.role.value, draining=node.draining)
@@ -158,6 +180,7 @@ def _worker(node: NodeInfo, load: ClusterLoad) -> Worker:
     return Worker(
         node_id=node.node_id,
         role=node.role.value,
+        model=node.model,
         epoch=str(node.epoch),
         host=node.host,
         device=offered.device,

@@ -25,6 +25,7 @@ NAMES = (
     "panel.css",
     "icon.svg",
     "main.js",
+    "models.js",
     "chat.js",
     "message.js",
     "settings.js",

@@ -14,7 +14,7 @@ export class Watch {
   #timer = 0;
 
   /**
-   * `show` is told { cluster, moves, rates, history } after each poll; { card }, the model's, where
+   * `show` is told { cluster, moves, rates, history } after each poll; { models } alone where
    * the cluster is for other eyes; or { error }. `key` says the key to be shown; empty: none.
    */
   constructor(show, key) {
@@ -32,7 +32,7 @@ export class Watch {
   async #poll() {
     try {
       const response = await this.#get("cluster");
-      if (response.status === 403) this.#show({ card: await this.#card() });
+      if (response.status === 403) this.#show({ models: await this.#models() });
       else this.#take(await checked(response).json());
     } catch (error) {
       this.#show({ error });
@@ -46,9 +46,9 @@ export class Watch {
     return fetch(path, { cache: "no-store", headers, signal: AbortSignal.timeout(PATIENCE_MS) });
   }
 
-  async #card() {
+  async #models() {
     const models = await checked(await this.#get("v1/models")).json();
-    return models.data[0] ?? { id: "", max_model_len: 0 };
+    return models.data.map(({ id, max_model_len, parent }) => ({ name: id, max_model_len, parent }));
   }
 
   #take(cluster) {

@@ -2,6 +2,7 @@
 
 import { Chat, offerSamples } from "./chat.js";
 import { Watch } from "./cluster.js";
+import { Choice } from "./models.js";
 import { byId, say } from "./page.js";
 import { Panel } from "./panel.js";
 import { Settings } from "./settings.js";
@@ -10,6 +11,7 @@ import { wireRaw } from "./snippets.js";
 const settings = new Settings();
 const chat = new Chat(settings);
 const panel = new Panel();
+const choice = new Choice((model) => chat.serve(model.name, model.max_model_len));
 
 const WORDS = {
   gone: "no answer",
@@ -21,21 +23,20 @@ const WORDS = {
 
 function show(seen) {
   const state = stateOf(seen);
-  const { card, cluster, error } = seen;
+  const { models, cluster, error } = seen;
   byId("ready").dataset.state = state;
   byId("ready").title = error?.message ?? cluster?.reason ?? "";
   say(byId("ready"), WORDS[state]);
   if (state === "locked" && !settings.key) byId("request-fold").open = true; // the key goes there
   if (error) return;
-  say(byId("model"), card?.id ?? cluster.model);
-  chat.serve(card?.id ?? cluster.model, (card ?? cluster).max_model_len);
-  if (card) say(byId("cluster-note"), "for operators");
+  choice.offer(models ?? cluster.models);
+  if (models) say(byId("cluster-note"), "for operators");
   else panel.show(seen);
 }
 
-function stateOf({ card, cluster, error }) {
+function stateOf({ models, cluster, error }) {
   if (error) return error.locked ? "locked" : "gone";
-  if (card) return "ready"; // who could not be served is told so
+  if (models) return "ready"; // who could not be served is told so
   return cluster.draining ? "draining" : cluster.ready ? "ready" : "waiting";
 }
 
