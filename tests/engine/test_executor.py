@@ -160,7 +160,12 @@ class Shelf:
         if adapter_id == "large@1":
             raise RuntimeError("out of memory")
 
-    def drop(self, adapter_id: str) -> None:
+    def leave(self, adapter_id: str) -> int | None:
+        self._note("leave", adapter_id)
+        return 7
+
+    def drop(self, adapter_id: str, place: int | None) -> None:
+        assert place == 7
         self._note("drop", adapter_id)
 
 
@@ -189,7 +194,9 @@ async def test_an_adapter_is_read_beside_the_steps_and_put_between_them(tmp_path
         ("read", "wrong", "adapters"),
         ("read", "large", "adapters"),
         ("put", "large@1", "compute"),
+        ("leave", "large@1", "compute"),
         ("drop", "large@1", "compute"),
+        ("leave", "good@1", "MainThread"),
         ("drop", "good@1", "compute"),
     ]
 

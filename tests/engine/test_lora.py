@@ -296,7 +296,7 @@ def test_an_adapter_that_is_not_there_ends_its_rows_alone(
     runner = runner_for(folder)
     save_adapter(tmp_path, model)
     adapter, prompt = load(runner, "a", tmp_path), prompt_of(40)
-    runner.adapters.drop(adapter)
+    runner.adapters.drop(adapter, runner.adapters.leave(adapter))
     wishes = {"gone": Wish(prompt, adapter), "silent": Wish(prompt, "b@0"), "well": Wish(prompt)}
     rows = (
         Row("gone", 1, prompt, 0, (0, 1, 2), True),
@@ -333,7 +333,7 @@ def test_memory_comes_back(saved: Saved, tmp_path: Path) -> None:
         seen.append(weakref.ref(held.packed.matrices[0].kept[0]))  # type: ignore[attr-defined]
         assert runner.adapters.num_bytes > bytes_before
         del held
-        runner.adapters.drop(adapter)
+        runner.adapters.drop(adapter, runner.adapters.leave(adapter))
     assert runner.adapters.num_bytes == bytes_before and tensors() == before
     assert [ref() for ref in seen] == [None, None]
     assert runner.adapters.has(kept)
@@ -367,7 +367,7 @@ def test_limits_are_said(saved: Saved, tmp_path: Path) -> None:
     load(runner, "b", tmp_path / "1")
     assert "2 LoRA adapters are loaded, which is --max-loras" in refusal(runner, tmp_path / "2")
     load(runner, "a", tmp_path / "0")  # it is there already
-    runner.adapters.drop(first)
+    runner.adapters.drop(first, runner.adapters.leave(first))
     load(runner, "c", tmp_path / "2")
     assert "rank 8; --max-lora-rank is 4" in refusal(
         runner_for(folder, LoraLimits(rank=4)), tmp_path / "0"

@@ -105,13 +105,13 @@ BREAKS = (
     Break(
         *("R13", "a salt is not part of a block's name"),
         "shared/slipstream/core/prefix.py",
-        *("\\0{kv_layout_id}\\0{salt}", "\\0{kv_layout_id}\\0"),
+        *("kv_layout_id, salt, *(", 'kv_layout_id, "", *('),
         "core/test_blocks.py::test_hashes_chain_and_keep_namespaces_apart",
     ),
     Break(
         *("R14", "a worker of another model is used"),
         "services/slipstream/scheduler/fleet.py",
-        *("if node.worker and _fingerprint(node) == self._model]", "if node.worker]"),
+        *("for node in nodes if _fingerprint(node) == fingerprint]", "for node in nodes]"),
         "scheduler/test_fleet.py::test_a_foreign_model_takes_no_part",
     ),
 )

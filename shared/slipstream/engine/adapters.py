@@ -136,9 +136,8 @@ class AdapterBook:
             held = self._held.pop(adapter_id, None)
         return None if held is None else held.place
 
-    def drop(self, adapter_id: str, place: int | None = None) -> None:
+    def drop(self, adapter_id: str, place: int | None) -> None:
         """Gives the memory of what `leave` has found back, before anything newer is put there."""
-        place = self.leave(adapter_id) if place is None else place
         self._places.pop(adapter_id, None)
         if place is not None and self._there is not None:
             self._there.put(place, None)

@@ -146,7 +146,7 @@ class WorkerExecutor:
                     adapters.put(adapter_id)
                 except Exception as error:  # noqa: BLE001 whatever a device says, it is one event
                     _LOG.exception("adapter %s", name)
-                    adapters.drop(adapter_id)
+                    adapters.drop(adapter_id, adapters.leave(adapter_id))
                     read = failed(error)
             self._post(read)
 
