@@ -17,7 +17,7 @@ from frontend.fakes import MODEL, FakeGateway, Pause, Server, answer, chat_body,
 from frontend.test_callers import CHAT, ask, bearer, entry, get, say
 from slipstream.cli.main import main
 from slipstream.errors import ErrorCode, Problem
-from slipstream.frontend import audit, callers
+from slipstream.frontend import audit, watched
 from slipstream.frontend.app import AppSettings, Books
 from slipstream.frontend.audit import LINES_MAX, TEXT_CHARS_MAX, Audit, Line
 
@@ -61,7 +61,7 @@ def keys(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def server(log: Audit, keys: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
-    monkeypatch.setattr(callers, "RELOAD_S", 0.02)
+    monkeypatch.setattr(watched, "RELOAD_S", 0.02)
     settings = AppSettings(api_keys_file=str(keys))
     async with serving(FakeGateway(), settings, Books(audit=log)) as running:
         yield running

@@ -16,7 +16,7 @@ import pytest
 
 from frontend.fakes import MODEL, FakeGateway, Pause, Server, answer, chat_body, serving, until
 from frontend.test_trace_api import TRACE
-from slipstream.frontend import app, callers
+from slipstream.frontend import app, callers, watched
 from slipstream.frontend.api_keys import digest
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.playground_api import NAMES
@@ -57,7 +57,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def server(path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
-    monkeypatch.setattr(callers, "RELOAD_S", 0.02)
+    monkeypatch.setattr(watched, "RELOAD_S", 0.02)
     monkeypatch.setattr(app, "Callers", partial(callers.Callers, clock=lambda: 1000.0))
     limits = Limits(max_body_bytes=100_000)
     settings = AppSettings(limits=limits, keep_alive_s=5.0, api_keys_file=str(path))
@@ -204,7 +204,7 @@ async def test_a_file_that_says_nonsense_changes_nothing(
     server: Server, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     say(path, "[[key")
-    await until(lambda: "the keys of before hold on" in caplog.text)
+    await until(lambda: "what the file said before holds on" in caplog.text)
     os.remove(path)
     await until(lambda: "No such file" in caplog.text)
     assert (await ask(server, "key-a")).status == 200

@@ -1,31 +1,26 @@
 """Who asks: the key that a request shows, what it may, and what it has used."""
 
-import asyncio
 import contextlib
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from aiohttp import web
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from slipstream.config import SetupError
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.api_keys import PRIORITY_MIN, ApiKey, Keyring, read
 from slipstream.frontend.problems import ApiError, api_error
 from slipstream.frontend.quota import Allowance, MonthQuota, Quota, duration
 from slipstream.frontend.trail import Trail
 from slipstream.frontend.usage import Kind, Ledger, Period, Used
+from slipstream.frontend.watched import Watched
 from slipstream.runtime.metric_table import HTTP
 
 OPEN = frozenset({"/livez", "/readyz", "/health"})
 PAGE_FILES = "/playground/"
 OPERATORS = frozenset({"/metrics", "/cluster"})
 """Would tell one client of the others."""
-RELOAD_S = 1.0
-"""How often the file is looked at."""
-
 _FAMILIES = {
     "slipstream_key_requests_total": (Kind.REQUESTS,),
     "slipstream_key_tokens_total": (Kind.PROMPT_TOKENS, Kind.COMPLETION_TOKENS),
@@ -34,8 +29,6 @@ _FAMILIES = {
     "slipstream_key_completion_tokens_total": (Kind.COMPLETION_TOKENS,),
     "slipstream_key_refused_total": (Kind.REFUSED,),
 }
-
-_log = logging.getLogger("slipstream.frontend")
 
 
 class Caller:
@@ -181,15 +174,15 @@ class Callers:
         note: Callable[[str, str], None] | None = None,
     ) -> None:
         """`note`: is told of every change of the file. SetupError: it cannot be used."""
-        self._path, self.clock, self._note = path, clock, note or (lambda act, text: None)
+        self.clock, self._note = clock, note or (lambda act, text: None)
         self.ledger = Ledger(time.time(), clock())
         self.nobody = Caller(self.ledger, clock)
         self._clients: dict[str, Client] = {}
         self._keyring: Keyring | None = None
-        self._seen: tuple[int, ...] = ()
+        unusable = partial(self._note, "keys_unusable")
+        self._file = Watched[list[ApiKey]](path, read, [], self._renew, unusable)
         if path:
-            self._seen = self._stamp()
-            self._take(read(path))
+            self._take(self._file.now)
 
     def identify(self, request: web.Request) -> Caller:
         """Nobody, where nobody needs to be known. ApiError: no key, a wrong one, or one that may
@@ -208,22 +201,7 @@ class Callers:
 
     async def watch(self) -> None:
         """Until cancelled: takes what the file says whenever it has changed."""
-        while self._path:
-            await asyncio.sleep(RELOAD_S)
-            if (stamp := self._stamp()) != self._seen:
-                self._seen = stamp
-                self.reload()
-
-    def reload(self) -> None:
-        """What cannot be read changes nothing."""
-        try:
-            self._take(read(self._path))
-        except SetupError as error:
-            _log.error("the keys of before hold on: %s", error)
-            self._note("keys_unusable", str(error))
-        else:
-            _log.info("%s: %d clients", self._path, len(self._clients))
-            self._note("keys_read", ", ".join(self._clients))
+        await self._file.watch()
 
     def share(self, used: Mapping[str, Used], now_s: float) -> None:
         """What each has used at other frontends, by name."""
@@ -254,12 +232,9 @@ class Callers:
         self._clients, self._keyring = clients, Keyring(keys)
         self.ledger.keep({"", *clients})
 
-    def _stamp(self) -> tuple[int, ...]:
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return ()
-        return found.st_mtime_ns, found.st_ino, found.st_size
+    def _renew(self, keys: list[ApiKey]) -> None:
+        self._take(keys)
+        self._note("keys_read", ", ".join(self._clients))
 
 
 def _is_open(request: web.Request) -> bool:

@@ -16,9 +16,17 @@ _log = logging.getLogger("slipstream.frontend")
 
 
 class Watched(Generic[T]):
-    def __init__(self, path: str, read: Callable[[str], T], otherwise: T) -> None:
-        """`otherwise`: without a file. SetupError: the file cannot be used."""
-        self._path, self._read = path, read
+    def __init__(
+        self,
+        path: str,
+        read: Callable[[str], T],
+        otherwise: T,
+        taken: Callable[[T], None] = lambda now: None,
+        refused: Callable[[str], None] = lambda why: None,
+    ) -> None:
+        """`otherwise`: without a file; `taken` and `refused`: are told of every change of it.
+        SetupError: the file cannot be used."""
+        self._path, self._read, self._taken, self._refused = path, read, taken, refused
         self._seen = self._stamp()
         self.now = read(path) if path else otherwise
 
@@ -33,12 +41,15 @@ class Watched(Generic[T]):
     def reload(self) -> None:
         """What cannot be read changes nothing."""
         try:
-            self.now = self._read(self._path)
+            now = self._read(self._path)
+            self._taken(now)
         except SetupError as error:
             _log.error("what the file said before holds on: %s", error)
+            self._refused(str(error))
         except Exception:  # noqa: BLE001 (a file must not end the watch over it)
             _log.exception("what %s said before holds on", self._path)
         else:
+            self.now = now
             _log.info("%s was read again", self._path)
 
     def _stamp(self) -> tuple[int, ...]:
