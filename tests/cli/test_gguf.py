@@ -1,7 +1,7 @@
 """GGUF files of every kind that is read, written as llama.cpp's converter would: what is made of
 them computes what the model computed, and splits text as Transformers does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from slipstream.cli.gguf_kinds import KINDS
 from slipstream.cli.models import prepare
 from slipstream.engine.model_config import ForeignModel, ModelConfig
 from slipstream.engine.models import read_model
+from slipstream.tokenizer.recommended import recommended_sampling
 
 Type = gguf.GGMLQuantizationType
 WRITABLE = [Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]
@@ -74,7 +75,9 @@ def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(weights.shape)
 
 
-def write(file: Path, arch: str, model: Any, kind: Type) -> None:
+def write(
+    file: Path, arch: str, model: Any, kind: Type, say: Callable[[Any], None] = lambda writer: None
+) -> None:
     """The model as a file; its parameters become what a reader will make of that."""
     kind_name, arch = arch, "llama" if arch == "mixtral" else arch
     writer = gguf.GGUFWriter(file, arch)
@@ -102,6 +105,7 @@ def write(file: Path, arch: str, model: Any, kind: Type) -> None:
     if arch == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     add_tokenizer(writer, arch)
+    say(writer)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 7)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     with torch.no_grad():
@@ -217,3 +221,19 @@ def test_text_is_split_as_transformers_does(arch: str, tmp_path: Path) -> None:
     assert ours.encode("ab").ids[0] == 1  # the beginning of a sequence
     for text in ("abc  de ab", "a\tb"):
         assert ours.decode(ours.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_sampling_is_as_the_file_recommends(says: bool, tmp_path: Path) -> None:
+    """A file that recommends nothing gets nothing of another model's."""
+
+    def say(writer: Any) -> None:
+        writer.add_sampling_temp(0.7)
+        writer.add_sampling_top_k(20)
+        writer.add_sampling_penalty_repeat(1.05)
+
+    file = tmp_path / "m.gguf"
+    write(file, "llama", original("llama"), Type.F16, say if says else lambda writer: None)
+    folder = prepare(str(file), tmp_path, Console(quiet=True)).folder
+    recommended = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05}
+    assert recommended_sampling(folder) == (recommended if says else {})

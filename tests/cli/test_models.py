@@ -202,6 +202,7 @@ def test_demo_folder(demo: Path) -> None:
     assert (config["num_hidden_layers"], config["num_key_value_heads"]) == (30, 3)
     generation = json.loads((demo / "generation_config.json").read_text())
     assert generation["eos_token_id"] == config["eos_token_id"] == 2
+    assert (generation["temperature"], generation["top_p"]) == (0.2, 0.9)  # its makers' words
     chat = json.loads((demo / "tokenizer_config.json").read_text())["chat_template"]
     assert "<|im_start|>assistant" in chat
 

@@ -6,7 +6,7 @@ file with anything else is refused by name rather than read wrongly.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,44 @@ Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 
 SHARD_BYTES = 2**30
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""What a file may recommend (`general.sampling.*`) -> its name in generation_config.json."""
 
 
-def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
-    """Fills the empty folder `target`. ModelError: why `source` cannot be turned into one."""
+def convert_gguf(
+    source: Path, target: Path, progress: Progress, recommended: Mapping[str, float]
+) -> None:
+    """Fills the empty folder `target`. `recommended`: its makers' sampling, as far as the file has
+    none of its own. ModelError: why `source` cannot be turned into a folder."""
     try:
         reader = gguf.GGUFReader(source)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ModelError(f"{source}: not a readable GGUF file: {error}") from None
     try:
-        _convert(reader, target, progress)
+        _convert(reader, target, progress, recommended)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None
     except KeyError as error:
         raise ModelError(f"{source}: the GGUF metadata lack {error}") from None
 
 
-def _convert(reader: Any, target: Path, progress: Progress) -> None:
+def _convert(
+    reader: Any, target: Path, progress: Progress, recommended: Mapping[str, float]
+) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = model_config(fields, {tensor.name: tensor for tensor in reader.tensors})
     tokenizer = build_tokenizer(fields)
     kind = _kind(fields)
     _write_weights(_tensors(reader, kind, config, progress), target)
     _write_json(target / "config.json", config)
-    _write_json(target / "generation_config.json", generation_config(fields))
+    generation = {**recommended, **generation_config(fields)}
+    _write_json(target / "generation_config.json", generation)
     context_length = config["max_position_embeddings"]
     _write_json(target / "tokenizer_config.json", tokenizer_config(fields, context_length))
     tokenizer.save(str(target / "tokenizer.json"))
@@ -93,15 +107,21 @@ def _kind(fields: dict[str, Any]) -> Kind:
 
 
 def generation_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens, and the sampling that SmolLM2's model card recommends.
-
-    A small model at temperature 1 rambles; a request that names its own values is not affected.
-    """
+    """Special tokens, and the sampling that the file recommends."""
     ids = _token_ids(fields)
     eot = fields.get("tokenizer.ggml.eot_token_id")
     if eot is not None and eot != ids.get("eos_token_id"):
         ids["eos_token_id"] = [ids["eos_token_id"], int(eot)]
-    return ids | {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+    said = {ours: fields.get(f"general.sampling.{name}") for name, ours in SAMPLING.items()}
+    return (
+        {"do_sample": True}
+        | ids
+        | {
+            name: round(value) if name == "top_k" else shortest(value)
+            for name, value in said.items()
+            if value is not None
+        }
+    )
 
 
 def _token_ids(fields: dict[str, Any]) -> dict[str, Any]:

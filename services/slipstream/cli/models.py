@@ -22,7 +22,9 @@ from slipstream.config import did_you_mean, format_bytes
 
 DEMO = "demo"
 DEMO_NAME = "smollm2-135m-instruct"
-_CONVERTER = 1
+DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
+"""By SmolLM2's model card: a small model at temperature 1 rambles."""
+_CONVERTER = 2
 """Raised when converted folders would come out differently, so that old ones are made again."""
 _STAMP = "slipstream.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -47,7 +49,7 @@ def prepare(spec: str, cache: Path, console: Console, weights: bool = True) -> M
     """
     path = Path(spec).expanduser()
     if spec == DEMO:
-        return Model(_converted(demo_file(), cache / DEMO_NAME, console), DEMO_NAME)
+        return Model(_converted(demo_file(), cache / DEMO_NAME, console, DEMO_SAMPLING), DEMO_NAME)
     if path.is_dir():
         check_folder(path, weights)
         return Model(path.resolve(), path.resolve().name)
@@ -55,7 +57,7 @@ def prepare(spec: str, cache: Path, console: Console, weights: bool = True) -> M
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: expected a folder or a .gguf file")
         folder = cache / f"{path.stem}-{_digest(path)}"
-        return Model(_converted(path, folder, console), path.stem)
+        return Model(_converted(path, folder, console, {}), path.stem)
     if HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
         folder = _from_hub(spec, console)
         check_folder(folder)
@@ -94,7 +96,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:8]
 
 
-def _converted(source: Path, folder: Path, console: Console) -> Path:
+def _converted(
+    source: Path, folder: Path, console: Console, recommended: Mapping[str, float]
+) -> Path:
     """`folder`, made from `source` unless it is there; safe beside others doing the same."""
     if _is_current(source, folder):
         check_folder(folder)
@@ -102,7 +106,7 @@ def _converted(source: Path, folder: Path, console: Console) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.parent / f".{folder.name}.lock", console):
         if not _is_current(source, folder):
-            _convert(source, folder, console)
+            _convert(source, folder, console, recommended)
     return folder
 
 
@@ -129,7 +133,9 @@ def _lock(path: Path, console: Console) -> Iterator[None]:
         yield
 
 
-def _convert(source: Path, folder: Path, console: Console) -> None:
+def _convert(
+    source: Path, folder: Path, console: Console, recommended: Mapping[str, float]
+) -> None:
     try:
         from slipstream.cli.gguf_folder import convert_gguf
     except ImportError as error:
@@ -148,7 +154,7 @@ def _convert(source: Path, folder: Path, console: Console) -> None:
         target = Path(temporary) / "model"
         target.mkdir()
         with progress(console, "tensors") as advance:
-            convert_gguf(source, target, advance)
+            convert_gguf(source, target, advance, recommended)
         check_folder(target)
         (target / _STAMP).write_text(_stamp(source), encoding="utf-8")
         if folder.exists():
