@@ -18,6 +18,8 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.words = ["Hello", " there", "."]
+        self.thoughts: list[str] = []
+        """Before the words, in a chat."""
         self.pause_s = 0.0
         """Before each word."""
         self.fault = ""
@@ -86,6 +88,8 @@ class FakeServer:
         chat = "messages" in body
         if chat:
             await say({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        for thought in self.thoughts if chat else ():
+            await say({"choices": [{"delta": {"reasoning_content": thought}}]})
         for word in self.words:
             await asyncio.sleep(self.pause_s)
             await say({"choices": [{"delta": {"content": word}} if chat else {"text": word}]})
@@ -97,7 +101,10 @@ class FakeServer:
         last = {"delta": {}} if chat else {"text": ""}
         await say({"choices": [{**last, "finish_reason": "stop"}]})
         asked = json.dumps(body.get("messages", body.get("prompt")))
-        usage = {"prompt_tokens": len(asked.split()), "completion_tokens": len(self.words)}
+        usage = {
+            "prompt_tokens": len(asked.split()),
+            "completion_tokens": len(self.words + self.thoughts),
+        }
         usage["prompt_tokens_details"] = {"cached_tokens": 2}
         if self.fault != "no_usage":
             await say({"choices": [], "usage": usage})

@@ -126,3 +126,19 @@ def test_a_private_server_is_one_worker_unless_told_otherwise(tmp_path: Path) ->
     file = tmp_path / "c.toml"
     file.write_text("[serve]\nkvindex = 1\n")
     assert "--kvindex" not in serve_flags(model, str(file), {})
+
+
+def test_what_the_model_thinks_is_beside_the_answer(fake: FakeServer, capsys: Capture) -> None:
+    fake.thoughts = ["They", " greet."]
+    assert main(["run", "--url", fake.url, "hi"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello there.\n" and err.startswith("They greet.\nfirst token ")
+    assert "5 tokens" in err
+    assert main(["run", "--url", fake.url, "--json", "hi"]) == 0
+    assert json.loads(capsys.readouterr().out)["reasoning"] == "They greet."
+
+
+def test_an_answer_of_thoughts_alone_has_tokens(fake: FakeServer, capsys: Capture) -> None:
+    fake.thoughts, fake.words = ["So", "..."], []
+    words = ["bench", "--url", fake.url, "--requests", "2", "--api", "chat"]
+    assert main(words) == 0, capsys.readouterr()

@@ -1,9 +1,10 @@
 """One answer of a chat for a person who watches: its text as it comes, then its numbers."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TextIO
 
 import msgspec
 
@@ -13,6 +14,7 @@ from slipstream.client.stream import AnswerError, Meter
 
 Message = dict[str, str]
 _KEPT = "\n\t"
+_PLAIN, _DIM = ("", ""), ("\x1b[2m", "\x1b[0m")
 
 
 class Sampling(msgspec.Struct, kw_only=True):
@@ -42,6 +44,8 @@ class Answer(msgspec.Struct, kw_only=True):
     model: str = ""
     id: str = ""
     text: str = ""
+    reasoning: str = ""
+    """What the model thought before it."""
     finish_reason: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -66,16 +70,43 @@ class Answer(msgspec.Struct, kw_only=True):
         return " · ".join(word for word in said if word)
 
 
+class Screen:
+    """An answer as it comes, on stdout; what the model thinks before it is dim, on stderr, so that
+    a pipe gets the answer alone."""
+
+    def __init__(self) -> None:
+        self._open: TextIO | None = None
+        """Where the last line has no end yet."""
+
+    def say(self, piece: str) -> None:
+        self._put(sys.stdout, piece, *_PLAIN)
+
+    def think(self, piece: str) -> None:
+        self._put(sys.stderr, piece, *_DIM)
+
+    def end(self) -> None:
+        if self._open is not None:
+            print(file=self._open, flush=True)
+        self._open = None
+
+    def _put(self, stream: TextIO, piece: str, before: str, after: str) -> None:
+        if self._open is not stream:
+            self.end()
+        text = f"{before}{printable(piece)}{after}" if stream.isatty() else piece
+        print(text, end="", file=stream, flush=True)
+        self._open = None if piece.endswith("\n") else stream
+
+
 async def follow(
     api: Api,
     model: str,
     messages: Sequence[Message],
     sampling: Sampling,
     answer: Answer,
-    show: Callable[[str], None],
+    screen: Screen | None = None,
 ) -> None:
-    """Fills `answer`, and hands each piece of its text to `show`. AnswerError: it did not end
-    well; what has come stays."""
+    """Fills `answer`, and shows each piece of it. AnswerError: it did not end well; what has come
+    stays."""
     body = {"model": model, "messages": list(messages), **sampling.sent()}
     meter = Meter(time.perf_counter())
     answer.model = model
@@ -83,9 +114,12 @@ async def follow(
     async with contextlib.aclosing(stream):
         async for choices in stream:
             for choice in choices:
-                if choice.content:
-                    answer.text += choice.content
-                    show(choice.content)
+                answer.text += choice.content
+                answer.reasoning += choice.reasoning
+                if screen is not None and choice.reasoning:
+                    screen.think(choice.reasoning)
+                if screen is not None and choice.content:
+                    screen.say(choice.content)
             answer.ttft_s = meter.first_s
     _finish(answer, meter, api)
 

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import Mapping
 
-from slipstream.cli.answers import Answer, Sampling, follow, printable
+from slipstream.cli.answers import Answer, Sampling, Screen, follow
 from slipstream.cli.chat_state import Conversation, Said
 from slipstream.cli.client_config import ChatConfig, base_url
 from slipstream.cli.private_server import server
@@ -45,7 +45,6 @@ class _Chat:
         self._conversation = Conversation(config.system, Sampling.of(config))
         self._url, self._api_key, self._card, self._runner = url, config.api_key, card, runner
         self._by_hand = sys.stdin.isatty() and sys.stdout.isatty()
-        self._clean = printable if sys.stdout.isatty() else str
         self._failed = False
 
     def converse(self) -> int:
@@ -84,18 +83,17 @@ class _Chat:
             self._ask()
 
     def _ask(self) -> None:
-        answer = Answer()
+        answer, screen = Answer(), Screen()
         problem, stopped = "", False
         try:
-            self._runner.run(self._answer(answer))
+            self._runner.run(self._answer(answer, screen))
         except KeyboardInterrupt:
             if not self._by_hand:
                 raise
             stopped = True
         except AnswerError as error:
             problem = self._explained(error)
-        if answer.text and not answer.text.endswith("\n"):
-            print(flush=True)
+        screen.end()
         self._conversation.answered(answer.text)
         if problem:
             self._failed = True
@@ -105,15 +103,11 @@ class _Chat:
         else:
             self._note(self._numbers(answer))
 
-    async def _answer(self, answer: Answer) -> None:
+    async def _answer(self, answer: Answer, screen: Screen) -> None:
         conversation = self._conversation
-
-        def show(piece: str) -> None:
-            print(self._clean(piece), end="", flush=True)
-
         async with Api(self._url, self._api_key) as api:
             messages, sampling = conversation.messages, conversation.sampling
-            await follow(api, self._card.id, messages, sampling, answer, show)
+            await follow(api, self._card.id, messages, sampling, answer, screen)
 
     def _numbers(self, answer: Answer) -> str:
         line, room = answer.numbers(), self._card.max_model_len

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from slipstream.cli.answers import Answer, Sampling, follow, printable
+from slipstream.cli.answers import Answer, Sampling, Screen, follow
 from slipstream.cli.client_config import RunConfig, base_url
 from slipstream.cli.models import DEMO
 from slipstream.cli.private_server import server
@@ -68,21 +68,15 @@ async def _answer(config: RunConfig, url: str, model: str, prompt: str) -> int:
     messages = [{"role": "user", "content": prompt}]
     if config.system:
         messages.insert(0, {"role": "system", "content": config.system})
-    clean = printable if sys.stdout.isatty() else str
-    answer = Answer()
-
-    def show(piece: str) -> None:
-        if not config.json:
-            print(clean(piece), end="", flush=True)
-
+    answer, screen = Answer(), None if config.json else Screen()
     async with Api(url, config.api_key) as api:
         name = (await api.model(model)).id
         try:
-            await follow(api, name, messages, Sampling.of(config), answer, show)
+            await follow(api, name, messages, Sampling.of(config), answer, screen)
         finally:
-            if answer.text and not config.json and not answer.text.endswith("\n"):
-                print(flush=True)
-    if config.json:
+            if screen is not None:
+                screen.end()
+    if screen is None:
         print(msgspec.json.encode(answer).decode(), flush=True)
     else:
         print(answer.numbers(), file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 class Delta(msgspec.Struct, frozen=True):
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -42,10 +43,15 @@ class Choice(msgspec.Struct, frozen=True):
         return (self.text if self.delta is None else self.delta.content) or ""
 
     @property
+    def reasoning(self) -> str:
+        """What the model thinks before it answers."""
+        return (self.delta and self.delta.reasoning_content) or ""
+
+    @property
     def is_token(self) -> bool:
         """A chat begins with a chunk that names the role and ends with one that says why; of a
         completion each has a token, which need not have made text yet."""
-        return self.delta is None or bool(self.delta.content)
+        return self.delta is None or bool(self.content or self.reasoning)
 
 
 class _Chunk(msgspec.Struct):

@@ -20,6 +20,7 @@ class _Usage(msgspec.Struct):
 
 class _Delta(msgspec.Struct):
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -50,7 +51,7 @@ class Stream:
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
-        """When each event with text came."""
+        """When each event with text came, or with what the model thinks before it."""
         self.text = ""
         self.finish_reason = ""
         self.done = False
@@ -106,9 +107,9 @@ class Stream:
         if chunk.error is not None:
             return self._break(False, f"an error: {short(msgspec.json.encode(chunk.error))}")
         for choice in chunk.choices:
-            text = (choice.delta.content if choice.delta else choice.text) or ""
-            if text:
-                self._parts.append(text)
+            delta = choice.delta or _Delta(choice.text)
+            self._parts.append(delta.content or "")
+            if delta.content or delta.reasoning_content:
                 self.times_s.append(now_s)
             self.finish_reason = choice.finish_reason or self.finish_reason
         if chunk.usage is not None:
