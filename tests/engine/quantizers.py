@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from engine.tiny import Bench, prompt_of, save_model
 
 Parts = dict[str, Tensor]
+Copies = Callable[[str, str], tuple[Path, Path]]
+"""Case and format -> the quantized folder, and the plain one."""
 CLOSE = 1e-4
 """Of logits, relative and absolute."""
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
@@ -283,6 +285,13 @@ def quantized(source: Path, folder: Path, form: Format) -> Path:
     config = {**json.loads(file.read_text()), "quantization_config": form.config}
     file.write_text(json.dumps(config))
     return plain
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    settings["quantization_config"].update(changes)
+    file.write_text(json.dumps(settings))
 
 
 def transformers(folder: Path) -> PreTrainedModel:

@@ -1,7 +1,5 @@
 """Quantized checkpoints give what their quantizers say that they stand for."""
 
-import json
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from engine.quantizers import (
     CLOSE,
     FORMATS,
     ROWS,
-    SIZES,
+    Copies,
+    edited,
     expected,
     is_right,
     ours,
@@ -29,12 +28,11 @@ from engine.quantizers import (
     transformers,
     with_rounded_rows,
 )
-from engine.tiny import Bench, generate, greedy, prompt_of, save_model
+from engine.tiny import Bench, generate, greedy, prompt_of
 from slipstream.decode.config import DecodeConfig
 from slipstream.engine.backends import weights_word
 from slipstream.engine.model_config import ForeignModel, ModelConfig, ModelError
 from slipstream.engine.models import read_model
-from slipstream.engine.quantized_config import read_quantization
 from slipstream.engine.ranks import Part
 from slipstream.engine.runner import Runner, allocate_pool
 from slipstream.engine.weights import load_weights
@@ -49,26 +47,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PLAIN = [name for name in FORMATS if name != ROWS]
 SOON = {PLAIN[1], PLAIN[2], ROWS, "gptq: 4 bits, zero points, desc_act", "fp8: float8, one scale"}
 """Tried in the interpreter by `make test`; the others by `make test-all`."""
-Copies = Callable[[str, str], tuple[Path, Path]]
-
-
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Copies:
-    """Case and format -> the quantized folder, and the plain one; each made once."""
-    sources: dict[str, Path] = {}
-    made: dict[tuple[str, str], tuple[Path, Path]] = {}
-
-    def get(case: str, form: str) -> tuple[Path, Path]:
-        if case not in sources:
-            sources[case] = tmp_path_factory.mktemp(case)
-            experts = {f"{kind}_intermediate_size": 64 for kind in ("moe", "shared_expert")}
-            save_model(sources[case], case, **SIZES, **(experts if case == "qwen2_moe" else {}))
-        if (case, form) not in made:
-            folder = tmp_path_factory.mktemp("quantized") / "model"
-            made[case, form] = folder, quantized(sources[case], folder, FORMATS[form])
-        return made[case, form]
-
-    return get
 
 
 def runner_for(folder: Path, **how: Any) -> Runner:
@@ -176,13 +154,6 @@ def test_the_page_says_what_comes_out() -> None:
 # --- What is refused, and what is told apart ------------------------------------------------------
 
 
-def edited(folder: Path, **changes: Any) -> None:
-    file = folder / "config.json"
-    settings = json.loads(file.read_text())
-    settings["quantization_config"].update(changes)
-    file.write_text(json.dumps(settings))
-
-
 @pytest.fixture
 def folder(copies: Copies, tmp_path: Path) -> Path:
     """Of GPTQ, that a test may break."""
@@ -208,6 +179,8 @@ def refusal(folder: Path, **how: Any) -> str:
         ({"is_marlin_format": True}, "format marlin"),
         ({"bits": "four"}, "quantization_config (gptq): Expected `int`"),
         ({"quant_method": "awq", "version": "gemv"}, "version gemv are not supported (only gemm)"),
+        ({"quant_method": "awq", "backend": "llm-awq"}, "backend llm-awq are not supported"),
+        ({"dynamic": {"+:.*": {"bits": 3}}}, "(gptq) of bits 3 are not supported (only 4, 8)"),
         ({"quant_method": "awq", "bits": 8}, "bits 8 are not supported (only 4)"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt e5m2 are not supported"),
         ({"quant_method": None}, "quantized weights (None) are not supported"),
@@ -290,21 +263,6 @@ def test_modules_that_are_left_plain_are_served_plain(folder: Path, copies: Copi
     tokens = prompt_of(40)
     wanted = expected(plain, tokens)[[32, 39]]
     torch.testing.assert_close(ours(folder, tokens), wanted, rtol=CLOSE, atol=CLOSE)
-
-
-def test_a_scheme_is_that_of_the_first_name_then_of_the_class() -> None:
-    groups = {
-        "a": {"targets": ["re:.*down_proj"], "weights": {"num_bits": 8}},
-        "b": {"targets": ["Linear"], "weights": {"num_bits": 4}},
-        "c": {"targets": ["model.layers.0.self_attn.q_proj"], "weights": {"type": "float"}},
-    }
-    given = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    found = read_quantization({"quantization_config": {**given, "config_groups": groups}})
-    assert found is not None
-    assert found.scheme("model.layers.3.mlp.down_proj").bits == 8
-    assert found.scheme("model.layers.0.self_attn.q_proj").number == "float"
-    assert found.scheme("model.layers.1.self_attn.q_proj").bits == 4
-    assert found.word(None) == "w8a16+w4a16+fp8-w8a16"
 
 
 def test_scales_of_a_kv_cache_are_said_to_be_unused(

@@ -20,7 +20,14 @@ from slipstream.kernels.levels import Levels
 Cut: TypeAlias = tuple[slice, ...]
 """Of each dimension, from the first on; none: all."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_UNUSED = (".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", ".output_scale")
+_WIDE = ("F64", "F32", "F16", "BF16")
+_LEVELS = ("I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+"""Dtypes as safetensors name them, which no plain model has."""
+_UNUSED = (
+    ".rotary_emb.inv_freq",
+    ".output_scale",
+    *(f".{name}_{part}" for name in "kvq" for part in ("scale", "zero_point")),
+)
 """Ends of names that nothing here asks for: what Transformers does not read either, and scales of a
 float8 KV cache, which is scaled otherwise here."""
 
@@ -93,6 +100,19 @@ class Checkpoint:
         self.skip(name)
         return levels
 
+    def refuse_levels(self) -> None:
+        """ModelError: a tensor is quantized, and config.json does not say how: its numbers would
+        be taken for weights."""
+        for name, path in self._file_of.items():
+            module, _, part = name.rpartition(".")
+            kind = self._files[path].get_slice(name).get_dtype()
+            odd = part in MARKS or kind in _LEVELS or (part == "weight" and kind not in _WIDE)
+            if odd and not self._is_quantized(module):
+                raise ModelError(
+                    f"{path}: {name} is quantized ({kind}), and config.json does not say how "
+                    "(quantization_config); take a copy that says so, or one in bfloat16"
+                )
+
     def plain(self) -> dict[str, Tensor]:
         """All tensors, none of them quantized; floats in `dtype`."""
         made: dict[str, Tensor] = {}
@@ -146,7 +166,7 @@ def open_checkpoint(
     quantized: Quantized | None = None,
     rows: Number | None = None,
 ) -> Iterator[Checkpoint]:
-    """ModelError: there are no such files, or they are damaged."""
+    """ModelError: there are no such files, they are damaged, or quantized and nobody says how."""
     files: Iterable[Path] = weight_files(folder)
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
@@ -155,4 +175,6 @@ def open_checkpoint(
                 opened[path] = stack.enter_context(_opened(path, device))
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: {error}") from error
-        yield Checkpoint(folder, opened, dtype, quantized, rows)
+        checkpoint = Checkpoint(folder, opened, dtype, quantized, rows)
+        checkpoint.refuse_levels()
+        yield checkpoint

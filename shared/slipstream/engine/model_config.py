@@ -3,17 +3,16 @@
 Every reason why a model cannot be served is a `ModelError` of one line.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from slipstream.engine.families import FAMILIES, ExpertsConfig, RawConfig
+from slipstream.engine.fingerprint import fingerprint
 from slipstream.engine.quantized_config import Quantized, read_quantization
 from slipstream.kv.layout import KvDtype, KvLayout
 
-_EDGE_BYTES = 65_536
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -71,8 +70,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     """What config.json says of the weights: `bfloat16`; `float32` if it says nothing."""
     fingerprint: str
-    """SHA-256 over config.json and name, size and both ends of every weight file; of dummy weights
-    over config.json and that word."""
+    """Equal only where config.json and all weights are; see `fingerprint`."""
     quantized: Quantized | None = None
     """How its weights are quantized already."""
 
@@ -144,7 +142,7 @@ class ModelConfig(ServedModel, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, model_path: str | Path, dummy: bool = False) -> "ModelConfig":
-        """Reads a Hugging Face folder: config.json, generation_config.json, ends of weight files;
+        """Reads a Hugging Face folder: config.json, generation_config.json, weight files;
         of those nothing with `dummy`.
 
         ModelError: no such folder or file, malformed config, no safetensors weights; UnknownModel:
@@ -350,20 +348,3 @@ def eos_token_ids(ids: int | list[int] | None, folder: Path) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset(ids if isinstance(ids, list) else [ids])
-
-
-def fingerprint(config_file: Path, paths: tuple[Path, ...] | None, computed_by: bytes = b"") -> str:
-    """`paths`: of the weights; None: they are dummies."""
-    digest = hashlib.sha256(computed_by + config_file.read_bytes())
-    if paths is None:
-        digest.update(b"\0dummy")
-        return digest.hexdigest()
-    for path in paths:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(f"\0{path.name}\0{size}\0".encode())
-            file.seek(0)
-            digest.update(file.read(_EDGE_BYTES))
-            file.seek(max(0, size - _EDGE_BYTES))
-            digest.update(file.read(_EDGE_BYTES))
-    return digest.hexdigest()

@@ -59,9 +59,9 @@ class Quantized(Struct, frozen=True, kw_only=True):
         return max(16 // scheme.bits for _, scheme in self.schemes)
 
     def scheme(self, module: str) -> Scheme:
-        """Of a module that has quantized tensors: the first one of its name, else of its class.
-        ValueError: there is none."""
-        for fits in (_is_name_of, _is_class):
+        """Of a module that has quantized tensors: by its name, else by the first expression that
+        fits, else by its class, else by any. ValueError: there is none."""
+        for fits in (str.__eq__, _fits, _is_its_class, _is_class):
             for targets, scheme in self.schemes:
                 if any(fits(target, module) for target in targets):
                     return scheme
@@ -73,15 +73,18 @@ class Quantized(Struct, frozen=True, kw_only=True):
         return "+".join(dict.fromkeys(scheme.word(rows) for _, scheme in self.schemes))
 
 
-def _is_name_of(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
+def _fits(target: str, module: str) -> bool:
+    return target.startswith("re:") and re.match(target[3:], module) is not None
+
+
+def _is_its_class(target: str, module: str) -> bool:
+    """What is quantized is a `Linear` or stands for one, but for an `Embedding`."""
+    is_embedding = re.search("emb|wte", module.rpartition(".")[2]) is not None
+    return _is_class(target, module) and (target == "Embedding") == is_embedding
 
 
 def _is_class(target: str, module: str) -> bool:
-    """What is quantized is a `Linear`, or stands for one."""
-    return not target.startswith("re:") and "." not in target
+    return target[:1].isupper()
 
 
 class _Args(Struct):
@@ -113,14 +116,20 @@ class _CompressedTensors(Struct):
 class _Awq(Struct):
     bits: int
     group_size: int
-    version: str = "gemm"
+    version: str | None = None
+    format: str | None = None
+    backend: str | None = None
 
 
 class _Gptq(Struct):
     bits: int
     group_size: int
-    checkpoint_format: str = "gptq"
+    checkpoint_format: str | None = None
+    format: str | None = None
     is_marlin_format: bool = False
+    dynamic: dict[str, dict[str, Any]] | None = None
+    """GPTQModel's: what modules have of their own, by an expression behind `+:`; those behind
+    `-:` are not quantized."""
 
 
 class _Float8(Struct):
@@ -128,9 +137,16 @@ class _Float8(Struct):
     fmt: str | None = None
 
 
+def _places(settings: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where it may stand; the second name is compressed-tensors' first one."""
+    text = settings.get("text_config")
+    all_of = [settings, text] if isinstance(text, dict) else [settings]
+    return [(each, f"{word}_config") for each in all_of for word in ("quantization", "compression")]
+
+
 def read_quantization(settings: dict[str, Any]) -> Quantized | None:
     """Of config.json. ValueError: of a kind that is not supported."""
-    given = settings.get("quantization_config")
+    given = next(filter(None, (place.get(name) for place, name in _places(settings))), None)
     if given is None:
         return None
     method = given.get("quant_method", "unknown method") if isinstance(given, dict) else given
@@ -208,19 +224,32 @@ def _scheme(method: str, weights: _Args, inputs: _Args | None) -> Scheme:
 def _awq(given: dict[str, Any]) -> Quantized:
     config = msgspec.convert(given, _Awq)
     _allowed("awq", "bits", config.bits, (4,))
-    _allowed("awq", "version", config.version.lower(), ("gemm",))
+    form = config.version or config.format or "gemm"
+    _allowed("awq", "version", form.lower(), ("gemm",))
+    _allowed("awq", "backend", "llm-awq" if config.backend == "llm-awq" else None, (None,))
     return _of_all("awq", Scheme(bits=4, group=max(config.group_size, 0)))
 
 
 def _gptq(given: dict[str, Any]) -> Quantized:
     config = msgspec.convert(given, _Gptq)
-    _allowed("gptq", "bits", config.bits, _BITS)
-    form = "marlin" if config.is_marlin_format else config.checkpoint_format
+    form = config.checkpoint_format or config.format or "gptq"
+    form = "marlin" if config.is_marlin_format else form
     _allowed("gptq", "format", form, ("gptq", "gptq_v2"))
     # The first format stores one less than the zero point.
     offset = 1 if form == "gptq" else 0
-    scheme = Scheme(bits=config.bits, group=max(config.group_size, 0), zero_offset=offset)
-    return _of_all("gptq", scheme)
+
+    def scheme(own: dict[str, Any]) -> Scheme:
+        mine = msgspec.convert({"bits": config.bits, "group_size": config.group_size, **own}, _Gptq)
+        _allowed("gptq", "bits", mine.bits, _BITS)
+        return Scheme(bits=mine.bits, group=max(mine.group_size, 0), zero_offset=offset)
+
+    own_of = (config.dynamic or {}).items()
+    special = [
+        ((f"re:{re.compile(name.removeprefix('+:')).pattern}",), scheme(own))
+        for name, own in own_of
+        if not name.startswith("-:")
+    ]
+    return Quantized(method="gptq", schemes=(*special, (("Linear",), scheme({}))))
 
 
 def _fp8(given: dict[str, Any]) -> Quantized:

@@ -26,6 +26,7 @@ PARTS = (
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),
     *("weight_shape", "weight_g_idx", "input_scale", "input_zero_point"),
+    "activation_scale",
 )
 """Names of what a quantized module has beside `weight` and `bias`. How inputs were scaled when they
 were looked at is not used: each row is scaled by itself."""

@@ -21,12 +21,12 @@ from transformers.utils import logging
 
 from slipstream.engine.attention_interface import NAME, Paged, Probe, RefusedError, Step, during
 from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.fingerprint import fingerprint
 from slipstream.engine.foreign_adapters import ForeignAdapters
 from slipstream.engine.model_config import (
     ForeignModel,
     ModelError,
     eos_token_ids,
-    fingerprint,
     quantization,
     read_json,
     weight_files,
@@ -139,10 +139,10 @@ def _loaded(folder: Path, config: ForeignModel, dtype: torch.dtype) -> Any:
     model_class: Any = AutoModelForCausalLM
     where: Path | None = folder
     how: dict[str, Any] = {"use_safetensors": True}
-    if config.quantized is not None:
-        with torch.device("meta"):  # which class it is, only a model tells
-            model_class, where = type(AutoModelForCausalLM.from_config(settings)), None
-        with open_checkpoint(folder, torch.device("cpu"), dtype, config.quantized) as checkpoint:
+    with open_checkpoint(folder, torch.device("cpu"), dtype, config.quantized) as checkpoint:
+        if config.quantized is not None:
+            with torch.device("meta"):  # which class it is, only a model tells
+                model_class, where = type(AutoModelForCausalLM.from_config(settings)), None
             how = {"state_dict": checkpoint.plain()}
     return model_class.from_pretrained(
         where,
