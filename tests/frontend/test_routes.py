@@ -69,6 +69,9 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("[alias.a]\n" + "".join(f"m{i} = 1\n" for i in range(17)), "17 models; it takes 1 to 16"),
         ("[shadow.a]\nshare = 1\n", "missing required field `to`"),
         ("[shadow.a]\nto = 'b'\nshare = 2\n", "<= 1"),
+        ("[shadow.a]\nto = 'a'\n", "shadow 'a' to 'a': a shadow goes from one model to another"),
+        ("[alias.a]\nb = 1\n[shadow.a]\nto = 'c'\n", "shadow 'a' to 'c': a shadow goes from"),
+        ("[alias.a]\nb = 1\n[shadow.c]\nto = 'a'\n", "name the models behind it"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, why: str) -> None:

@@ -74,6 +74,12 @@ def read(path: str | Path) -> Routes:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise SetupError(f"slipstream frontend: {path}: {error}") from None
     _check(path, routes.alias)
+    for name, shadow in routes.shadow.items():
+        if name == shadow.to or {name, shadow.to} & routes.alias.keys():
+            raise SetupError(
+                f"slipstream frontend: {path}: shadow '{name}' to '{shadow.to}': a shadow goes "
+                "from one model to another, and an alias is none; name the models behind it"
+            )
     return routes
 
 

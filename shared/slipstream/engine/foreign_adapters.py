@@ -1,14 +1,21 @@
 """LoRA adapters for a model that Transformers computes: hooks behind its linear layers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from slipstream.engine.lora import Low
 from slipstream.kernels.ops import NO_ADAPTER
+
+_SHAPES: dict[type[nn.Module], Callable[[Any], tuple[int, int]]] = {
+    nn.Linear: lambda module: (module.out_features, module.in_features),
+    Conv1D: lambda module: (module.nf, module.nx),  # GPT-2's, whose weight lies the other way
+}
+"""What is linear -> its outputs and inputs."""
 
 
 class PackedLinears(NamedTuple):
@@ -28,11 +35,10 @@ class ForeignAdapters:
         self._linears = {
             name: module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and module not in embeddings and ".experts." not in name
+            if type(module) in _SHAPES and module not in embeddings and ".experts." not in name
         }
         self.modules = {
-            name: (module.out_features, module.in_features)
-            for name, module in self._linears.items()
+            name: _SHAPES[type(module)](module) for name, module in self._linears.items()
         }
         self._places: list[dict[str, Low]] = [{} for _ in range(places)]
         self._rows: list[tuple[int, Tensor]] = []
