@@ -181,7 +181,7 @@ def cluster(looks: int) -> dict[str, Any]:
     }
 
 
-def metrics(looks: int) -> str:
+def metrics(looks: int, frontend: str = "frontend-0") -> str:
     label = '{model_name="fake-1b",le='
     ttft, itl = "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds"
     lines = [f"# TYPE {ttft} histogram"]
@@ -192,8 +192,10 @@ def metrics(looks: int) -> str:
     for name, value in names.items():
         family = f"slipstream_worker_{name}_total"
         lines.append(f"# TYPE {family} counter")
-        lines.append(f'{family}{{node_id="decode-0",role="decode"}} {value}')
-    lines.append('slipstream_worker_blocks_referenced{node_id="decode-0",role="decode"} 50')
+        lines.append(f'{family}{{model_name="fake-1b",node_id="decode-0",role="decode"}} {value}')
+    worker = '{model_name="fake-1b",node_id="decode-0",role="decode"}'
+    lines.append(f"slipstream_worker_blocks_referenced{worker} 50")
+    lines.append(f'slipstream_requests_live{{node_id="{frontend}",role="frontend"}} 5')
     lines.append("# TYPE slipstream_http_responses_total counter")
     lines.append(f'slipstream_http_responses_total{{code="200"}} {10 * looks}')
     lines.append(f'slipstream_http_responses_total{{code="429"}} {4 * looks}')

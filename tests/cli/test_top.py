@@ -19,9 +19,10 @@ from slipstream.frontend.cluster import Cluster
 Capture = pytest.CaptureFixture[str]
 
 
-def sample(looks: int, at_s: float, **changes: Any) -> Sample:
+def sample(looks: int, at_s: float, counted_by: str = "frontend-0", **changes: Any) -> Sample:
     told = {**fake_server.cluster(looks), **changes}
-    return Sample(at_s, msgspec.convert(told, Cluster), read_metrics(fake_server.metrics(looks)))
+    counted = read_metrics(fake_server.metrics(looks, counted_by))
+    return Sample(at_s, msgspec.convert(told, Cluster), counted)
 
 
 def test_rates_are_between_two_looks() -> None:
@@ -60,10 +61,15 @@ def test_a_frontend_that_began_anew_has_no_negative_rate() -> None:
 
 
 def test_another_frontend_counts_for_itself() -> None:
-    """Behind an ingress each look may reach another one."""
+    """Behind an ingress each page may be another one's."""
     other = {**fake_server.cluster(9)["frontend"], "node_id": "frontend-1"}
     seen = view([sample(1, 10.0), sample(9, 11.0, frontend=other)])
-    assert seen.tokens_per_s is None and seen.ttft_ms.p50 is None
+    assert seen.tokens_per_s is None and seen.ttft_ms.p50 is not None
+    seen = view([sample(1, 10.0), sample(9, 11.0, "frontend-1")])
+    assert seen.tokens_per_s is not None and seen.ttft_ms.p50 is None
+    assert (seen.refused_per_s, seen.failed_per_s) == (None, None)
+    turns = [sample(1, 10.0, "frontend-1"), sample(9, 11.0), sample(3, 12.0, "frontend-1")]
+    assert view(turns).refused_per_s == 4
 
 
 def test_rates_are_of_the_last_seconds() -> None:

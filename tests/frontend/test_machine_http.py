@@ -164,9 +164,10 @@ async def test_pages(client: Client) -> None:
     await until(lambda: bool(client.stack.frontend.load.gauges))
     async with client.get("/metrics") as response:
         lines = (await response.text()).splitlines()
-    assert 'slipstream_worker_blocks_free{node_id="decode-0",role="decode"} 5.0' in lines
+    worker = '{model_name="bytes",node_id="decode-0",role="decode"}'
+    assert f"slipstream_worker_blocks_free{worker} 5.0" in lines
     assert "# TYPE slipstream_worker_blocks_free gauge" in lines
-    assert 'slipstream_worker_tier_saved_total{node_id="decode-0",role="decode"} 7.0' in lines
+    assert f"slipstream_worker_tier_saved_total{worker} 7.0" in lines
     assert "# TYPE slipstream_worker_tier_saved_total counter" in lines
     assert any(line.startswith("slipstream_requests_live{") for line in lines)
     assert "slipstream_ready 1.0" in lines

@@ -10,13 +10,23 @@ import msgspec
 import pytest
 
 from browser import Browser, browsing, needs_chromium
-from frontend.fakes import FakeGateway, Pause, Script, Server, answer, serving, until
+from frontend.fakes import (
+    FakeGateway,
+    Pause,
+    Script,
+    Server,
+    answer,
+    parted,
+    serving,
+    think,
+    until,
+)
 from frontend.test_callers import entry
 from frontend.test_playground import GAUGES
 from slipstream.errors import ErrorCode, Problem
 from slipstream.frontend.app import AppSettings
 from slipstream.frontend.gateway import ClusterStatus, ModelCard
-from slipstream.messages import ChatPrompt, ClusterLoad, Tokenize
+from slipstream.messages import ChatPrompt, ClusterLoad, Part, PartKind, Tokenize
 
 pytestmark = needs_chromium
 
@@ -61,6 +71,27 @@ async def test_an_answer_is_text_with_its_numbers(server: Server, page: Browser)
         assert expected in numbers, numbers
     assert f"output {len(pieces)}" in numbers and "prefill-0 → decode-0" in numbers
     assert await page.text("#context") == f"{5 + len(pieces)} of 100 tokens"
+    assert page.complaints == []
+
+
+async def test_what_the_model_thinks_stands_before_its_answer(
+    server: Server, page: Browser
+) -> None:
+    def script(submission: Tokenize) -> Script:
+        said = [think("I <b>see"), think("."), Part(PartKind.CONTENT, "Yes.")]
+        items = parted(submission, *([part] for part in said))
+        return [thing for item in items for thing in (Pause(0.01), item)]
+
+    server.gateway.script = script
+    await ask(page, "Do you?")
+    await page.until(IDLE)
+    assert await page.text(".assistant .thoughts") == "I <b>see."
+    assert await page.text(".assistant .text") == "Yes."
+    assert await page.run("document.querySelector('.assistant').firstChild.className") == "thoughts"
+    await ask(page, "Sure?")
+    await page.until(IDLE)
+    prompt = server.gateway.submissions[-1].prompt
+    assert isinstance(prompt, ChatPrompt) and b"see" not in msgspec.json.encode(prompt)
     assert page.complaints == []
 
 

@@ -11,6 +11,8 @@ RATES_OVER_S = 5.0
 """Workers report once a second: over less, a rate would jump."""
 LATENCIES_OVER_S = 30.0
 _WORKER = "slipstream_worker_"
+_WORKER_LABELS = {"node_id", "role", "model_name"}
+_FRONTEND = "frontend"
 _FIRST = "vllm:time_to_first_token_seconds"
 _GAP = "vllm:inter_token_latency_seconds"
 
@@ -18,6 +20,8 @@ _GAP = "vllm:inter_token_latency_seconds"
 class Metrics(msgspec.Struct, frozen=True):
     """Of /metrics what the table needs."""
 
+    frontend: str
+    """Whose it is: behind an ingress each request may come to another one."""
     of_worker: Mapping[tuple[str, str], float]
     """(node id, name behind `slipstream_worker_`) -> value."""
     responses: Mapping[int, float]
@@ -81,13 +85,16 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_metrics(text: str) -> Metrics:
     """ValueError: it is not Prometheus' text."""
+    frontend = ""
     of_worker: dict[tuple[str, str], float] = {}
     responses: dict[int, float] = {}
     buckets: dict[str, dict[float, float]] = {_FIRST: {}, _GAP: {}}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = sample.labels
-            if sample.name.startswith(_WORKER) and len(labels) == 2 and "node_id" in labels:
+            if labels.get("role") == _FRONTEND:
+                frontend = labels["node_id"]
+            if sample.name.startswith(_WORKER) and labels.keys() == _WORKER_LABELS:
                 of_worker[labels["node_id"], sample.name.removeprefix(_WORKER)] = sample.value
             elif sample.name == "slipstream_http_responses_total":
                 responses[int(labels["code"])] = sample.value
@@ -95,20 +102,23 @@ def read_metrics(text: str) -> Metrics:
                 edges = buckets[family.name]
                 edge = float(labels["le"])
                 edges[edge] = edges.get(edge, 0.0) + sample.value
-    return Metrics(of_worker, responses, buckets)
+    return Metrics(frontend, of_worker, responses, buckets)
 
 
 def view(samples: Sequence[Sample]) -> View:
     """Of the latest one, against those before it; `samples` ascend in time."""
     now = samples[-1]
-    same = [one for one in samples if _frontend(one) == _frontend(now)]  # others count otherwise
+    # Each frontend counts by itself, and the two pages of a sample may be of two of them.
+    same = [one for one in samples if _frontend(one) == _frontend(now)]
+    counted = [one for one in samples if one.metrics.frontend == now.metrics.frontend]
     before = _since(same, now.at_s - RATES_OVER_S)
-    early = _since(same, now.at_s - LATENCIES_OVER_S)
+    lately = _since(counted, now.at_s - RATES_OVER_S)
+    early = _since(counted, now.at_s - LATENCIES_OVER_S)
     cluster, requests = now.cluster, now.cluster.requests
     states = {name: n for name, n in requests.states.items() if n} if requests else {}
 
-    def rate(count: Callable[[Sample], float | None]) -> float | None:
-        return _rate(count(before), count(now), before, now)
+    def rate(count: Callable[[Sample], float | None], past: Sample = before) -> float | None:
+        return _rate(count(past), count(now), past, now)
 
     workers = [_worker(worker, before, now) for worker in cluster.workers]
     return View(
@@ -119,8 +129,8 @@ def view(samples: Sequence[Sample]) -> View:
         requests=states,
         requests_live=cluster.frontend.requests_live,
         requests_per_s=rate(_accepted),
-        refused_per_s=rate(lambda one: _answers(one, 429, 429)),
-        failed_per_s=rate(lambda one: _answers(one, 500, 599)),
+        refused_per_s=rate(lambda one: _answers(one, 429, 429), lately),
+        failed_per_s=rate(lambda one: _answers(one, 500, 599), lately),
         tokens_per_s=rate(lambda one: one.cluster.frontend.tokens_total),
         prompt_tokens_per_s=_sum(worker.prompt_tokens_per_s for worker in workers),
         ttft_ms=_quantiles(early, now, _FIRST),

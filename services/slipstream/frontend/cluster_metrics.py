@@ -40,7 +40,9 @@ class ClusterMetrics:
             else:
                 known = nodes.get(node_id)
                 role = known.role.value if known is not None else "unknown"
-                workers.append(({"node_id": node_id, "role": role}, gauges))
+                model = known.model if known is not None else ""
+                labels = {"node_id": node_id, "role": role, "model_name": model}
+                workers.append((labels, gauges))
         yield from families(f"{PREFIX}worker_", (Role.DECODE,), workers)
 
     def cluster(

@@ -6,19 +6,22 @@ from collections.abc import Iterator
 from aiohttp import web
 from prometheus_client.core import CounterMetricFamily, Metric
 
+from slipstream.errors import ERRORS
 from slipstream.runtime.metric_table import HTTP
 
 LEFT = 499
 """No status is sent to a client that is gone; this one is customary in counts."""
 STATUS = web.RequestKey("status", int)
 """What the request came to, where that is not its response's status."""
+_CODES = {str(code): 0 for code in (200, LEFT, *(spec.status for spec in ERRORS.values()))}
+"""From the start, so that the first of a kind is seen as one more."""
 ANSWERING = web.RequestKey("answering", bool)
 """The answer has begun."""
 
 
 class HttpMetrics:
     def __init__(self) -> None:
-        self._responses = Counter({"200": 0, "500": 0})
+        self._responses = Counter(_CODES)
         self._left = Counter({"before_answer": 0, "in_answer": 0})
         self.slow_readers_cut = 0
 

@@ -1,6 +1,8 @@
 // What the cluster does: asked for each second while somebody looks, and compared with before.
 
 const PERIOD_MS = 1000;
+/** Where the cluster is for other eyes; the audit log has a line for each time. */
+const LOCKED_MS = 10000;
 const PATIENCE_MS = 5000;
 /** Polls: a minute. */
 const KEPT = 61;
@@ -30,15 +32,17 @@ export class Watch {
   }
 
   async #poll() {
+    let again_ms = PERIOD_MS;
     try {
       const response = await this.#get("cluster");
+      if (response.status === 401 || response.status === 403) again_ms = LOCKED_MS;
       if (response.status === 403) this.#show({ models: await this.#models() });
       else this.#take(await checked(response).json());
     } catch (error) {
       this.#show({ error });
     }
     clearTimeout(this.#timer); // of a poll that began while the page came back
-    if (!document.hidden) this.#timer = setTimeout(() => this.#poll(), PERIOD_MS);
+    if (!document.hidden) this.#timer = setTimeout(() => this.#poll(), again_ms);
   }
 
   #get(path) {
@@ -105,11 +109,15 @@ function rates(worker, before, now) {
   };
 }
 
-/** Tokens in a second from poll to poll; a frontend that began anew counts from nothing. */
+/** Tokens in a second between two polls of one frontend; behind an ingress they take turns. */
 function tokenRates(polls) {
-  return polls.slice(1).map((poll, index) => {
-    const before = polls[index];
-    const tokens = poll.cluster.frontend.tokens_total - before.cluster.frontend.tokens_total;
-    return Math.max(0, (1000 * tokens) / (poll.at_ms - before.at_ms));
+  const last = new Map();
+  return polls.flatMap(({ at_ms, cluster }) => {
+    const { node_id, tokens_total } = cluster.frontend;
+    const before = last.get(node_id);
+    last.set(node_id, { at_ms, tokens_total });
+    if (!before) return [];
+    // One that began anew counts from nothing.
+    return [Math.max(0, (1000 * (tokens_total - before.tokens_total)) / (at_ms - before.at_ms))];
   });
 }

@@ -46,6 +46,7 @@ export class Message {
 }
 
 export class Answer extends Message {
+  #thoughts = element("div", { className: "thoughts", title: "What the model thinks before it answers" });
   #numbers = element("dl", { className: "numbers" });
   #shown = new Map();
   #predicted = "";
@@ -76,11 +77,14 @@ export class Answer extends Message {
     this.exchange.events.push(...texts);
     this.exchange.events.splice(0, this.exchange.events.length - EVENTS_MAX);
     let text = "";
+    let thought = "";
     for (const { choices, usage } of chunks) {
       text += choices[0]?.delta.content ?? "";
+      thought += choices[0]?.delta.reasoning_content ?? "";
       this.finish = choices[0]?.finish_reason ?? this.finish;
       this.#usage = usage ?? this.#usage;
     }
+    if (thought) this.#think(thought);
     if (text) this.add(text);
     if (this.#usage) this.meter.take(this.#usage.completion_tokens);
     this.#measured();
@@ -99,6 +103,12 @@ export class Answer extends Message {
   /** Tokens of the conversation with this answer. */
   get context() {
     return this.#usage?.total_tokens ?? 0;
+  }
+
+  /** Before the answer, and no part of the conversation. */
+  #think(text) {
+    if (!this.#thoughts.isConnected) this.element.prepend(this.#thoughts);
+    this.#thoughts.append(text);
   }
 
   #measured() {
