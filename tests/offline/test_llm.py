@@ -189,6 +189,8 @@ def test_settings_are_those_of_the_command(saved: tuple[Path, PreTrainedModel]) 
         ({"temperature": 3.0}, "temperature"),
         ({"n": 0}, "n is 0; it may be 1 to"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ""}, "stop has an empty string"),
+        ({"stop": ["a", ""]}, "stop has an empty string"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice exclude each other"),
     ],
 )

@@ -70,8 +70,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 1 <= self.n <= CHOICES_MAX:
             raise ValueError(f"n is {self.n}; it may be 1 to {CHOICES_MAX}")
+        if "" in self.stop_strings:
+            raise ValueError("stop has an empty string, which every answer would begin with")
         self.constraint()
         self.wire(max_model_len=2)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def wire(self, max_model_len: int, choice: int = 0, seed: int = 0) -> types.SamplingParams:
         """As it crosses the bus. `seed`: where none is named."""
@@ -81,7 +87,7 @@ class SamplingParams:
             seed=seed if self.seed is None else self.seed,
             choice=choice,
             top_k=top_k,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop=self.stop_strings,
             stop_token_ids=tuple(self.stop_token_ids),
             logit_bias=tuple((self.logit_bias or {}).items()),
             allowed_token_ids=tuple(self.allowed_token_ids),
