@@ -84,6 +84,17 @@ def test_choices_and_seeds(llm: LLM) -> None:
     assert choice.cumulative_logprob == pytest.approx(total)
 
 
+def test_one_seed_for_the_whole_program(saved: tuple[Path, PreTrainedModel]) -> None:
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.5)
+    drawn = []
+    for seed in (3, 3, 4):
+        with LLM(str(saved[0]), seed=seed, dtype="float32", kv_cache_bytes="4MiB") as llm:
+            outputs = [*llm.generate(["a"] * 3, params), *llm.generate("a", params)]
+            drawn.append([each.outputs[0].token_ids for each in outputs])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({tuple(each) for each in drawn[0]}) == 4
+
+
 def test_params_for_each_prompt(llm: LLM) -> None:
     each = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (1, 5)]
     outputs = llm.generate(["a", "b"], each)

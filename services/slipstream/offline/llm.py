@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
@@ -12,14 +13,13 @@ from rich.console import Console
 
 from slipstream.cli.models import DEMO, models_dir, prepare
 from slipstream.cli.progress import Advance, progress
-from slipstream.config import WorkerConfig, flag_of, load, resolve
-from slipstream.decode.config import DecodeConfig
 from slipstream.errors import Problem
 from slipstream.frontend.gateway import StreamItem
 from slipstream.messages import ChatPrompt, Prompt, TextDelta, TextPrompt, Tokenize, TokenPrompt
 from slipstream.offline.cluster import LONGEST_S, OPEN_MAX, Cluster
 from slipstream.offline.outputs import CompletionOutput, RequestOutput, add
 from slipstream.offline.params import LoRARequest, SamplingParams
+from slipstream.offline.settings import worker_config
 from slipstream.tokenizer.codec import PromptError
 from slipstream.types import pack_tokens
 
@@ -35,16 +35,18 @@ Loras: TypeAlias = LoRARequest | Sequence[LoRARequest | None] | None
 class LLM:
     """One model, loaded. `close` ends it, and so does the end of a `with`."""
 
-    def __init__(self, model: str = DEMO, **settings: Any) -> None:
-        """`model`: a folder, a .gguf file, a hub id, or demo. `settings`: those of
-        `slipstream decode`, such as dtype, quantization, max_model_len, kv_cache_bytes,
-        max_num_seqs, threads or speculative.
+    def __init__(self, model: str = DEMO, *, seed: int | None = None, **settings: Any) -> None:
+        """`model`: a folder, a .gguf file, a hub id, or demo. `seed`: of prompts whose parameters
+        name none, one after the other. `settings`: those of `slipstream decode`, such as dtype,
+        quantization, max_model_len, kv_cache_bytes, max_num_seqs, threads or speculative; None:
+        as if it were not there.
 
-        ValueError: a setting that is not there, or out of range. StartError: the model cannot be
+        ConfigError: a setting that is not there, or out of range. StartError: the model cannot be
         served, or not here.
         """
         found = prepare(model, models_dir(os.environ), Console(stderr=True))
-        self._cluster = Cluster(_config(str(found.folder), settings))
+        self._cluster = Cluster(worker_config(model, str(found.folder), settings))
+        self._random = random.Random(seed)
         self._count = 0
         self._loaded: dict[str, tuple[str, str]] = {}
         """Name of a LoRA adapter -> its folder and id."""
@@ -134,8 +136,9 @@ class LLM:
     ) -> list[RequestOutput]:
         each = _each("sampling_params", params or SamplingParams(), len(prompts))
         adapters = _each("lora_request", loras, len(prompts))
+        seeds = [one.drawn_seed(self._random) for one in each]
         with progress(Console(stderr=True, quiet=not bar), "prompts") as advance:
-            return self._call(self._all(prompts, each, adapters, advance))
+            return self._call(self._all(prompts, each, seeds, adapters, advance))
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """On the loop, and waited for. Whoever stops waiting (Ctrl-C) has it cancelled."""
@@ -156,6 +159,7 @@ class LLM:
         self,
         prompts: list[tuple[str | None, Prompt]],
         params: Sequence[SamplingParams],
+        seeds: Sequence[int],
         loras: Sequence[LoRARequest | None],
         advance: Advance,
     ) -> list[RequestOutput]:
@@ -167,7 +171,9 @@ class LLM:
         async def serve() -> None:
             nonlocal done
             for index in left:  # shared: whoever is free takes the next one
-                outputs[index] = await self._one(*prompts[index], params[index], adapters[index])
+                outputs[index] = await self._one(
+                    *prompts[index], params[index], seeds[index], adapters[index]
+                )
                 done += 1
                 advance(done, len(prompts))
 
@@ -201,7 +207,7 @@ class LLM:
         return [self._loaded[each.lora_name][1] if each else "" for each in loras]
 
     async def _one(
-        self, text: str | None, prompt: Prompt, params: SamplingParams, adapter: str
+        self, text: str | None, prompt: Prompt, params: SamplingParams, seed: int, adapter: str
     ) -> RequestOutput:
         self._count += 1
         output = RequestOutput(str(self._count), text, [], [])
@@ -214,7 +220,6 @@ class LLM:
             return output
         output.prompt_token_ids = tokens
         output.outputs = [CompletionOutput(index) for index in range(params.n)]
-        seed = params.drawn_seed()
         any_choice = Tokenize(
             request_id="",
             prompt=TokenPrompt(tokens=pack_tokens(tokens)),
@@ -249,17 +254,6 @@ class LLM:
                     add(output, choice, item)
         finally:
             close()
-
-
-def _config(folder: str, settings: Mapping[str, Any]) -> WorkerConfig:
-    """By the names of the command's flags, and with its errors."""
-    words = [word for name, value in settings.items() for word in (flag_of(name), _word(value))]
-    given = ["--model", folder, "--threads", str(len(os.sched_getaffinity(0))), *words]
-    return resolve(load(DecodeConfig, "decode", given, {}), os.environ)
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _is_one(prompts: Text | Sequence[Text]) -> bool:

@@ -115,8 +115,8 @@ class SamplingParams:
             raise ValueError(f"{' and '.join(named)} exclude each other; name one of them")
         return next((Constraint(kind=kind, text=text) for kind, text in named.items()), None)
 
-    def drawn_seed(self) -> int:
-        return random.getrandbits(_SEED_BITS) if self.seed is None else self.seed
+    def drawn_seed(self, drawer: random.Random) -> int:
+        return drawer.getrandbits(_SEED_BITS) if self.seed is None else self.seed
 
 
 _SAME = (
