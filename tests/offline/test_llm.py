@@ -116,6 +116,32 @@ def test_answers_are_held_to_what_was_asked(llm: LLM) -> None:
     assert len(scores) == len(prompt_scored.prompt_token_ids)
 
 
+def test_an_answer_ends_where_its_context_does(llm: LLM) -> None:
+    for wanted in (4096, None):
+        params = SamplingParams(max_tokens=wanted, temperature=0, ignore_eos=True)
+        (output,) = llm.generate([prompt_of(500, 1)], params)
+        assert not output.error and len(output.outputs[0].token_ids) == 12
+        assert output.outputs[0].finish_reason == "length"
+
+
+def test_without_parameters_the_models_own_are_used(
+    llm: LLM, saved: tuple[Path, PreTrainedModel]
+) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams()
+    file = saved[0] / "generation_config.json"
+    before = file.read_bytes()
+    file.write_text('{"temperature": 0, "top_k": -1, "repetition_penalty": 1.5}')
+    try:
+        with LLM(str(saved[0]), dtype="float32", kv_cache_bytes="4MiB") as recommends:
+            wanted = SamplingParams(temperature=0, top_k=-1, repetition_penalty=1.5)
+            assert recommends.get_default_sampling_params() == wanted
+            plain, said = (recommends.generate(["ab"] * 3, each) for each in (None, wanted))
+    finally:
+        file.write_bytes(before)
+    tokens = [each.outputs[0].token_ids for each in (*plain, *said)]
+    assert len(tokens[0]) and all(each == tokens[0] for each in tokens)
+
+
 def test_a_prompt_that_cannot_be_served_harms_no_other(llm: LLM) -> None:
     outputs = llm.generate(["a", "x " * 2000, [9_999], "b"], GREEDY)
     assert [bool(each.error) for each in outputs] == [False, True, True, False]

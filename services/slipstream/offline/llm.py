@@ -129,12 +129,18 @@ class LLM:
         """Token ids, as `generate` makes them."""
         return self._cluster.codec.encode(TextPrompt(text=text))
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's makers recommend, and what prompts without parameters are given."""
+        recommended: dict[str, Any] = dict(self._cluster.sampling)
+        return SamplingParams(**recommended)
+
     # --- Inside -----------------------------------------------------------------------------------
 
     def _answers(
         self, prompts: list[tuple[str | None, Prompt]], params: Params, bar: bool, loras: Loras
     ) -> list[RequestOutput]:
-        each = _each("sampling_params", params or SamplingParams(), len(prompts))
+        given = self.get_default_sampling_params() if params is None else params
+        each = _each("sampling_params", given, len(prompts))
         adapters = _each("lora_request", loras, len(prompts))
         seeds = [one.drawn_seed(self._random) for one in each]
         with progress(Console(stderr=True, quiet=not bar), "prompts") as advance:
@@ -227,7 +233,7 @@ class LLM:
             timeout_s=LONGEST_S,
             model=self._cluster.model,
             adapter=adapter,
-            clamp_max_tokens=params.max_tokens is None,
+            clamp_max_tokens=True,  # as vLLM: an answer ends where its context does
             constraint=params.constraint(),
             bad_words=tuple(params.bad_words),
         )
