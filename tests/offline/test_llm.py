@@ -228,12 +228,37 @@ def test_settings_are_those_of_the_command(saved: tuple[Path, PreTrainedModel]) 
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ""}, "stop has an empty string"),
         ({"stop": ["a", ""]}, "stop has an empty string"),
+        ({"logprobs": -1}, "logprobs is -1: of all tokens they are not given; name 0 to 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"detokenize": False}, "detokenize=False is not served; leave it out"),
+        ({"structured_outputs": {"json": {}}}, "not served; name json_schema, regex, choice or"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice exclude each other"),
     ],
 )
 def test_parameters_that_cannot_be(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         SamplingParams(**wrong)
+
+
+def test_the_defaults_of_vllm_may_be_said(llm: LLM) -> None:
+    said = SamplingParams(
+        stop=None, stop_token_ids=None, allowed_token_ids=None, bad_words=None, logit_bias=None,
+        detokenize=True, spaces_between_special_tokens=True, structured_outputs=None,
+        truncate_prompt_tokens=None, extra_args=None, logits_processors=None,
+    )  # fmt: skip
+    assert said == SamplingParams()
+    assert llm.generate("a", said)[0].outputs[0].token_ids
+
+
+def test_parameters_may_be_changed_and_are_checked_again(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    params.max_tokens = 5
+    params.stop = ["never said"]
+    assert len(llm.generate("a", params)[0].outputs[0].token_ids) == 5
+    params.stop = ""
+    with pytest.raises(ValueError, match="stop has an empty string"):
+        llm.generate(["b", "a"], [GREEDY, params])
+    assert llm.generate("a", GREEDY)[0].outputs[0].token_ids
 
 
 def test_the_program_of_the_page_runs() -> None:

@@ -141,6 +141,8 @@ class LLM:
     ) -> list[RequestOutput]:
         given = self.get_default_sampling_params() if params is None else params
         each = _each("sampling_params", given, len(prompts))
+        for one in {id(one): one for one in each}.values():
+            one.check()
         adapters = _each("lora_request", loras, len(prompts))
         seeds = [one.drawn_seed(self._random) for one in each]
         with progress(Console(stderr=True, quiet=not bar), "prompts") as advance:
@@ -235,7 +237,7 @@ class LLM:
             adapter=adapter,
             clamp_max_tokens=True,  # as vLLM: an answer ends where its context does
             constraint=params.constraint(),
-            bad_words=tuple(params.bad_words),
+            bad_words=tuple(params.bad_words or ()),
         )
         await asyncio.gather(*(self._choice(any_choice, output, each) for each in output.outputs))
         return output
