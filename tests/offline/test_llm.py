@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -114,6 +115,26 @@ def test_answers_are_held_to_what_was_asked(llm: LLM) -> None:
     scores = prompt_scored.prompt_logprobs
     assert scores is not None and scores[0] is None
     assert len(scores) == len(prompt_scored.prompt_token_ids)
+
+
+def test_token_ids_beyond_every_vocabulary_harm_no_other(llm: LLM) -> None:
+    outputs = llm.generate([[1, 2**33], [5, 6], [-5], [1, -(2**70)], []], GREEDY)
+    assert [bool(each.error) for each in outputs] == [True, False, True, True, True]
+    told = f"Token id {2**33} is outside the vocabulary"
+    assert told in outputs[0].error and "-5" in outputs[2].error
+
+
+def test_numbers_of_numpy_are_token_ids(llm: LLM) -> None:
+    ids = np.array([5, 6, 7])
+    wanted = llm.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
+    forms = [ids, list(ids), [ids, list(ids), {"prompt_token_ids": ids}], np.stack([ids, ids])]
+    for form in forms:
+        for output in llm.generate(form, GREEDY):
+            assert output.outputs[0].token_ids == wanted
+            assert output.prompt_token_ids == [5, 6, 7]
+    for wrong in ([[1.5]], [{"prompt_token_ids": "ab"}], [{}], [np.array([0.5])]):
+        with pytest.raises(ValueError, match="a prompt is a text"):
+            llm.generate(wrong)
 
 
 def test_an_answer_ends_where_its_context_does(llm: LLM) -> None:

@@ -4,7 +4,8 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,6 +21,7 @@ from slipstream.offline.cluster import LONGEST_S, OPEN_MAX, Cluster
 from slipstream.offline.outputs import CompletionOutput, RequestOutput, add
 from slipstream.offline.params import LoRARequest, SamplingParams
 from slipstream.offline.settings import worker_config
+from slipstream.tokenizer.admission import unknown_token
 from slipstream.tokenizer.codec import PromptError
 from slipstream.types import pack_tokens
 
@@ -27,6 +29,7 @@ Text: TypeAlias = str | Mapping[str, Any] | Sequence[int]
 """A prompt: text, token ids, or `{"prompt": …}` or `{"prompt_token_ids": …}`."""
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages of one conversation."""
+_Prompt: TypeAlias = Prompt | list[int]
 T = TypeVar("T")
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Loras: TypeAlias = LoRARequest | Sequence[LoRARequest | None] | None
@@ -110,7 +113,7 @@ class LLM:
         chats: Sequence[Any] = messages
         if not messages or isinstance(messages[0], Mapping):
             chats = [messages]
-        prompts: list[tuple[str | None, Prompt]] = [
+        prompts: list[tuple[str | None, _Prompt]] = [
             (
                 None,
                 ChatPrompt(
@@ -137,7 +140,7 @@ class LLM:
     # --- Inside -----------------------------------------------------------------------------------
 
     def _answers(
-        self, prompts: list[tuple[str | None, Prompt]], params: Params, bar: bool, loras: Loras
+        self, prompts: list[tuple[str | None, _Prompt]], params: Params, bar: bool, loras: Loras
     ) -> list[RequestOutput]:
         given = self.get_default_sampling_params() if params is None else params
         each = _each("sampling_params", given, len(prompts))
@@ -165,7 +168,7 @@ class LLM:
 
     async def _all(
         self,
-        prompts: list[tuple[str | None, Prompt]],
+        prompts: list[tuple[str | None, _Prompt]],
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
         loras: Sequence[LoRARequest | None],
@@ -215,14 +218,14 @@ class LLM:
         return [self._loaded[each.lora_name][1] if each else "" for each in loras]
 
     async def _one(
-        self, text: str | None, prompt: Prompt, params: SamplingParams, seed: int, adapter: str
+        self, text: str | None, prompt: _Prompt, params: SamplingParams, seed: int, adapter: str
     ) -> RequestOutput:
         self._count += 1
         output = RequestOutput(str(self._count), text, [], [])
         if self._error is not None:
             raise RuntimeError(f"the engine has ended: {self._error}") from self._error
         try:
-            tokens = await asyncio.to_thread(self._cluster.codec.encode, prompt)
+            tokens = await self._tokens(prompt)
         except PromptError as error:
             output.error = error.problem.message
             return output
@@ -241,6 +244,15 @@ class LLM:
         )
         await asyncio.gather(*(self._choice(any_choice, output, each) for each in output.outputs))
         return output
+
+    async def _tokens(self, prompt: _Prompt) -> list[int]:
+        """PromptError: it cannot be served."""
+        codec = self._cluster.codec
+        if isinstance(prompt, list):
+            if prompt and (problem := unknown_token(prompt, codec.vocab_size)):
+                raise PromptError(problem)  # it may be one that cannot be packed
+            prompt = TokenPrompt(tokens=pack_tokens(prompt))
+        return await asyncio.to_thread(codec.encode, prompt)
 
     async def _choice(
         self, like: Tokenize, output: RequestOutput, choice: CompletionOutput
@@ -267,23 +279,31 @@ class LLM:
 def _is_one(prompts: Text | Sequence[Text]) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
-    return bool(prompts) and all(isinstance(each, int) for each in prompts)
+    return len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts)
 
 
-def _text(prompt: Text) -> tuple[str | None, Prompt]:
+def _text(prompt: Text) -> tuple[str | None, _Prompt]:
     match prompt:
         case str():
             return prompt, TextPrompt(text=prompt)
-        case {"prompt_token_ids": tokens}:
-            return None, TokenPrompt(tokens=pack_tokens(list(tokens)))
+        case {"prompt_token_ids": tokens} if (ids := _ids(tokens)) is not None:
+            return None, ids
         case {"prompt": str(text)}:
             return text, TextPrompt(text=text)
-        case [*tokens] if all(isinstance(token, int) for token in tokens):
-            return None, TokenPrompt(tokens=pack_tokens(tokens))
+        case _ if (ids := _ids(prompt)) is not None:
+            return None, ids
     raise ValueError(
         "a prompt is a text, token ids, or a dict with prompt or prompt_token_ids, not "
         f"{prompt!r:.80}"
     )
+
+
+def _ids(tokens: Any) -> list[int] | None:
+    """Of any list or array of integers; None if it is none."""
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping):
+        return None
+    found = list(tokens)
+    return [int(each) for each in found] if all(isinstance(e, Integral) for e in found) else None
 
 
 def _each(name: str, given: T | Sequence[T], count: int) -> Sequence[T]:
