@@ -10,7 +10,7 @@ from slipstream.offline.settings import NEUTRAL, worker_config
 
 
 def config(**settings: Any) -> WorkerConfig:
-    return worker_config("org/tiny", "/models/tiny", settings)
+    return worker_config("org/tiny", "/models/tiny", settings, {})
 
 
 @pytest.mark.parametrize("name", ["overlap", "enable_prefix_caching", "log_json"])

@@ -48,7 +48,7 @@ class LLM:
         served, or not here.
         """
         found = prepare(model, models_dir(os.environ), Console(stderr=True))
-        self._cluster = Cluster(worker_config(model, str(found.folder), settings))
+        self._cluster = Cluster(worker_config(model, str(found.folder), settings, os.environ))
         self._random = random.Random(seed)
         self._count = 0
         self._loaded: dict[str, tuple[str, str]] = {}

@@ -55,13 +55,15 @@ _INSTEAD = {
 }
 
 
-def worker_config(model: str, folder: str, settings: Mapping[str, Any]) -> WorkerConfig:
+def worker_config(
+    model: str, folder: str, settings: Mapping[str, Any], environ: Mapping[str, str]
+) -> WorkerConfig:
     """`model`: as the caller calls it. ConfigError: a setting that is not there, or out of range,
     with the words of the command."""
     served = dict(_served(settings, {**NEUTRAL, "tokenizer": (model, folder)}))
     words = [_word(name, value) for name, value in served.items()]
     given = [f"--model={folder}", f"--threads={len(os.sched_getaffinity(0))}", *words]
-    return resolve(load(DecodeConfig, "decode", given, {}), os.environ)
+    return resolve(load(DecodeConfig, "decode", given, {}), environ)
 
 
 def _served(
