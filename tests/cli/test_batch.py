@@ -130,14 +130,38 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_asked(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "held",
+    ["my diary\n", "my diary", '{"model": "m"}', '{"id":"x', line("a"), line("b") + line("a")[:-1]],
+)
 def test_a_file_of_somebody_else_is_not_touched(
-    whole: Whole, tmp_path: Path, capsys: Capture
+    whole: Whole, tmp_path: Path, capsys: Capture, held: str
 ) -> None:
     write(tmp_path, line("a"))
-    (tmp_path / "out.jsonl").write_text("my diary\n", encoding="utf-8")
+    (tmp_path / "out.jsonl").write_text(held, encoding="utf-8")
     assert batch(tmp_path, whole.url) == ExitCode.SETUP
-    assert "not an answer of a batch" in capsys.readouterr().err
-    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "my diary\n"
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "not an answer of a batch" in told and "name another file" in told
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == held and not whole.order
+
+
+def test_requests_are_not_written_over(whole: Whole, tmp_path: Path, capsys: Capture) -> None:
+    held = line("a") + line("b").rstrip()
+    write(tmp_path, held)
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "in.jsonl")
+    assert batch(tmp_path, whole.url) == ExitCode.SETUP
+    assert "the requests are in it" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "in.jsonl").read_text(encoding="utf-8") == held and not whole.order
+
+
+@pytest.mark.parametrize("cut", [1, 8, len('{"id":"batch_req_'), 60])
+def test_a_torn_line_goes_wherever_it_was_torn(whole: Whole, tmp_path: Path, cut: int) -> None:
+    write(tmp_path, *map(line, "ab"))
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    first, second = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(first + second[:cut])
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    assert answers(tmp_path).keys() == set("ab") and len(whole.order) == 3
 
 
 def test_no_server(tmp_path: Path, capsys: Capture) -> None:
@@ -167,13 +191,29 @@ def test_what_nobody_answered_is_asked_again_and_has_one_line(
     whole: Whole, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "in.jsonl").write_text(line("a") + line("b"))
-    failed = {"custom_id": "a", "response": None, "error": {"code": "no_answer", "message": "x"}}
+    error = {"code": "no_answer", "message": "x"}
+    failed = {"id": "x", "custom_id": "a", "response": None, "error": error}
     (tmp_path / "out.jsonl").write_text(json.dumps(failed) + "\n")
     assert batch(tmp_path, whole.url) == ExitCode.OK
     found = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(found) == 2 and not any(json.loads(each)["error"] for each in found)
     assert sorted(whole.order) == ["a", "b"]
     assert batch(tmp_path, whole.url) == ExitCode.OK and len(whole.order) == 2
+
+
+def test_what_was_refused_for_the_moment_is_asked_again_by_the_next_run(
+    whole: Whole, tmp_path: Path, capsys: Capture
+) -> None:
+    write(tmp_path, *map(line, "abc"))
+    whole.bad, whole.busy = {"a"}, {"b": 99}
+    assert batch(tmp_path, whole.url, "--retry-s", "0") == ExitCode.FAILED
+    assert answers(tmp_path)["b"]["response"]["status_code"] == 429
+    whole.busy = {}
+    whole.order.clear()
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    assert whole.order == ["b"] and "2 are answered already" in capsys.readouterr().err
+    found = {name: each["response"]["status_code"] for name, each in answers(tmp_path).items()}
+    assert found == {"a": 400, "b": 200, "c": 200}
 
 
 def test_two_batches_do_not_write_to_one_file(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -84,6 +85,17 @@ def test_choices_and_seeds(llm: LLM) -> None:
     assert choice.cumulative_logprob == pytest.approx(total)
 
 
+def test_one_seed_for_the_whole_program(saved: tuple[Path, PreTrainedModel]) -> None:
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.5)
+    drawn = []
+    for seed in (3, 3, 4):
+        with LLM(str(saved[0]), seed=seed, dtype="float32", kv_cache_bytes="4MiB") as llm:
+            outputs = [*llm.generate(["a"] * 3, params), *llm.generate("a", params)]
+            drawn.append([each.outputs[0].token_ids for each in outputs])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({tuple(each) for each in drawn[0]}) == 4
+
+
 def test_params_for_each_prompt(llm: LLM) -> None:
     each = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (1, 5)]
     outputs = llm.generate(["a", "b"], each)
@@ -103,6 +115,52 @@ def test_answers_are_held_to_what_was_asked(llm: LLM) -> None:
     scores = prompt_scored.prompt_logprobs
     assert scores is not None and scores[0] is None
     assert len(scores) == len(prompt_scored.prompt_token_ids)
+
+
+def test_token_ids_beyond_every_vocabulary_harm_no_other(llm: LLM) -> None:
+    outputs = llm.generate([[1, 2**33], [5, 6], [-5], [1, -(2**70)], []], GREEDY)
+    assert [bool(each.error) for each in outputs] == [True, False, True, True, True]
+    told = f"Token id {2**33} is outside the vocabulary"
+    assert told in outputs[0].error and "-5" in outputs[2].error
+
+
+def test_numbers_of_numpy_are_token_ids(llm: LLM) -> None:
+    ids = np.array([5, 6, 7])
+    wanted = llm.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
+    forms = [ids, list(ids), [ids, list(ids), {"prompt_token_ids": ids}], np.stack([ids, ids])]
+    for form in forms:
+        for output in llm.generate(form, GREEDY):
+            assert output.outputs[0].token_ids == wanted
+            assert output.prompt_token_ids == [5, 6, 7]
+    for wrong in ([[1.5]], [{"prompt_token_ids": "ab"}], [{}], [np.array([0.5])]):
+        with pytest.raises(ValueError, match="a prompt is a text"):
+            llm.generate(wrong)
+
+
+def test_an_answer_ends_where_its_context_does(llm: LLM) -> None:
+    for wanted in (4096, None):
+        params = SamplingParams(max_tokens=wanted, temperature=0, ignore_eos=True)
+        (output,) = llm.generate([prompt_of(500, 1)], params)
+        assert not output.error and len(output.outputs[0].token_ids) == 12
+        assert output.outputs[0].finish_reason == "length"
+
+
+def test_without_parameters_the_models_own_are_used(
+    llm: LLM, saved: tuple[Path, PreTrainedModel]
+) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams()
+    file = saved[0] / "generation_config.json"
+    before = file.read_bytes()
+    file.write_text('{"temperature": 0, "top_k": -1, "repetition_penalty": 1.5}')
+    try:
+        with LLM(str(saved[0]), dtype="float32", kv_cache_bytes="4MiB") as recommends:
+            wanted = SamplingParams(temperature=0, top_k=-1, repetition_penalty=1.5)
+            assert recommends.get_default_sampling_params() == wanted
+            plain, said = (recommends.generate(["ab"] * 3, each) for each in (None, wanted))
+    finally:
+        file.write_bytes(before)
+    tokens = [each.outputs[0].token_ids for each in (*plain, *said)]
+    assert len(tokens[0]) and all(each == tokens[0] for each in tokens)
 
 
 def test_a_prompt_that_cannot_be_served_harms_no_other(llm: LLM) -> None:
@@ -189,12 +247,39 @@ def test_settings_are_those_of_the_command(saved: tuple[Path, PreTrainedModel]) 
         ({"temperature": 3.0}, "temperature"),
         ({"n": 0}, "n is 0; it may be 1 to"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ""}, "stop has an empty string"),
+        ({"stop": ["a", ""]}, "stop has an empty string"),
+        ({"logprobs": -1}, "logprobs is -1: of all tokens they are not given; name 0 to 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"detokenize": False}, "detokenize=False is not served; leave it out"),
+        ({"structured_outputs": {"json": {}}}, "not served; name json_schema, regex, choice or"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice exclude each other"),
     ],
 )
 def test_parameters_that_cannot_be(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         SamplingParams(**wrong)
+
+
+def test_the_defaults_of_vllm_may_be_said(llm: LLM) -> None:
+    said = SamplingParams(
+        stop=None, stop_token_ids=None, allowed_token_ids=None, bad_words=None, logit_bias=None,
+        detokenize=True, spaces_between_special_tokens=True, structured_outputs=None,
+        truncate_prompt_tokens=None, extra_args=None, logits_processors=None,
+    )  # fmt: skip
+    assert said == SamplingParams()
+    assert llm.generate("a", said)[0].outputs[0].token_ids
+
+
+def test_parameters_may_be_changed_and_are_checked_again(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    params.max_tokens = 5
+    params.stop = ["never said"]
+    assert len(llm.generate("a", params)[0].outputs[0].token_ids) == 5
+    params.stop = ""
+    with pytest.raises(ValueError, match="stop has an empty string"):
+        llm.generate(["b", "a"], [GREEDY, params])
+    assert llm.generate("a", GREEDY)[0].outputs[0].token_ids
 
 
 def test_the_program_of_the_page_runs() -> None:

@@ -143,6 +143,16 @@ def test_the_beginning_of_a_stop_string_is_shown_once_it_is_none(
     assert stream.flush() == "ab"
 
 
+@pytest.mark.parametrize("stop", [("",), ("b", "")])
+def test_an_empty_stop_string_is_none(
+    byte_level_codec: TokenizerCodec, stop: tuple[str, ...]
+) -> None:
+    ids = [i for c in "aba" for i in byte_level_codec.encode(TextPrompt(text=c))]
+    stream = Detokenizer(byte_level_codec, (), stop)
+    shown = "".join(map(stream.push, ids)) + stream.flush()
+    assert shown == ("a" if "b" in stop else "aba") and stream.stopped != ""
+
+
 def test_stop_strings_count_after_min_tokens(byte_level_codec: TokenizerCodec) -> None:
     ids = [i for c in "abab" for i in byte_level_codec.encode(TextPrompt(text=c))]
     stream = Detokenizer(byte_level_codec, (), ("b",), min_tokens=2)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 
-from slipstream.cli.batch_file import Answers, Asked, read_requests
+from slipstream.cli.batch_file import Answers, Asked, read_requests, refuse_one_file
 from slipstream.cli.client_config import BatchConfig, base_url
 from slipstream.cli.private_server import server
 from slipstream.cli.progress import Advance, progress
@@ -37,7 +37,8 @@ class Batch:
 
     async def _ask_on(self, advance: Advance) -> None:
         for asked in self._left:  # shared: whoever is free takes the next one
-            self.failed += not await self._ask(asked)
+            good = await self._ask(asked)  # first: `+=` would read the count before the wait
+            self.failed += not good
             self.done += 1
             advance(self.done, self._all)
 
@@ -70,6 +71,7 @@ def batch(loaded: Loaded, environ: Mapping[str, str]) -> int:
     config = loaded.config
     assert isinstance(config, BatchConfig)
     requests = read_requests(config.input)
+    refuse_one_file(config.input, config.output)
     answers = Answers(config.output)
     with contextlib.closing(answers):
         left = [asked for asked in requests if asked.custom_id not in answers.done]

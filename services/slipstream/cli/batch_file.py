@@ -9,11 +9,14 @@ from typing import Any
 
 import msgspec
 
-from slipstream.client.api import Reply
+from slipstream.client.api import Reply, is_passing
 from slipstream.config import SetupError
 
 NO_ANSWER = "no_answer"
+ID = "batch_req_"
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_BEGINS = f'{{"id":"{ID}'.encode()
+"""Each line that we write, so that no other one is taken for ours."""
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -29,9 +32,24 @@ class _Failure(msgspec.Struct, frozen=True):
     code: str = ""
 
 
+class _Said(msgspec.Struct, frozen=True):
+    status_code: int
+
+
 class _Known(msgspec.Struct, frozen=True):
+    """A line of the output. A line of the input lacks `id` and `response`."""
+
+    id: str
     custom_id: str
+    response: _Said | None
     error: _Failure | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Not so what nobody answered, or what was refused for the moment alone."""
+        if self.response is not None:
+            return not is_passing(self.response.status_code)
+        return self.error is None or self.error.code != NO_ANSWER
 
 
 class BatchFileError(SetupError):
@@ -76,39 +94,50 @@ def _unusable(asked: Asked, lines: Mapping[str, int]) -> str:
     return ""
 
 
+def refuse_one_file(asked: str, answers: str) -> None:
+    """BatchFileError: the requests would be written over, by whichever name."""
+    if os.path.exists(answers) and os.path.samefile(asked, answers):
+        raise BatchFileError(f"{answers}: the requests are in it; name another file for answers")
+
+
 class Answers:
     """The output, open for more. Each answer is in the file before the next is counted."""
 
     def __init__(self, path: str) -> None:
-        """Finds what is there. A last line that a break has torn goes; anything else that is no
-        answer, or that another batch writes to, is not ours to change: BatchFileError."""
+        """Finds what is there. A last line of ours that a break has torn goes; anything else that
+        is no answer, or that another batch writes to, is not ours to change: BatchFileError."""
         self.done: set[str] = set()
         self._path, self._unanswered = Path(path), set[str]()
-        """Nobody answered these: they are asked again, and their new line takes the place."""
+        """Asked again, for they have no lasting answer; their new line takes the place."""
         try:
             self._file = self._path.open("a+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.seek(0)
-            end = 0
-            for number, line in enumerate(self._file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                end += len(line)
-                try:
-                    known = msgspec.json.decode(line, type=_Known)
-                    failed = known.error is not None and known.error.code == NO_ANSWER
-                    (self._unanswered if failed else self.done).add(known.custom_id)
-                except msgspec.DecodeError as error:
-                    raise BatchFileError(
-                        f"{path}:{number}: not an answer of a batch ({error}); name another file"
-                    ) from None
-            self._file.truncate(end)
+            self._file.truncate(self._find())
         except BlockingIOError:
             raise BatchFileError(
                 f"{path}: another batch writes to it; wait for its end, or name another file"
             ) from None
         except OSError as error:
             raise BatchFileError(f"{path}: {error.strerror}") from None
+
+    def _find(self) -> int:
+        """What the whole lines say; where they end."""
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, 1):
+            try:
+                if not line.endswith(b"\n"):
+                    if line.startswith(_BEGINS) or _BEGINS.startswith(line):
+                        break
+                    raise msgspec.DecodeError("it does not begin as one")
+                known = msgspec.json.decode(line, type=_Known)
+            except msgspec.DecodeError as error:
+                raise BatchFileError(
+                    f"{self._path}:{number}: not an answer of a batch ({error}); name another file"
+                ) from None
+            end += len(line)
+            (self.done if known.is_final else self._unanswered).add(known.custom_id)
+        return end
 
     def add(self, asked: Asked, reply: Reply) -> None:
         self._write(asked, msgspec.Raw(_answer(reply)), None)
@@ -119,7 +148,7 @@ class Answers:
 
     def _write(self, asked: Asked, response: Any, error: Any) -> None:
         line = {
-            "id": f"batch_req_{uuid.uuid4().hex}",
+            "id": f"{ID}{uuid.uuid4().hex}",
             "custom_id": asked.custom_id,
             "response": response,
             "error": error,

@@ -55,6 +55,7 @@ from slipstream.tokenizer.codec import TokenizerCodec
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.grammar_check import GrammarCheck
 from slipstream.tokenizer.machine import TokenizerMachine
+from slipstream.tokenizer.recommended import recommended_sampling
 from slipstream.tokenizer.settings import TokenizerSettings
 from slipstream.types import Role
 
@@ -79,6 +80,7 @@ class Cluster:
         model = read_model(config.model, config.model_impl, config.load_format == "dummy")
         plan = plan_of(config, model)
         self.codec = TokenizerCodec(Path(config.model))
+        self.sampling = recommended_sampling(Path(config.model))
         self.model = Path(config.model).name
         # What is left on a GPU shows when the model is there; on a CPU the pool comes first.
         self._runner = load_runner(config, plan, plan.device)

@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import random
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
@@ -12,14 +14,14 @@ from rich.console import Console
 
 from slipstream.cli.models import DEMO, models_dir, prepare
 from slipstream.cli.progress import Advance, progress
-from slipstream.config import WorkerConfig, flag_of, load, resolve
-from slipstream.decode.config import DecodeConfig
 from slipstream.errors import Problem
 from slipstream.frontend.gateway import StreamItem
 from slipstream.messages import ChatPrompt, Prompt, TextDelta, TextPrompt, Tokenize, TokenPrompt
 from slipstream.offline.cluster import LONGEST_S, OPEN_MAX, Cluster
 from slipstream.offline.outputs import CompletionOutput, RequestOutput, add
 from slipstream.offline.params import LoRARequest, SamplingParams
+from slipstream.offline.settings import worker_config
+from slipstream.tokenizer.admission import unknown_token
 from slipstream.tokenizer.codec import PromptError
 from slipstream.types import pack_tokens
 
@@ -27,6 +29,7 @@ Text: TypeAlias = str | Mapping[str, Any] | Sequence[int]
 """A prompt: text, token ids, or `{"prompt": …}` or `{"prompt_token_ids": …}`."""
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages of one conversation."""
+_Prompt: TypeAlias = Prompt | list[int]
 T = TypeVar("T")
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 Loras: TypeAlias = LoRARequest | Sequence[LoRARequest | None] | None
@@ -35,16 +38,18 @@ Loras: TypeAlias = LoRARequest | Sequence[LoRARequest | None] | None
 class LLM:
     """One model, loaded. `close` ends it, and so does the end of a `with`."""
 
-    def __init__(self, model: str = DEMO, **settings: Any) -> None:
-        """`model`: a folder, a .gguf file, a hub id, or demo. `settings`: those of
-        `slipstream decode`, such as dtype, quantization, max_model_len, kv_cache_bytes,
-        max_num_seqs, threads or speculative.
+    def __init__(self, model: str = DEMO, *, seed: int | None = None, **settings: Any) -> None:
+        """`model`: a folder, a .gguf file, a hub id, or demo. `seed`: of prompts whose parameters
+        name none, one after the other. `settings`: those of `slipstream decode`, such as dtype,
+        quantization, max_model_len, kv_cache_bytes, max_num_seqs, threads or speculative; None:
+        as if it were not there.
 
-        ValueError: a setting that is not there, or out of range. StartError: the model cannot be
+        ConfigError: a setting that is not there, or out of range. StartError: the model cannot be
         served, or not here.
         """
         found = prepare(model, models_dir(os.environ), Console(stderr=True))
-        self._cluster = Cluster(_config(str(found.folder), settings))
+        self._cluster = Cluster(worker_config(model, str(found.folder), settings, os.environ))
+        self._random = random.Random(seed)
         self._count = 0
         self._loaded: dict[str, tuple[str, str]] = {}
         """Name of a LoRA adapter -> its folder and id."""
@@ -108,7 +113,7 @@ class LLM:
         chats: Sequence[Any] = messages
         if not messages or isinstance(messages[0], Mapping):
             chats = [messages]
-        prompts: list[tuple[str | None, Prompt]] = [
+        prompts: list[tuple[str | None, _Prompt]] = [
             (
                 None,
                 ChatPrompt(
@@ -127,15 +132,24 @@ class LLM:
         """Token ids, as `generate` makes them."""
         return self._cluster.codec.encode(TextPrompt(text=text))
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's makers recommend, and what prompts without parameters are given."""
+        recommended: dict[str, Any] = dict(self._cluster.sampling)
+        return SamplingParams(**recommended)
+
     # --- Inside -----------------------------------------------------------------------------------
 
     def _answers(
-        self, prompts: list[tuple[str | None, Prompt]], params: Params, bar: bool, loras: Loras
+        self, prompts: list[tuple[str | None, _Prompt]], params: Params, bar: bool, loras: Loras
     ) -> list[RequestOutput]:
-        each = _each("sampling_params", params or SamplingParams(), len(prompts))
+        given = self.get_default_sampling_params() if params is None else params
+        each = _each("sampling_params", given, len(prompts))
+        for one in {id(one): one for one in each}.values():
+            one.check()
         adapters = _each("lora_request", loras, len(prompts))
+        seeds = [one.drawn_seed(self._random) for one in each]
         with progress(Console(stderr=True, quiet=not bar), "prompts") as advance:
-            return self._call(self._all(prompts, each, adapters, advance))
+            return self._call(self._all(prompts, each, seeds, adapters, advance))
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """On the loop, and waited for. Whoever stops waiting (Ctrl-C) has it cancelled."""
@@ -154,8 +168,9 @@ class LLM:
 
     async def _all(
         self,
-        prompts: list[tuple[str | None, Prompt]],
+        prompts: list[tuple[str | None, _Prompt]],
         params: Sequence[SamplingParams],
+        seeds: Sequence[int],
         loras: Sequence[LoRARequest | None],
         advance: Advance,
     ) -> list[RequestOutput]:
@@ -167,7 +182,9 @@ class LLM:
         async def serve() -> None:
             nonlocal done
             for index in left:  # shared: whoever is free takes the next one
-                outputs[index] = await self._one(*prompts[index], params[index], adapters[index])
+                outputs[index] = await self._one(
+                    *prompts[index], params[index], seeds[index], adapters[index]
+                )
                 done += 1
                 advance(done, len(prompts))
 
@@ -201,20 +218,19 @@ class LLM:
         return [self._loaded[each.lora_name][1] if each else "" for each in loras]
 
     async def _one(
-        self, text: str | None, prompt: Prompt, params: SamplingParams, adapter: str
+        self, text: str | None, prompt: _Prompt, params: SamplingParams, seed: int, adapter: str
     ) -> RequestOutput:
         self._count += 1
         output = RequestOutput(str(self._count), text, [], [])
         if self._error is not None:
             raise RuntimeError(f"the engine has ended: {self._error}") from self._error
         try:
-            tokens = await asyncio.to_thread(self._cluster.codec.encode, prompt)
+            tokens = await self._tokens(prompt)
         except PromptError as error:
             output.error = error.problem.message
             return output
         output.prompt_token_ids = tokens
         output.outputs = [CompletionOutput(index) for index in range(params.n)]
-        seed = params.drawn_seed()
         any_choice = Tokenize(
             request_id="",
             prompt=TokenPrompt(tokens=pack_tokens(tokens)),
@@ -222,12 +238,21 @@ class LLM:
             timeout_s=LONGEST_S,
             model=self._cluster.model,
             adapter=adapter,
-            clamp_max_tokens=params.max_tokens is None,
+            clamp_max_tokens=True,  # as vLLM: an answer ends where its context does
             constraint=params.constraint(),
-            bad_words=tuple(params.bad_words),
+            bad_words=tuple(params.bad_words or ()),
         )
         await asyncio.gather(*(self._choice(any_choice, output, each) for each in output.outputs))
         return output
+
+    async def _tokens(self, prompt: _Prompt) -> list[int]:
+        """PromptError: it cannot be served."""
+        codec = self._cluster.codec
+        if isinstance(prompt, list):
+            if prompt and (problem := unknown_token(prompt, codec.vocab_size)):
+                raise PromptError(problem)  # it may be one that cannot be packed
+            prompt = TokenPrompt(tokens=pack_tokens(prompt))
+        return await asyncio.to_thread(codec.encode, prompt)
 
     async def _choice(
         self, like: Tokenize, output: RequestOutput, choice: CompletionOutput
@@ -251,37 +276,34 @@ class LLM:
             close()
 
 
-def _config(folder: str, settings: Mapping[str, Any]) -> WorkerConfig:
-    """By the names of the command's flags, and with its errors."""
-    words = [word for name, value in settings.items() for word in (flag_of(name), _word(value))]
-    given = ["--model", folder, "--threads", str(len(os.sched_getaffinity(0))), *words]
-    return resolve(load(DecodeConfig, "decode", given, {}), os.environ)
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _is_one(prompts: Text | Sequence[Text]) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
-    return bool(prompts) and all(isinstance(each, int) for each in prompts)
+    return len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts)
 
 
-def _text(prompt: Text) -> tuple[str | None, Prompt]:
+def _text(prompt: Text) -> tuple[str | None, _Prompt]:
     match prompt:
         case str():
             return prompt, TextPrompt(text=prompt)
-        case {"prompt_token_ids": tokens}:
-            return None, TokenPrompt(tokens=pack_tokens(list(tokens)))
+        case {"prompt_token_ids": tokens} if (ids := _ids(tokens)) is not None:
+            return None, ids
         case {"prompt": str(text)}:
             return text, TextPrompt(text=text)
-        case [*tokens] if all(isinstance(token, int) for token in tokens):
-            return None, TokenPrompt(tokens=pack_tokens(tokens))
+        case _ if (ids := _ids(prompt)) is not None:
+            return None, ids
     raise ValueError(
         "a prompt is a text, token ids, or a dict with prompt or prompt_token_ids, not "
         f"{prompt!r:.80}"
     )
+
+
+def _ids(tokens: Any) -> list[int] | None:
+    """Of any list or array of integers; None if it is none."""
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping):
+        return None
+    found = list(tokens)
+    return [int(each) for each in found] if all(isinstance(e, Integral) for e in found) else None
 
 
 def _each(name: str, given: T | Sequence[T], count: int) -> Sequence[T]:

@@ -86,9 +86,9 @@ class Detokenizer:
         self._assembler = TextAssembler(codec, skip_special_tokens, shown)
         for token_id in prompt_tail_tokens:
             self._assembler.push(token_id)
-        self._stop = stop
-        self._first_chars = frozenset(text[0] for text in stop)
-        self._longest = max(map(len, stop), default=0)
+        self._stop = tuple(filter(None, stop))  # an empty one would end each answer unsaid
+        self._first_chars = frozenset(text[0] for text in self._stop)
+        self._longest = max(map(len, self._stop), default=0)
         self._include_stop = include_stop
         self._unchecked_tokens = min_tokens
         self._held = ""
