@@ -103,6 +103,13 @@ def test_frontends_alone_have_the_api_keys_if_they_are_asked_for() -> None:
     assert path == f"/run/secrets/{frontend['secrets'][0]['source']}"
 
 
+def test_load_is_judged_by_the_target_that_the_server_promises() -> None:
+    for given, wanted in (({}, "2"), ({"LOAD_TTFT_TARGET_S": "5"}, "5")):
+        services = configured("load", **given)["services"]
+        assert services["scheduler"]["environment"]["SLIPSTREAM_TTFT_TARGET_S"] == wanted
+        assert f"--ttft-target-s={wanted}" in services["locust"]["command"]
+
+
 def test_workers_of_a_host_have_their_pools_in_one_place(project: dict[str, Any]) -> None:
     assert project["volumes"]["kv"]["driver_opts"]["type"] == "tmpfs"
     for role in ("prefill", "decode"):

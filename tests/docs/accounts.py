@@ -21,7 +21,7 @@ MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
 COMPOSE = REPOSITORY / "compose"
 SUBCOMMANDS = {
-    "build", "config", "down", "exec", "kill", "logs", "ps", "restart", "stop", "up"
+    "build", "config", "cp", "down", "exec", "kill", "logs", "ps", "restart", "stop", "up"
 }  # fmt: skip
 FOREIGN = {"aider", "cn", "docker", "litellm", "node", "open-webui", "uvx"}
 """Programs that are not ours and not here; a URL in their command is still to be ours."""
