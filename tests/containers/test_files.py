@@ -18,6 +18,7 @@ from slipstream.cli.commands import unknown_variables
 FOLDER = Path(__file__).parents[2] / "compose"
 OVERLAYS = ["gpu", "observability", "load", "keys", "models"]
 JOBS = {"keys", "model", "model-2"}
+ROLES = {"frontend", "scheduler", "kvindex", "tokenizer", "prefill", "decode"}
 VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
 
 
@@ -84,7 +85,7 @@ def test_only_this_machine_gets_in_and_services_get_out_nowhere(project: dict[st
     for name, service in project["services"].items():
         for port in service.get("ports", []):
             assert port["host_ip"] == "127.0.0.1", name
-        role = {"scheduler", "kvindex", "tokenizer", "prefill", "decode", "redis"} & {name}
+        role = {*ROLES, "redis"} & {name.removesuffix("-2")}
         assert not role or not service.get("ports")
         networks = service.get("networks") or {}
         assert not role or all(project["networks"][each]["internal"] for each in networks), name
