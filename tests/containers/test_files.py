@@ -133,6 +133,20 @@ def test_a_service_has_the_keys_of_its_role_alone(project: dict[str, Any]) -> No
             assert not keys
 
 
+def test_prometheus_finds_the_processes_of_every_model() -> None:
+    config = yaml.safe_load((FOLDER / "observability/prometheus.yml").read_text(encoding="utf-8"))
+    (names,) = (
+        set(job["dns_sd_configs"][0]["names"])
+        for job in config["scrape_configs"]
+        if job["job_name"] == "slipstream-process"
+    )
+    assert names == ROLES
+    for name, one in configured(*OVERLAYS)["services"].items():
+        if "SLIPSTREAM_METRICS_PORT" in one.get("environment", {}):
+            core = one["networks"]["core"] or {}
+            assert {name, *core.get("aliases", ())} & names, name
+
+
 def test_the_services_know_their_variables(project: dict[str, Any]) -> None:
     for name, service in project["services"].items():
         assert not unknown_variables(service.get("environment") or {}), name
