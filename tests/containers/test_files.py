@@ -99,6 +99,12 @@ def test_frontends_alone_have_the_api_keys_if_they_are_asked_for() -> None:
     for overlays, holders in (([], set()), (["keys"], {"frontend"})):
         services = configured(*overlays)["services"]
         assert {name for name, one in services.items() if one.get("secrets")} == holders
+    services = configured(*OVERLAYS)["services"]
+    holders = {
+        one["secrets"][0]["source"]: name for name, one in services.items() if one.get("secrets")
+    }
+    assert holders == {"api-keys": "frontend", "operator-key": "prometheus", "load-key": "locust"}
+    assert "--api-key-file=/run/secrets/load-key" in services["locust"]["command"]
     frontend = services["frontend"]
     path = frontend["environment"]["SLIPSTREAM_API_KEYS_FILE"]
     assert path == f"/run/secrets/{frontend['secrets'][0]['source']}"

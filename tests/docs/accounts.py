@@ -158,9 +158,14 @@ def is_kubernetes(command: str) -> None:
 
 
 def puts_keys(command: str) -> None:
-    """Into the checkout, where no test leaves any."""
-    _, words = split(command)
-    assert (REPOSITORY / words[-1] / ".gitignore").is_file(), command
+    """Into the checkout, where no test leaves any and git takes none."""
+    ignored = (REPOSITORY / ".gitignore").read_text(encoding="utf-8").split()
+    for path in re.findall(r"compose/[\w./-]+", command):
+        known = any(f"{path}/".startswith(line) for line in ignored)
+        assert known or (REPOSITORY / path / ".gitignore").is_file(), command
+    if "keys api" in command:
+        known_to_us = _help_of(sys.executable, "-m", "slipstream.cli.main", "keys", "api")
+        assert all(flag in known_to_us for flag in flags(split(command)[1])), command
 
 
 def is_foreign(command: str) -> None:
@@ -175,7 +180,8 @@ ACCOUNTS: list[tuple[str, Callable[[str], None]]] = [
     (r"make ", makes),
     (r"docker compose ", composes),
     (r"kubectl ", is_kubernetes),
-    (r"slipstream keys make compose/", puts_keys),
+    (r"(\S+/)?slipstream keys make compose/|(mkdir -m 700|chmod 644) compose/", puts_keys),
+    (r"(\S+/)?slipstream keys api \S+ --api-keys-file compose/", puts_keys),
     (r"(\S+/)?python -m slipstream\.loadtest\.", is_a_module),
     (r"(\S+/)?locust ", is_locust),
     (rf"(\S+/)?slipstream ({STARTERS})\b(?!.*--once)", starts),
