@@ -50,7 +50,11 @@ def configured(*overlays: str, **variables: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[[], *([name] for name in OVERLAYS), OVERLAYS], ids=str)
+SETS = [[], *([name] for name in OVERLAYS), OVERLAYS, [*OVERLAYS, "models-gpu"]]
+"""compose.models-gpu.yaml is nothing without the two that it is named after."""
+
+
+@pytest.fixture(scope="module", params=SETS, ids=str)
 def project(request: pytest.FixtureRequest) -> dict[str, Any]:
     return configured(*request.param)
 
@@ -124,6 +128,40 @@ def test_workers_of_a_host_have_their_pools_in_one_place(project: dict[str, Any]
         targets = {each["target"]: each["source"] for each in service["volumes"]}
         assert targets[service["environment"]["SLIPSTREAM_SHM_DIR"]] == "kv"
         assert targets[service["environment"]["SLIPSTREAM_PACKED_WEIGHTS_DIR"]] == "weights"
+
+
+def test_the_second_model_is_served_as_the_first_one_is() -> None:
+    """But for its name, its folder and its adapters."""
+    given = {"LORA_MODULES": "a=a", "LORA_MODULES_SECOND": "b=b"}
+    for overlays in ([], ["gpu"]):
+        more = ["models-gpu"] if overlays else []
+        services = configured(*overlays, "models", *more, **given)["services"]
+        for role in ("prefill", "decode"):
+            first, second = services[role], services[f"{role}-2"]
+            for member in ("image", "ipc", "deploy", "volumes", "command"):
+                assert first.get(member) == second.get(member), f"{role}: {member}"
+            of_first, of_second = (each["environment"].items() for each in (first, second))
+            assert dict(of_second - of_first) == {
+                "SLIPSTREAM_MODEL": "/models/served-2",
+                "SLIPSTREAM_SERVED_MODEL_NAME": "second",
+                "SLIPSTREAM_LORA_MODULES": "b=b",
+            }
+        assert services["model-2"]["image"] == services["prefill"]["image"]
+
+
+def test_adapters_and_routes_come_in_by_folders_that_may_be_absent() -> None:
+    mounts = [
+        ("prefill", "/loras", "LORA_DIR", "lora-in"),
+        ("decode", "/loras", "LORA_DIR", "lora-in"),
+        ("frontend", "/routes", "ROUTES_DIR", "routes-in"),
+    ]
+    for given in ({}, {"LORA_DIR": "/srv/loras", "ROUTES_DIR": "/srv/routes"}):
+        services = configured(**given)["services"]
+        for name, target, variable, otherwise in mounts:
+            (mount,) = (each for each in services[name]["volumes"] if each["target"] == target)
+            assert mount["source"] == given.get(variable, otherwise) and mount["read_only"]
+        for name in ("prefill", "decode"):
+            assert services[name]["environment"]["SLIPSTREAM_LORA_DIR"] == "/loras"
 
 
 def test_a_service_has_the_keys_of_its_role_alone(project: dict[str, Any]) -> None:
