@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from containers.test_files import compose
 from docs.pages import REPOSITORY
-from slipstream.cli.commands import SERVICES, unknown_variables
+from slipstream.cli.commands import COMMANDS, SERVICES, unknown_variables
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
@@ -136,6 +136,10 @@ def composes(command: str) -> None:
     subcommand, rest = words[at], words[at + 1 :]
     assert subcommand in SUBCOMMANDS, command
     known = _help_of(*compose(), subcommand)
+    if subcommand == "exec" and "slipstream" in rest:
+        begins = rest.index("slipstream")
+        _ours(rest[begins + 1 :])
+        rest = rest[:begins]
     for flag in flags(rest):
         assert re.search(rf"(^|[\s,]){re.escape(flag)}\b", known), f"{subcommand} has no {flag}"
     project = json.loads(
@@ -148,6 +152,15 @@ def composes(command: str) -> None:
     plain = [word for word in rest if re.fullmatch(r"[a-z]+", word)]
     named = plain[:1] if subcommand == "exec" else plain
     assert {*scaled, *named} <= project["services"].keys(), command
+
+
+def _ours(words: Sequence[str]) -> None:
+    """What is typed behind `slipstream`: its --help names the options."""
+    name = next(words[:count] for count in (2, 1) if " ".join(words[:count]) in COMMANDS)
+    known = _help_of(sys.executable, "-m", "slipstream.cli.main", *name)
+    for flag in flags(words):
+        shown = rf"(^|[\s,])--(\[no-\])?{re.escape(flag.removeprefix('--'))}\b"
+        assert re.search(shown, known), f"{words[0]} has no {flag}"
 
 
 def is_kubernetes(command: str) -> None:
@@ -164,8 +177,7 @@ def puts_keys(command: str) -> None:
         known = any(f"{path}/".startswith(line) for line in ignored)
         assert known or (REPOSITORY / path / ".gitignore").is_file(), command
     if "keys api" in command:
-        known_to_us = _help_of(sys.executable, "-m", "slipstream.cli.main", "keys", "api")
-        assert all(flag in known_to_us for flag in flags(split(command)[1])), command
+        _ours(split(command)[1][1:])
 
 
 def is_foreign(command: str) -> None:
