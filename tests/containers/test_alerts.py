@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from containers.test_files import FOLDER
+from docs.pages import REPOSITORY, blocks_of
 
 ALERTS = FOLDER / "observability" / "alerts.yml"
 
@@ -85,3 +86,26 @@ def test_one_that_is_away_for_seconds_does_not_ring(tmp_path: Path) -> None:
 def test_who_was_scaled_down_rings_for_an_hour(tmp_path: Path) -> None:
     series = {up("decode", 1): GONE, up("decode", 2): "1x400"}
     assert told(tmp_path, series, ALERT, {"64m": ["decode"], "66m": []}) == ""
+
+
+def test_a_prometheus_without_compose_has_the_same_jobs(tmp_path: Path) -> None:
+    """The list of targets on the page, whose jobs the dashboard and the alerts ask for."""
+    page = REPOSITORY / "docs" / "observing.md"
+    (block,) = (one for one in blocks_of(page) if "scrape_configs:" in one.text)
+    shown = yaml.safe_load(block.text)
+    ours = yaml.safe_load((ALERTS.parent / "prometheus.yml").read_text(encoding="utf-8"))
+    jobs = {
+        job["job_name"]: {target["labels"]["service"] for target in job["static_configs"]}
+        for job in shown["scrape_configs"]
+    }
+    assert jobs == {
+        job["job_name"]: set(job["dns_sd_configs"][0]["names"]) for job in ours["scrape_configs"]
+    }
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool here; it is in Debian's package prometheus")
+    (tmp_path / "prometheus.yml").write_text(block.text, encoding="utf-8")
+    shutil.copy(ALERTS, tmp_path)
+    words = [promtool, "check", "config", str(tmp_path / "prometheus.yml")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
