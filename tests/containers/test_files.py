@@ -18,6 +18,7 @@ from slipstream.cli.commands import unknown_variables
 FOLDER = Path(__file__).parents[2] / "compose"
 OVERLAYS = ["gpu", "observability", "load", "keys", "models"]
 JOBS = {"keys", "model", "model-2"}
+ROLES = {"frontend", "scheduler", "kvindex", "tokenizer", "prefill", "decode"}
 VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
 
 
@@ -49,7 +50,11 @@ def configured(*overlays: str, **variables: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[[], *([name] for name in OVERLAYS), OVERLAYS], ids=str)
+SETS = [[], *([name] for name in OVERLAYS), OVERLAYS, [*OVERLAYS, "models-gpu"]]
+"""compose.models-gpu.yaml is nothing without the two that it is named after."""
+
+
+@pytest.fixture(scope="module", params=SETS, ids=str)
 def project(request: pytest.FixtureRequest) -> dict[str, Any]:
     return configured(*request.param)
 
@@ -84,7 +89,7 @@ def test_only_this_machine_gets_in_and_services_get_out_nowhere(project: dict[st
     for name, service in project["services"].items():
         for port in service.get("ports", []):
             assert port["host_ip"] == "127.0.0.1", name
-        role = {"scheduler", "kvindex", "tokenizer", "prefill", "decode", "redis"} & {name}
+        role = {*ROLES, "redis"} & {name.removesuffix("-2")}
         assert not role or not service.get("ports")
         networks = service.get("networks") or {}
         assert not role or all(project["networks"][each]["internal"] for each in networks), name
@@ -98,9 +103,22 @@ def test_frontends_alone_have_the_api_keys_if_they_are_asked_for() -> None:
     for overlays, holders in (([], set()), (["keys"], {"frontend"})):
         services = configured(*overlays)["services"]
         assert {name for name, one in services.items() if one.get("secrets")} == holders
+    services = configured(*OVERLAYS)["services"]
+    holders = {
+        one["secrets"][0]["source"]: name for name, one in services.items() if one.get("secrets")
+    }
+    assert holders == {"api-keys": "frontend", "operator-key": "prometheus", "load-key": "locust"}
+    assert "--api-key-file=/run/secrets/load-key" in services["locust"]["command"]
     frontend = services["frontend"]
     path = frontend["environment"]["SLIPSTREAM_API_KEYS_FILE"]
     assert path == f"/run/secrets/{frontend['secrets'][0]['source']}"
+
+
+def test_load_is_judged_by_the_target_that_the_server_promises() -> None:
+    for given, wanted in (({}, "2"), ({"LOAD_TTFT_TARGET_S": "5"}, "5")):
+        services = configured("load", **given)["services"]
+        assert services["scheduler"]["environment"]["SLIPSTREAM_TTFT_TARGET_S"] == wanted
+        assert f"--ttft-target-s={wanted}" in services["locust"]["command"]
 
 
 def test_workers_of_a_host_have_their_pools_in_one_place(project: dict[str, Any]) -> None:
@@ -110,6 +128,40 @@ def test_workers_of_a_host_have_their_pools_in_one_place(project: dict[str, Any]
         targets = {each["target"]: each["source"] for each in service["volumes"]}
         assert targets[service["environment"]["SLIPSTREAM_SHM_DIR"]] == "kv"
         assert targets[service["environment"]["SLIPSTREAM_PACKED_WEIGHTS_DIR"]] == "weights"
+
+
+def test_the_second_model_is_served_as_the_first_one_is() -> None:
+    """But for its name, its folder and its adapters."""
+    given = {"LORA_MODULES": "a=a", "LORA_MODULES_SECOND": "b=b"}
+    for overlays in ([], ["gpu"]):
+        more = ["models-gpu"] if overlays else []
+        services = configured(*overlays, "models", *more, **given)["services"]
+        for role in ("prefill", "decode"):
+            first, second = services[role], services[f"{role}-2"]
+            for member in ("image", "ipc", "deploy", "volumes", "command"):
+                assert first.get(member) == second.get(member), f"{role}: {member}"
+            of_first, of_second = (each["environment"].items() for each in (first, second))
+            assert dict(of_second - of_first) == {
+                "SLIPSTREAM_MODEL": "/models/served-2",
+                "SLIPSTREAM_SERVED_MODEL_NAME": "second",
+                "SLIPSTREAM_LORA_MODULES": "b=b",
+            }
+        assert services["model-2"]["image"] == services["prefill"]["image"]
+
+
+def test_adapters_and_routes_come_in_by_folders_that_may_be_absent() -> None:
+    mounts = [
+        ("prefill", "/loras", "LORA_DIR", "lora-in"),
+        ("decode", "/loras", "LORA_DIR", "lora-in"),
+        ("frontend", "/routes", "ROUTES_DIR", "routes-in"),
+    ]
+    for given in ({}, {"LORA_DIR": "/srv/loras", "ROUTES_DIR": "/srv/routes"}):
+        services = configured(**given)["services"]
+        for name, target, variable, otherwise in mounts:
+            (mount,) = (each for each in services[name]["volumes"] if each["target"] == target)
+            assert mount["source"] == given.get(variable, otherwise) and mount["read_only"]
+        for name in ("prefill", "decode"):
+            assert services[name]["environment"]["SLIPSTREAM_LORA_DIR"] == "/loras"
 
 
 def test_a_service_has_the_keys_of_its_role_alone(project: dict[str, Any]) -> None:
@@ -123,6 +175,20 @@ def test_a_service_has_the_keys_of_its_role_alone(project: dict[str, Any]) -> No
             assert keys[0]["read_only"]
         else:
             assert not keys
+
+
+def test_prometheus_finds_the_processes_of_every_model() -> None:
+    config = yaml.safe_load((FOLDER / "observability/prometheus.yml").read_text(encoding="utf-8"))
+    (names,) = (
+        set(job["dns_sd_configs"][0]["names"])
+        for job in config["scrape_configs"]
+        if job["job_name"] == "slipstream-process"
+    )
+    assert names == ROLES
+    for name, one in configured(*OVERLAYS)["services"].items():
+        if "SLIPSTREAM_METRICS_PORT" in one.get("environment", {}):
+            core = one["networks"]["core"] or {}
+            assert {name, *core.get("aliases", ())} & names, name
 
 
 def test_the_services_know_their_variables(project: dict[str, Any]) -> None:

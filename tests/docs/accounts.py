@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 
 from containers.test_files import compose
 from docs.pages import REPOSITORY
-from slipstream.cli.commands import SERVICES, unknown_variables
+from slipstream.cli.commands import COMMANDS, SERVICES, unknown_variables
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
 COMPOSE = REPOSITORY / "compose"
 SUBCOMMANDS = {
-    "build", "config", "down", "exec", "kill", "logs", "ps", "restart", "stop", "up"
+    "build", "config", "cp", "down", "exec", "kill", "logs", "ps", "restart", "stop", "up"
 }  # fmt: skip
 FOREIGN = {"aider", "cn", "docker", "litellm", "node", "open-webui", "uvx"}
 """Programs that are not ours and not here; a URL in their command is still to be ours."""
@@ -136,6 +136,10 @@ def composes(command: str) -> None:
     subcommand, rest = words[at], words[at + 1 :]
     assert subcommand in SUBCOMMANDS, command
     known = _help_of(*compose(), subcommand)
+    if subcommand == "exec" and "slipstream" in rest:
+        begins = rest.index("slipstream")
+        _ours(rest[begins + 1 :])
+        rest = rest[:begins]
     for flag in flags(rest):
         assert re.search(rf"(^|[\s,]){re.escape(flag)}\b", known), f"{subcommand} has no {flag}"
     project = json.loads(
@@ -150,6 +154,15 @@ def composes(command: str) -> None:
     assert {*scaled, *named} <= project["services"].keys(), command
 
 
+def _ours(words: Sequence[str]) -> None:
+    """What is typed behind `slipstream`: its --help names the options."""
+    name = next(words[:count] for count in (2, 1) if " ".join(words[:count]) in COMMANDS)
+    known = _help_of(sys.executable, "-m", "slipstream.cli.main", *name)
+    for flag in flags(words):
+        shown = rf"(^|[\s,])--(\[no-\])?{re.escape(flag.removeprefix('--'))}\b"
+        assert re.search(shown, known), f"{words[0]} has no {flag}"
+
+
 def is_kubernetes(command: str) -> None:
     _, words = split(command)
     for flag, path in itertools.pairwise(words):
@@ -158,9 +171,13 @@ def is_kubernetes(command: str) -> None:
 
 
 def puts_keys(command: str) -> None:
-    """Into the checkout, where no test leaves any."""
-    _, words = split(command)
-    assert (REPOSITORY / words[-1] / ".gitignore").is_file(), command
+    """Into the checkout, where no test leaves any and git takes none."""
+    ignored = (REPOSITORY / ".gitignore").read_text(encoding="utf-8").split()
+    for path in re.findall(r"compose/[\w./-]+", command):
+        known = any(f"{path}/".startswith(line) for line in ignored)
+        assert known or (REPOSITORY / path / ".gitignore").is_file(), command
+    if "keys api" in command:
+        _ours(split(command)[1][1:])
 
 
 def is_foreign(command: str) -> None:
@@ -175,7 +192,8 @@ ACCOUNTS: list[tuple[str, Callable[[str], None]]] = [
     (r"make ", makes),
     (r"docker compose ", composes),
     (r"kubectl ", is_kubernetes),
-    (r"slipstream keys make compose/", puts_keys),
+    (r"(\S+/)?slipstream keys make compose/|(mkdir -m 700|chmod 644) compose/", puts_keys),
+    (r"(\S+/)?slipstream keys api \S+ --api-keys-file compose/", puts_keys),
     (r"(\S+/)?python -m slipstream\.loadtest\.", is_a_module),
     (r"(\S+/)?locust ", is_locust),
     (rf"(\S+/)?slipstream ({STARTERS})\b(?!.*--once)", starts),

@@ -23,6 +23,7 @@ from slipstream.runtime.metrics import UNDESCRIBED
 
 FOLDER = Path(__file__).resolve().parents[2] / "compose" / "observability"
 DASHBOARD = FOLDER / "grafana" / "dashboards" / "slipstream.json"
+OPERATOR_KEY = "/run/secrets/operator-key"
 ROWS = [
     *("Service level", "Load", "Prefill and decode", "KV cache", "Transfers"),
     *("Processes", "Clients"),
@@ -153,10 +154,15 @@ def test_prometheus_understands_every_expression(tmp_path: Path) -> None:
         "rules": [{"record": f"x:{i}", "expr": e} for i, e in enumerate(asked)],
     }
     (tmp_path / "asked.yml").write_text(yaml.safe_dump({"groups": [group]}), encoding="utf-8")
+    config = (FOLDER / "prometheus.yml").read_text(encoding="utf-8")
+    assert config.count(OPERATOR_KEY) == 1, "a mount of compose.observability.yaml"
+    (tmp_path / "key").touch()
+    (tmp_path / "prometheus.yml").write_text(config.replace(OPERATOR_KEY, "key"), encoding="utf-8")
+    shutil.copy(FOLDER / "alerts.yml", tmp_path)
     checks = (
         ("rules", tmp_path / "asked.yml"),
         ("rules", FOLDER / "alerts.yml"),
-        ("config", FOLDER / "prometheus.yml"),
+        ("config", tmp_path / "prometheus.yml"),
     )
     for what, file in checks:
         told = subprocess.run(

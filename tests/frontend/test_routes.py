@@ -67,6 +67,9 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("[alias.a]\nx = 0\n", "one of them with a weight above 0"),
         ("[alias.a]\nx = -1\n", ">= 0"),
         ("[alias.a]\n" + "".join(f"m{i} = 1\n" for i in range(17)), "17 models; it takes 1 to 16"),
+        ("[alias.a]\nqwen2.5 = 1\n", 'a name with a dot is written in quotes: "qwen2.5"'),
+        ("[alias.qwen2.5]\nx = 1\n", "a name with a dot is written in quotes"),
+        ("[shadow.qwen2.5]\nto = 'b'\n", "a name with a dot is written in quotes"),
         ("[shadow.a]\nshare = 1\n", "missing required field `to`"),
         ("[shadow.a]\nto = 'b'\nshare = 2\n", "<= 1"),
         ("[shadow.a]\nto = 'a'\n", "shadow 'a' to 'a': a shadow goes from one model to another"),
@@ -80,5 +83,7 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, why: str
     with pytest.raises(SetupError) as raised:
         read(file)
     assert str(file) in str(raised.value) and why in str(raised.value)
+    assert ("in quotes" in why) == ("in quotes" in str(raised.value)), "the hint is for dots alone"
+    assert "\n" not in str(raised.value)
     with pytest.raises(SetupError, match="No such file"):
         read(tmp_path / "none.toml")

@@ -1,6 +1,6 @@
 """Other names for models, and copies of their traffic, as a file says: read again when it changes.
 
-[alias.chat]              # asked for as "chat": nine calls of ten go to one, one to the other
+[alias."chat"]            # asked for as "chat": nine calls of ten go to one, one to the other
 "smollm2" = 90
 "smollm2-next" = 10
 
@@ -69,10 +69,12 @@ def _drawn(key: str, model: str) -> float:
 
 def read(path: str | Path) -> Routes:
     """SetupError: the file cannot be used, and why."""
+    found: dict[str, object] = {}
     try:
-        routes = msgspec.convert(tomllib.loads(Path(path).read_text()), Routes)
+        found = tomllib.loads(Path(path).read_text())
+        routes = msgspec.convert(found, Routes)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise SetupError(f"slipstream frontend: {path}: {error}") from None
+        raise SetupError(f"slipstream frontend: {path}: {error}{_hint(found)}") from None
     _check(path, routes.alias)
     for name, shadow in routes.shadow.items():
         if name == shadow.to or {name, shadow.to} & routes.alias.keys():
@@ -81,6 +83,20 @@ def read(path: str | Path) -> Routes:
                 "from one model to another, and an alias is none; name the models behind it"
             )
     return routes
+
+
+def _hint(found: Mapping[str, object]) -> str:
+    """If a table stands where none may: TOML has divided a name at its dots."""
+    entries = [
+        value
+        for kind in ("alias", "shadow")
+        if isinstance(named := found.get(kind), dict)
+        for entry in named.values()
+        if isinstance(entry, dict)
+        for value in entry.values()
+    ]
+    divided = any(isinstance(value, dict) for value in entries)
+    return '; a name with a dot is written in quotes: "qwen2.5"' if divided else ""
 
 
 def _check(path: str | Path, alias: Mapping[str, Mapping[str, float]]) -> None:
