@@ -98,6 +98,9 @@ def test_it_fits_80_columns() -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0] == "fake-1b at http://127.0.0.1:8000: ready"
     assert "##...  50%" in lines[5]
+    assert lines[6].startswith("pre…g-name silent")
+    wide = table(seen, "http://127.0.0.1:8000", 100)
+    assert wide[6].startswith("prefill-0-of-a-long-name silent") and max(map(len, wide)) <= 100
     narrow = table(seen, "http://127.0.0.1:8000", 20)
     assert {len(line) for line in narrow} <= set(range(21)) and narrow[0].endswith("…")
 

@@ -8,6 +8,7 @@ from slipstream.cli.model_error import ModelError
 
 _HEADER_BYTES_MAX = 100 * 2**20
 """Safetensors' own limit for its header."""
+_FOLDER = "a model's folder has config.json, tokenizer.json and safetensors"
 
 
 def check_folder(folder: Path, weights: bool = True) -> None:
@@ -42,7 +43,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
+        raise ModelError(f"{path}: {error.strerror}; {_FOLDER}") from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON: {error}") from None
     if not isinstance(document, dict):
@@ -60,7 +61,7 @@ def _check_safetensors(path: Path) -> None:
             header = json.loads(file.read(length))
         size = path.stat().st_size
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
+        raise ModelError(f"{path}: {error.strerror}; {_FOLDER}") from None
     except (ValueError, RecursionError):
         raise ModelError(f"{path}: its safetensors header is damaged") from None
     try:

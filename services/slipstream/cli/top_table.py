@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from slipstream.cli.top_sample import Pair, View, WorkerView
 
 _HEADS = (
-    *(("WORKER", -11), ("STATE", -9), ("RUN", 4), ("WAIT", 5), ("KV IN USE", 11), ("CACHED", 7)),
+    *(("STATE", -9), ("RUN", 4), ("WAIT", 5), ("KV IN USE", 11), ("CACHED", 7)),
     *(("TOK/S", 6), ("PROMPT/S", 9), ("STEP ms", 8), ("IN/S", 5), ("HITS", 5)),
 )
-"""And their widths, 80 in all; negative: flush left."""
-_NAME = 10
+"""And their widths, 69 in all; negative: flush left."""
+_NAME = 11
+"""With a blank behind it, at least; more where there is room."""
 _BAR = 5
 _NOTHING = "-"
 
@@ -21,7 +22,7 @@ def table(view: View, url: str, width: int) -> list[str]:
         _requests(view),
         _latencies(view),
         "",
-        *_workers(view.workers),
+        *_workers(view.workers, width),
         "",
         _services(view),
     ]
@@ -49,19 +50,32 @@ def _pair(pair: Pair) -> str:
     return f"{_number(pair.p50)}/{_number(pair.p95)}"
 
 
-def _workers(workers: Sequence[WorkerView]) -> list[str]:
-    lines = ["".join(_cell(text, width) for text, width in _HEADS)]
+def _workers(workers: Sequence[WorkerView], width: int) -> list[str]:
+    longest = max((len(one.node_id) + 1 for one in workers), default=0)
+    room = min(max(longest, _NAME), max(_NAME, width - sum(abs(each) for _, each in _HEADS)))
+    heads = (("WORKER", -room), *_HEADS)
+    lines = ["".join(_cell(text, width) for text, width in heads)]
     for one in workers:
-        name = one.node_id if len(one.node_id) <= _NAME else one.node_id[: _NAME - 1] + "…"
         cells = (
-            *(name, one.state, str(one.running), str(one.waiting), _bar(one.kv_used)),
+            *(
+                _name(one.node_id, room - 1),
+                one.state,
+                str(one.running),
+                str(one.waiting),
+                _bar(one.kv_used),
+            ),
             *(_percent(one.kv_cached), _number(one.tokens_per_s)),
             *(_number(one.prompt_tokens_per_s), _number(one.step_ms)),
             *(_number(one.blocks_in_per_s), _percent(one.prefix_hits)),
         )
-        widths = (width for _, width in _HEADS)
+        widths = (width for _, width in heads)
         lines.append("".join(_cell(*cell) for cell in zip(cells, widths, strict=True)))
     return lines if workers else [*lines, "no worker yet"]
+
+
+def _name(node_id: str, width: int) -> str:
+    """Names of containers and pods begin alike, and end apart."""
+    return node_id if len(node_id) <= width else f"{node_id[:3]}…{node_id[4 - width :]}"
 
 
 def _cell(text: str, width: int) -> str:
