@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -14,17 +14,22 @@ from docs.pages import REPOSITORY, blocks_of
 ALERTS = FOLDER / "observability" / "alerts.yml"
 
 
-def told(tmp_path: Path, series: dict[str, str], alert: str, at: dict[str, list[str]]) -> str:
-    """What promtool has against it; empty: `alert` rings `at` these times for these services."""
+class Ring(NamedTuple):
+    labels: dict[str, str]
+    summary: str
+
+
+def told(tmp_path: Path, series: dict[str, str], alert: str, at: dict[str, list[Ring]]) -> str:
+    """What promtool has against it; empty: `alert` rings so `at` these times."""
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("no promtool here; it is in Debian's package prometheus")
     rules = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
     (rule,) = (one for group in rules for one in group["rules"] if one.get("alert") == alert)
 
-    def rings(service: str) -> dict[str, Any]:
-        labels = {**rule["labels"], "service": service}
-        return {"exp_labels": labels, "exp_annotations": {"summary": SUMMARY.format(service)}}
+    def rings(ring: Ring) -> dict[str, Any]:
+        labels = {**rule["labels"], **ring.labels}
+        return {"exp_labels": labels, "exp_annotations": {"summary": ring.summary}}
 
     test = {
         "rule_files": [str(ALERTS)],
@@ -34,8 +39,12 @@ def told(tmp_path: Path, series: dict[str, str], alert: str, at: dict[str, list[
                 "interval": "15s",
                 "input_series": [{"series": k, "values": v} for k, v in series.items()],
                 "alert_rule_test": [
-                    {"eval_time": time, "alertname": alert, "exp_alerts": [rings(s) for s in names]}
-                    for time, names in at.items()
+                    {
+                        "eval_time": time,
+                        "alertname": alert,
+                        "exp_alerts": [rings(r) for r in all_of],
+                    }
+                    for time, all_of in at.items()
                 ],
             }
         ],
@@ -50,8 +59,10 @@ def told(tmp_path: Path, series: dict[str, str], alert: str, at: dict[str, list[
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
-SUMMARY = "Fewer processes of {} answer than the 2 of the last hour."
-ALERT = "SlipstreamProcessMissing"
+MISSING = "SlipstreamProcessMissing"
+IS_MISSING = Ring(
+    {"service": "decode"}, "Fewer processes of decode answer than the 2 of the last hour."
+)
 
 
 def up(service: str, instance: int) -> str:
@@ -67,25 +78,43 @@ GONE = "1x20 stale"
 )
 def test_a_process_that_is_off_the_list_rings(tmp_path: Path, other: str) -> None:
     series = {up("decode", 1): GONE, up("decode", 2): other, up("prefill", 3): "1x400"}
-    at = {"5m": [], "6m": [], "7m": ["decode"], "60m": ["decode"]}
-    assert told(tmp_path, series, ALERT, at) == ""
+    at = {"5m": [], "6m": [], "7m": [IS_MISSING], "60m": [IS_MISSING]}
+    assert told(tmp_path, series, MISSING, at) == ""
 
 
 def test_one_that_comes_back_under_another_address_rings_no_more(tmp_path: Path) -> None:
     series = {up("decode", 1): GONE, up("decode", 2): "1x400", up("decode", 4): "_x40 1x300"}
-    at = {"6m": [], "7m": ["decode"], "11m": [], "60m": []}
-    assert told(tmp_path, series, ALERT, at) == ""
+    at = {"6m": [], "7m": [IS_MISSING], "11m": [], "60m": []}
+    assert told(tmp_path, series, MISSING, at) == ""
 
 
 def test_one_that_is_away_for_seconds_does_not_ring(tmp_path: Path) -> None:
     series = {up("decode", 1): GONE, up("decode", 2): "1x400", up("decode", 4): "_x22 1x300"}
     at = {f"{minute}m": [] for minute in (5, 6, 7, 8)}
-    assert told(tmp_path, series, ALERT, at) == ""
+    assert told(tmp_path, series, MISSING, at) == ""
 
 
 def test_who_was_scaled_down_rings_for_an_hour(tmp_path: Path) -> None:
     series = {up("decode", 1): GONE, up("decode", 2): "1x400"}
-    assert told(tmp_path, series, ALERT, {"64m": ["decode"], "66m": []}) == ""
+    assert told(tmp_path, series, MISSING, {"64m": [IS_MISSING], "66m": []}) == ""
+
+
+def test_a_worker_is_idle_by_its_own_model(tmp_path: Path) -> None:
+    """What waits for another model is not for it."""
+
+    def worker(name: str, node: str, model: str) -> str:
+        return f'slipstream_worker_{name}{{node_id="{node}",role="decode",model_name="{model}"}}'
+
+    series = {'vllm:num_requests_waiting{model_name="a"}': "3x40"}
+    series['vllm:num_requests_waiting{model_name="b"}'] = "0x40"
+    for node, model, running in (("decode-0", "a", 0), ("decode-1", "a", 9), ("decode-2", "b", 0)):
+        series[worker("running", node, model)] = f"{running}x40"
+        series[worker("waiting", node, model)] = "0x40"
+        series[worker("accepts_streams", node, model)] = "1x40"
+    told_of = "decode-0 has nothing to do while requests for its model wait."
+    idle = Ring({"node_id": "decode-0", "model_name": "a"}, told_of)
+    at = {"15s": [], "45s": [idle], "5m": [idle]}
+    assert told(tmp_path, series, "SlipstreamDecodeIdle", at) == ""
 
 
 def test_a_prometheus_without_compose_has_the_same_jobs(tmp_path: Path) -> None:
