@@ -94,13 +94,24 @@ def test_one_that_is_away_for_seconds_does_not_ring(tmp_path: Path) -> None:
     assert told(tmp_path, series, MISSING, at) == ""
 
 
+def test_one_more_while_they_are_replaced_is_none_too_few_later(tmp_path: Path) -> None:
+    series = {
+        up("decode", 1): "1x120 stale",
+        up("decode", 2): "1x126 stale",
+        up("decode", 3): "_x116 1x300",
+        up("decode", 4): "_x122 1x300",
+    }
+    at = {f"{minute}m": [] for minute in (29, 30, 31, 32, 33, 34, 45, 60)}
+    assert told(tmp_path, series, MISSING, at) == ""
+
+
 def test_who_was_scaled_down_rings_for_an_hour(tmp_path: Path) -> None:
     series = {up("decode", 1): GONE, up("decode", 2): "1x400"}
     assert told(tmp_path, series, MISSING, {"64m": [IS_MISSING], "66m": []}) == ""
 
 
 def test_a_worker_is_idle_by_its_own_model(tmp_path: Path) -> None:
-    """What waits for another model is not for it."""
+    """What waits for another model is not for it, nor what waits in a worker."""
 
     def worker(name: str, node: str, model: str) -> str:
         return f'slipstream_worker_{name}{{node_id="{node}",role="decode",model_name="{model}"}}'
@@ -111,6 +122,11 @@ def test_a_worker_is_idle_by_its_own_model(tmp_path: Path) -> None:
         series[worker("running", node, model)] = f"{running}x40"
         series[worker("waiting", node, model)] = "0x40"
         series[worker("accepts_streams", node, model)] = "1x40"
+    series['vllm:num_requests_waiting{model_name="c"}'] = "5x40"
+    for node, waiting in (("decode-3", 0), ("prefill-0", 5)):
+        series[worker("running", node, "c")] = "0x40"
+        series[worker("waiting", node, "c")] = f"{waiting}x40"
+        series[worker("accepts_streams", node, "c")] = "1x40"
     told_of = "decode-0 has nothing to do while requests for its model wait."
     idle = Ring({"node_id": "decode-0", "model_name": "a"}, told_of)
     at = {"15s": [], "45s": [idle], "5m": [idle]}

@@ -153,7 +153,18 @@ def test_a_body_that_a_frontend_refuses_comes_to_it(ingress: Ingress, frontend: 
 
 
 @pytest.mark.parametrize(
-    "text", [b"GET / HTTP/1.1\r\nHost: a b", b"GET / HTTP/1.1\r\nx: " + b"y" * 9000]
+    "text",
+    [
+        b"GET / HTTP/1.1\r\nHost: a b",
+        b"GET / HTTP/1.1\r\nx: " + b"y" * 9000,
+        b"GARBAGE",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET x HTTP/1.1\r\nHost: a",
+        b"GET /%zz HTTP/1.1\r\nHost: a",
+        b"GET /" + b"u" * 9000 + b" HTTP/1.1\r\nHost: a",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip",
+    ],
+    ids=["host", "header", "garbage", "tls", "no path", "escape", "uri", "coding"],
 )
 def test_what_is_not_even_http(ingress: Ingress, frontend: int, text: bytes) -> None:
     with ingress(frontend) as port, socket.create_connection(("127.0.0.1", port), 10) as client:

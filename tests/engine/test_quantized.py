@@ -274,6 +274,8 @@ def test_scales_of_a_kv_cache_are_said_to_be_unused(
     edited(tmp_path, kv_cache_scheme={"num_bits": 8, "type": "float"})
     tensors = load_file(tmp_path / "model.safetensors")
     scales = {f"model.layers.0.self_attn.{name}_scale": torch.ones(1) for name in "kv"}
+    for name in "kv":
+        scales[f"model.layers.0.self_attn.{name}_zero_point"] = torch.ones(1, dtype=torch.int8)
     save_file({**tensors, **scales}, tmp_path / "model.safetensors", {"format": "pt"})
     tokens = prompt_of(40)
     torch.testing.assert_close(ours(tmp_path, tokens), ours(folder, tokens))

@@ -42,6 +42,12 @@ def test_a_scheme_is_by_name_then_by_expression_then_by_class() -> None:
     assert found.scheme("model.embed_tokens").group == 64
     assert found.scheme("lm_head").group == 128
     assert found.word(None) == "w8a16+w4a16+fp8-w8a16"
+    assert found.scheme("embed_out").bits == 4  # GPT-NeoX's head
+    other = compressed_tensors(
+        a={"targets": ["Attention"], "weights": {"num_bits": 8}},
+        b={"targets": ["Linear"], "weights": {"num_bits": 4}},
+    )
+    assert other.scheme("model.layers.0.self_attn.q_proj").bits == 4
     alone = compressed_tensors(a={"targets": ["Linear"], "weights": {"num_bits": 4}})
     assert alone.scheme("model.embed_tokens").bits == 4
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.pages import REPOSITORY, blocks_of
 from slipstream.config import SetupError
 from slipstream.frontend.routes import Routes, Shadow, read
 
@@ -56,6 +57,15 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     found = read(file)
     assert found.alias == {"chat": {"org/a": 1.0, "b": 2.5}}
     assert found.shadow == {"org/a": Shadow("b", 0.1)}
+
+
+def test_the_file_of_the_page_is_read(tmp_path: Path) -> None:
+    """A shadow of a model of which a canary has the name."""
+    page = REPOSITORY / "docs" / "several-models.md"
+    (block,) = (one for one in blocks_of(page) if "[alias." in one.text)
+    (tmp_path / "routes.toml").write_text(block.text)
+    found = read(tmp_path / "routes.toml")
+    assert found.alias.keys() == {"chat", "smollm2"} and found.shadow.keys() == {"smollm2"}
 
 
 @pytest.mark.parametrize(

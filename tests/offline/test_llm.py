@@ -132,7 +132,8 @@ def test_numbers_of_numpy_are_token_ids(llm: LLM) -> None:
         for output in llm.generate(form, GREEDY):
             assert output.outputs[0].token_ids == wanted
             assert output.prompt_token_ids == [5, 6, 7]
-    for wrong in ([[1.5]], [{"prompt_token_ids": "ab"}], [{}], [np.array([0.5])]):
+    odd: list[Any] = [[[1.5]], [{"prompt_token_ids": "ab"}], [{}], [np.array([0.5])]]
+    for wrong in (*odd, b"hello", [b"hello"], {1, 2}, [{1, 2}]):
         with pytest.raises(ValueError, match="a prompt is a text"):
             llm.generate(wrong)
 

@@ -50,6 +50,12 @@ def test_settings_under_the_names_of_vllm() -> None:
         ({"cpu_offload_gb": 2}, "LLM: cpu_offload_gb=2 is not served"),
         ({"max_modl_len": 5}, r"max-modl-len.*did you mean --max-model-len"),
         ({"overlapp": False}, r"no-overlapp.*did you mean --no-overlap"),
+        ({"help": True}, "LLM: help is no setting of it; leave it out"),
+        ({"config": "x.toml"}, "LLM: config is no setting of it"),
+        (
+            {"max_num_batched_tokens": 64, "prefill_budget_tokens": 32},
+            "LLM: max_num_batched_tokens is prefill_budget_tokens by another name",
+        ),
         ({"max_num_seqs": -1}, "--max-num-seqs: expected an int >= 1, got -1"),
         ({"dtype": "half"}, "--dtype: expected one of auto, float32, bfloat16"),
     ],

@@ -49,7 +49,7 @@ class _Known(msgspec.Struct, frozen=True):
         """Not so what nobody answered, or what was refused for the moment alone."""
         if self.response is not None:
             return not is_passing(self.response.status_code)
-        return self.error is None or self.error.code != NO_ANSWER
+        return self.error is not None and self.error.code != NO_ANSWER
 
 
 class BatchFileError(SetupError):

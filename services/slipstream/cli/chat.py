@@ -99,7 +99,11 @@ class _Chat:
             self._failed = True
             self._note(problem)
         elif stopped:
-            self._note("stopped" if answer.text else "stopped before the first token; not asked")
+            self._note(
+                "stopped"
+                if answer.text or answer.reasoning
+                else "stopped before the first token; not asked"
+            )
         else:
             self._note(self._numbers(answer))
 

@@ -77,7 +77,9 @@ def read(path: str | Path) -> Routes:
         raise SetupError(f"slipstream frontend: {path}: {error}{_hint(found)}") from None
     _check(path, routes.alias)
     for name, shadow in routes.shadow.items():
-        if name == shadow.to or {name, shadow.to} & routes.alias.keys():
+        # An alias may lead to the model of its own name.
+        other = shadow.to in routes.alias or name not in routes.alias.get(name, {name})
+        if name == shadow.to or other:
             raise SetupError(
                 f"slipstream frontend: {path}: shadow '{name}' to '{shadow.to}': a shadow goes "
                 "from one model to another, and an alias is none; name the models behind it"

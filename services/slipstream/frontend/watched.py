@@ -46,8 +46,9 @@ class Watched(Generic[T]):
         except SetupError as error:
             _log.error("what the file said before holds on: %s", error)
             self._refused(str(error))
-        except Exception:  # noqa: BLE001 (a file must not end the watch over it)
+        except Exception as error:  # noqa: BLE001 (a file must not end the watch over it)
             _log.exception("what %s said before holds on", self._path)
+            self._refused(f"{type(error).__name__}: {error}")
         else:
             self.now = now
             _log.info("%s was read again", self._path)

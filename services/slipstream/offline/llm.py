@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
@@ -49,7 +49,7 @@ class LLM:
         """
         found = prepare(model, models_dir(os.environ), Console(stderr=True))
         self._cluster = Cluster(worker_config(model, str(found.folder), settings, os.environ))
-        self._random = random.Random(seed)
+        self._random = random.Random(None if seed is None else int(seed))
         self._count = 0
         self._loaded: dict[str, tuple[str, str]] = {}
         """Name of a LoRA adapter -> its folder and id."""
@@ -276,8 +276,11 @@ class LLM:
             close()
 
 
+_NO_TOKENS = (str, bytes, bytearray, memoryview, Mapping, Set)
+
+
 def _is_one(prompts: Text | Sequence[Text]) -> bool:
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, _NO_TOKENS):
         return True
     return len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts)
 
@@ -300,7 +303,7 @@ def _text(prompt: Text) -> tuple[str | None, _Prompt]:
 
 def _ids(tokens: Any) -> list[int] | None:
     """Of any list or array of integers; None if it is none."""
-    if not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping):
+    if not isinstance(tokens, Iterable) or isinstance(tokens, _NO_TOKENS):
         return None
     found = list(tokens)
     return [int(each) for each in found] if all(isinstance(e, Integral) for e in found) else None

@@ -48,6 +48,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
 }
 """vLLM's settings that have no like here -> values, beside None, that change no answer."""
+_NONE = ("config", "help", "model")
+"""Of a command."""
 _INSTEAD = {
     "revision": "give a folder that holds it",
     "speculative_config": "speculative='ngram:4' is what there is",
@@ -72,6 +74,9 @@ def _served(
     if settings.get("enable_lora") is False:  # vLLM's default; ours is that there may be some
         yield "max_loras", 0
     for name, value in settings.items():
+        if name in _NONE or (value is not None and settings.get(OURS.get(name, "")) is not None):
+            why = f"is {OURS[name]} by another name" if name in OURS else "is no setting of it"
+            raise ConfigError(f"LLM: {name} {why}; leave it out")
         if value is None or name == "enable_lora" or value in neutral.get(name, ()):
             continue
         if name in neutral:

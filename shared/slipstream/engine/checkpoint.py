@@ -107,7 +107,7 @@ class Checkpoint:
             module, _, part = name.rpartition(".")
             kind = self._files[path].get_slice(name).get_dtype()
             odd = part in MARKS or kind in _LEVELS or (part == "weight" and kind not in _WIDE)
-            if odd and not self._is_quantized(module):
+            if odd and not name.endswith(_UNUSED) and not self._is_quantized(module):
                 raise ModelError(
                     f"{path}: {name} is quantized ({kind}), and config.json does not say how "
                     "(quantization_config); take a copy that says so, or one in bfloat16"

@@ -79,8 +79,8 @@ def _fits(target: str, module: str) -> bool:
 
 def _is_its_class(target: str, module: str) -> bool:
     """What is quantized is a `Linear` or stands for one, but for an `Embedding`."""
-    is_embedding = re.search("emb|wte", module.rpartition(".")[2]) is not None
-    return _is_class(target, module) and (target == "Embedding") == is_embedding
+    is_embedding = re.search("emb(?!ed_out)|wte", module.rpartition(".")[2]) is not None
+    return target == ("Embedding" if is_embedding else "Linear")
 
 
 def _is_class(target: str, module: str) -> bool:

@@ -22,11 +22,12 @@ export class Watch {
   constructor(show, key) {
     this.#show = show;
     this.#key = key;
-    document.addEventListener("visibilitychange", () => this.#turn());
-    this.#turn();
+    document.addEventListener("visibilitychange", () => this.now());
+    this.now();
   }
 
-  #turn() {
+  /** Does not wait for the next time. */
+  now() {
     clearTimeout(this.#timer);
     if (!document.hidden) this.#poll();
   }

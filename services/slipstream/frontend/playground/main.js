@@ -50,9 +50,10 @@ function keys(event) {
 }
 
 // Where there is no room beside the chat, the panel lies folded below it.
-if (matchMedia("(max-width: 760px)").matches) byId("cluster-fold").open = false;
+if (matchMedia("(max-width: 900px)").matches) byId("cluster-fold").open = false;
 offerSamples();
 wireRaw();
 document.addEventListener("keydown", keys);
 byId("new-chat").addEventListener("click", () => chat.forget());
-new Watch(show, () => settings.key);
+const watch = new Watch(show, () => settings.key);
+byId("key").addEventListener("change", () => watch.now());
