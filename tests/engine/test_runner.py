@@ -391,7 +391,9 @@ def test_float8_blocks_serve_nearly_as_well(saved: Saved, caplog: pytest.LogCapt
     for dtype in ("float32", "float8_e4m3fn"):
         runner = Runner(folder, "float32", allocate_pool(config.kv_layout(dtype), 8), threads=2)
         made.append(generate(runner, prompt_of(40), greedy(), 3, blocks=(1, 5, 3, 2)))
-        assert ("SLOW" in caplog.text) == (dtype == "float8_e4m3fn" or cpu.kernels() is None)
+        # Without compiled kernels everything is slow, and that is said once for all.
+        said = "SLOW: no CPU kernels for float8" in caplog.text
+        assert said == (dtype == "float8_e4m3fn" and cpu.kernels() is not None)
     assert made[0] == made[1]
 
 
