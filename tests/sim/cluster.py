@@ -437,11 +437,15 @@ class Cluster:
     def _leave(self, frontend: NodeId, client: Client) -> None:
         """A frontend that still has its stream sees the connection break, some time."""
         process = self.world.processes.get(frontend)
+        closed = m.Closed(client.request_id)
+
+        def broken() -> None:
+            # As in the service: who has come back meanwhile has a connection of its own there.
+            if process is not None and frontend != client.frontend:
+                process.post(closed)
+
         if process is not None and frontend != client.frontend:
-            closed = m.Closed(client.request_id)
-            self.world.at(
-                self.world.now_s + self.rng.choice((0.0, 5.0)), lambda: process.post(closed)
-            )
+            self.world.at(self.world.now_s + self.rng.choice((0.0, 5.0)), broken)
 
     def _deliver(self, node_id: NodeId, effect: m.Deliver | m.DeliverAdapter) -> None:
         if isinstance(effect, m.DeliverAdapter):

@@ -117,6 +117,10 @@ class World:
             process.receive(encode_header(frame.header), frame.payload)
 
 
+Step = Callable[[float], list[m.Effect | Transmit]]
+"""At this time -> what a node does."""
+
+
 class Process:
     """One service process: its node, and a shell that carries out effects in simulated time."""
 
@@ -138,6 +142,7 @@ class Process:
             Device(info.worker.num_blocks, info.model) if info.worker is not None else None
         )
         self.tier = Tier(self)
+        self._found: deque[Step] = deque()
         self._steps: deque[m.BatchPlan] = deque()
         """Given to the device, the first one is computed."""
         self._timers: dict[str, int] = {}
@@ -165,13 +170,20 @@ class Process:
     def later(self, delay_s: float, event: Event) -> None:
         self.world.at(self.world.now_s + delay_s, lambda: self.post(event))
 
-    def _run(self, step: Callable[[float], list[m.Effect | Transmit]]) -> None:
+    def _run(self, step: Step) -> None:
+        self._found.append(step)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """SIGSTOP: it finds everything when it goes on, in the order in which it came."""
+        while self._found and self.alive:
+            if self.frozen_until_s > self.world.now_s:
+                self.world.at(self.frozen_until_s, self._go_on)
+                return
+            self._take(self._found.popleft())
+
+    def _take(self, step: Step) -> None:
         world = self.world
-        if not self.alive:
-            return
-        if self.frozen_until_s > world.now_s:  # SIGSTOP: it finds everything when it goes on
-            world.at(self.frozen_until_s, lambda: self._run(step))
-            return
         for action in step(world.now_s):
             self._perform(action)
         if not self.alive:  # it has ended by itself
