@@ -1,7 +1,7 @@
 """A stack whose workers have faults on call, and what a test does with them."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from e2e.client import Answer
@@ -28,9 +28,15 @@ class FaultyStack(Stack, Armed):
         """READs come by this one from now on."""
         self.switch(ANY, "transport", transport)
 
-    def until_held(self, node_id: str) -> None:
-        until(lambda: self.committed(node_id, "hold") or self._over(), "a READ under way")
+    def until_held(self, node_id: str, answered: Callable[[], bool] = lambda: False) -> bool:
+        """Whether a READ is under way; it is not if there was none, and all is `answered`."""
+
+        def decided() -> bool:
+            return bool(self.committed(node_id, "hold")) or answered() or self._over()
+
+        until(decided, "a READ under way")
         assert self.process.poll() is None, self.log
+        return bool(self.committed(node_id, "hold"))
 
     def mute(self, node_id: str, wanted: bool) -> None:
         """Renewals of this worker are not sent."""

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -177,8 +178,9 @@ class Client:
             weight=1 + number % 2,
         )
 
-    def see(self, item: int | TextDelta | Problem) -> None:
-        """What arrives at the caller must be the right answer, from its beginning, once."""
+    def see(self, item: int | TextDelta | Problem, overwritten: Container[str]) -> None:
+        """What arrives at the caller must be the right answer, from its beginning, once.
+        `overwritten`: versions of adapters that end with the workers that have them."""
         if isinstance(item, int):
             assert item == len(self.prompt)
             return
@@ -187,8 +189,10 @@ class Client:
             late = item.code is ErrorCode.DEADLINE and self.timeout_s < TIMEOUT_S
             refused = item.code in REFUSALS and not self.tokens
             guilty = item.code is ErrorCode.QUARANTINED and self.suspect
-            assert late or refused or guilty, f"{self.request_id}: {item}"
-            self.ended = item.code
+            homeless = item.code is ErrorCode.NO_WORKER and self.adapter_id in overwritten
+            gone = homeless and bool(self.tokens)
+            assert late or refused or guilty or gone, f"{self.request_id}: {item}"
+            self.ended = "cut off" if gone else item.code
             return
         assert item.position == len(self.tokens), f"{self.request_id}: {item}"
         new = unpack_tokens(item.tokens)
@@ -425,7 +429,7 @@ class Cluster:
         self.counts["resumed"] += 1
         told, client.deltas, client.tokens, client.shown = client.deltas, [], [], ""
         for _, item in replay.items:
-            client.see(item)
+            client.see(item, ())
         both = min(len(told), len(client.deltas))
         assert client.deltas[:both] == told[:both], f"{name}: {client.deltas} for {told}"
         self.counts["beyond"] += len(told) > both
@@ -471,7 +475,7 @@ class Cluster:
                 self.counts["not found"] += 1
                 self._close(client, "cut off")
                 return
-        client.see(effect.item)
+        client.see(effect.item, self.operator.overwritten if self.operator else ())
         if client.ended in REFUSALS:
             self._close(client, client.ended)
             client.request_id = self._renamed(client)

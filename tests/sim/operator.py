@@ -28,6 +28,8 @@ class Operator:
         self.steps += [*rng.sample(more, rng.randrange(len(more) + 1)), ("beta", "/b", True)]
         self.final: dict[str, str] = {}
         """Name -> path, as it should be now."""
+        self.overwritten: set[str] = set()
+        """Versions that nobody can load any more."""
         self._asked = 0
         for path in ("/a", "/a2", "/b"):
             cluster.world.files[path] = 1
@@ -38,6 +40,7 @@ class Operator:
             return
         name, path, changes = self.steps[0]
         if changes:
+            self.overwritten.add(self.cluster.world.adapter_id(name, path))
             self.cluster.world.files[path] += 1
             self.steps[0] = name, path, False
         frontends = [n for n, r in self.cluster.layout.items() if r is Role.FRONTEND]

@@ -88,6 +88,10 @@ class World:
             action()
         self.now_s = until_s
 
+    def adapter_id(self, name: str, path: str) -> str:
+        """Of the version that lies there."""
+        return f"{name}@{zlib.crc32(f'{path} {self.files[path]}'.encode()):08x}"
+
     def note(self, what: str) -> None:
         self.trace = zlib.crc32(what.encode(), self.trace)
 
@@ -261,8 +265,7 @@ class Process:
 
     def _adapter(self, name: str, path: str) -> m.AdapterRead:
         """What lies there now."""
-        version = self.world.files[path]
-        adapter_id = f"{name}@{zlib.crc32(f'{path} {version}'.encode()):08x}"
+        adapter_id = self.world.adapter_id(name, path)
         self.device.adapters.add(adapter_id)
         return m.AdapterRead(name, path, AdapterInfo(adapter_id=adapter_id, name=name, path=path))
 

@@ -19,12 +19,13 @@ class Armed(Stack):
         return self.base / "faults"
 
     def arm(self, node_id: str, fault: str, count: int = 1) -> None:
-        """The next `count` occasions in this process are spoilt; a gate that was open is shut."""
+        """The next `count` occasions in this process are spoilt, no others; a gate that was open is
+        shut."""
         self.shut_gate()
         folder = self.faults / node_id
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"done.{fault}.*"):
-            old.unlink()
+        for old in [*folder.glob(f"done.{fault}.*"), *folder.glob(f"{fault}.*")]:
+            old.unlink(missing_ok=True)
         for number in range(count):
             (folder / f"{fault}.{number}").touch()
 
