@@ -228,6 +228,7 @@ def test_models_and_adapters_come_and_go_under_load(
             assert 0 < load.late["wild"] < load.counts["wild"]
             _an_adapter_is_taken_away(stack, client)
             page = page_of(urls[0]) + page_of(urls[1])
+            assert 'running_lora_adapters="wild"' in page_of(urls[0])
             for name in ("first", "second", "third"):
                 line = f'vllm:request_success_total{{finished_reason="length",model_name="{name}"}}'
                 assert line in page, page

@@ -191,6 +191,14 @@ def test_the_cluster_in_vllms_words() -> None:
     assert (empty["vllm:kv_cache_usage_perc"], empty["vllm:num_requests_running"]) == (0, 0)
 
 
+def test_adapters_in_vllms_words() -> None:
+    metrics = ClusterMetrics()
+    assert values(text(metrics.adapters(["x", "y"], 12.5, LABELS))) == {
+        "vllm:lora_requests_info|max_lora=2|running_lora_adapters=x,y|waiting_lora_adapters=": 12.5
+    }
+    assert not values(text(metrics.adapters([], 12.5, LABELS)))
+
+
 def test_each_node_by_itself_with_its_role() -> None:
     node = NodeInfo(node_id="decode-0", role=Role.DECODE, epoch=1, address="a")
     found = values(text(ClusterMetrics().nodes(LOAD, {"decode-0": node})))

@@ -117,6 +117,9 @@ BUGS: dict[str, Plant] = {
     "blocks of a running step are freed": _edited(
         Batcher, "remove", "if not job.flying:", "if True:"
     ),
+    "blocks of the second of two running steps are freed": _edited(
+        Batcher, "land", "if job.dropped and not job.flying:", "if job.dropped:"
+    ),
     "what was proposed and wrong counts as computed": _edited(
         Batcher, "advance", "len(job.tokens) - 1", "row.start + row.num_tokens + row.drafts"
     ),

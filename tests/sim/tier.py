@@ -51,6 +51,7 @@ class Tier:
         device = self.process.device
         assert device is not None
         digests = []
+        self.process.check_held(effect.local_blocks)
         for block_hash, local in zip(effect.block_hashes, effect.local_blocks, strict=True):
             if block_hash not in self.blocks:
                 break

@@ -3,7 +3,7 @@
 import heapq
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 import msgspec
@@ -19,7 +19,7 @@ from slipstream.core.span_recorder import SpanRecorder
 from slipstream.kvindex.memory import MemoryStore
 from slipstream.messages import SCHEDULER, AdapterInfo, NodeInfo, TokenPrompt
 from slipstream.spans import Trace
-from slipstream.types import NodeId, RequestId, Role, unpack_tokens
+from slipstream.types import BlockId, NodeId, RequestId, Role, unpack_tokens
 
 STEP_S, TOKEN_S = 0.004, 0.0002
 READ_BLOCK_S = 0.0005
@@ -286,6 +286,7 @@ class Process:
         poison = self._poison(plan)
 
         def finish() -> None:
+            self.check_held(block for row in plan.rows for block in row.block_ids)
             device.admit(plan)
             done: m.Event = m.BatchFailed(plan.step, "simulated")
             if poison == "kills":
@@ -303,6 +304,11 @@ class Process:
 
         if not world.faults.strikes("hang", 0.002, world.now_s):
             self.unless_frozen(elapsed_s, finish)
+
+    def check_held(self, blocks: Iterable[BlockId]) -> None:
+        """Whoever is about to write into them must still have a hold on them."""
+        references = self.machine.pool.references  # type: ignore[attr-defined]
+        assert all(references[block] for block in blocks), "a write into a block that nobody holds"
 
     def _poison(self, plan: m.BatchPlan) -> str:
         """What a row of this step does to its worker."""
@@ -355,6 +361,7 @@ class Process:
             self.post(m.PullDone(pull.pull_id, digests, transport="sim", elapsed_s=elapsed_s))
             return
         there, here, half = halves.pop(0)
+        self.check_held([here])
         self.device.memory[here][half] = source.device.memory[there][half]
         if self.world.faults.strikes("corruption", 0.03, self.world.now_s):
             self.device.memory[here][half.start] ^= 1

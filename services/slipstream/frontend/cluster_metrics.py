@@ -1,7 +1,7 @@
 """What the scheduler says of itself and of the workers once a second, as families: each of them by
 itself, and the cluster as a whole in vLLM's words."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -65,6 +65,21 @@ class ClusterMetrics:
         more = {"block_size": str(BLOCK_TOKENS), "num_gpu_blocks": str(int(blocks)), **labels}
         yield _one(GaugeMetricFamily(name, VLLM[name], labels=list(more)), more, 1)
         yield from self._counters(workers, labels)
+
+    def adapters(
+        self, names: Sequence[str], unix_s: float, labels: Mapping[str, str]
+    ) -> Iterator[Metric]:
+        """A model's LoRA adapters, as llm-d's router looks for them: all are on all workers, so
+        that none waits, and none is loaded because somebody asks for it."""
+        if names:
+            name, listed = "vllm:lora_requests_info", ",".join(names)
+            told = {
+                "max_lora": str(len(names)),
+                "running_lora_adapters": listed,
+                "waiting_lora_adapters": "",
+                **labels,
+            }
+            yield _one(GaugeMetricFamily(name, VLLM[name], labels=list(told)), told, unix_s)
 
     def _counters(self, workers: Load, labels: Mapping[str, str]) -> Iterator[Metric]:
         counted = {key for keys in SUMMED.values() for key in keys}

@@ -338,6 +338,9 @@ class FrontendService:
             }
             requests = said.requests.get(model, {})
             yield from self._cluster.cluster(workers, requests, labels)
+            if (state := membership.models.get(model)) is not None:
+                loaded = [adapter.name for adapter in state.adapters]
+                yield from self._cluster.adapters(loaded, time.time(), labels)
             yield from self._requests.get(model, RequestMetrics()).families(labels)
 
     def _summed(self, name: str) -> int:

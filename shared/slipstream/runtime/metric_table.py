@@ -316,6 +316,7 @@ VLLM = {
     "vllm:kv_cache_usage_perc": "Share of the KV blocks of all workers that something needs now;"
     " 1 is all of them.",
     "vllm:cache_config_info": "1; how many KV blocks of how many tokens all workers have.",
+    "vllm:lora_requests_info": "Unix time; which LoRA adapters may be asked for.",
     "vllm:prefix_cache_queries_total": "Tokens of prompts that workers began, of the whole"
     " cluster.",
     "vllm:prefix_cache_hits_total": "Tokens of prompts that the computing worker had in its pool,"
