@@ -201,6 +201,20 @@ def test_what_nobody_answered_is_asked_again_and_has_one_line(
     assert batch(tmp_path, whole.url) == ExitCode.OK and len(whole.order) == 2
 
 
+def test_an_output_that_is_a_link_stays_one(whole: Whole, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    there = tmp_path / "elsewhere" / "answers"
+    error = {"code": "no_answer", "message": "x"}
+    failed = {"id": "x", "custom_id": "a", "response": None, "error": error}
+    there.write_text(json.dumps(failed) + "\n")
+    there.chmod(0o604)
+    (tmp_path / "out.jsonl").symlink_to(there)
+    (tmp_path / "in.jsonl").write_text(line("a"))
+    assert batch(tmp_path, whole.url) == ExitCode.OK
+    assert (tmp_path / "out.jsonl").is_symlink() and there.stat().st_mode & 0o777 == 0o604
+    assert [json.loads(each)["error"] for each in there.read_text().splitlines()] == [None]
+
+
 def test_what_was_refused_for_the_moment_is_asked_again_by_the_next_run(
     whole: Whole, tmp_path: Path, capsys: Capture
 ) -> None:

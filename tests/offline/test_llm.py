@@ -248,6 +248,7 @@ def test_settings_are_those_of_the_command(saved: tuple[Path, PreTrainedModel]) 
         ({"temperature": 3.0}, "temperature"),
         ({"n": 0}, "n is 0; it may be 1 to"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, r"min_tokens is 5; it may be 0 to max_tokens \(4\)"),
         ({"stop": ""}, "stop has an empty string"),
         ({"stop": ["a", ""]}, "stop has an empty string"),
         ({"logprobs": -1}, "logprobs is -1: of all tokens they are not given; name 0 to 20"),

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -167,9 +168,11 @@ class Answers:
         """Of each request one line."""
         self._file.seek(0)
         lines = {msgspec.json.decode(line, type=_Known).custom_id: line for line in self._file}
-        made = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        path = self._path.resolve()  # a link stays one
+        made = path.with_name(f".{path.name}.{os.getpid()}")
         made.write_bytes(b"".join(lines.values()))
-        made.replace(self._path)
+        shutil.copymode(path, made)
+        made.replace(path)
 
 
 def _answer(reply: Reply) -> bytes:

@@ -93,6 +93,10 @@ class SamplingParams:
             raise ValueError(f"n is {self.n}; it may be 1 to {CHOICES_MAX}")
         if "" in self.stop_strings:
             raise ValueError("stop has an empty string, which every answer would begin with")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; it may be 0 to max_tokens ({self.max_tokens})"
+            )
         self.constraint()
         self.wire(max_model_len=2)
 
