@@ -34,6 +34,15 @@ def test_a_stream_is_the_same_however_it_is_cut(cuts: set[int]) -> None:
     assert (meter.tokens, meter.usage.prompt_tokens, meter.usage.cached_tokens) == (3, 9, 4)
 
 
+@pytest.mark.parametrize("line", [b": ping", b":", b"event: message", b"retry: 100", b"id: 7"])
+@pytest.mark.parametrize("end", [b"\r\n", b" \n"])
+def test_lines_without_data_are_passed_over(line: bytes, end: bytes) -> None:
+    """As other servers and proxies write them."""
+    meter = Meter(0.0)
+    found = meter.feed(line + end + b'data: {"choices":[{"text":"a"}]} ' + end + end, 1.0)
+    assert [choice.content for choice in found] == ["a"]
+
+
 def test_times_are_of_chunks_with_tokens() -> None:
     """Neither the chunk that opens a chat nor the one that ends it is a token."""
     meter = Meter(10.0, keep_gaps=True)

@@ -486,6 +486,25 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
         "tokens[0]",
     ),
     "detokenize outside": (("/detokenize", {"tokens": [1000]}), 400, "invalid_value", "tokens"),
+    "tokenize goes on with a user": (
+        ("/tokenize", {"messages": [user("a")], "continue_final_message": True}),
+        400,
+        "invalid_value",
+        "continue_final_message",
+    ),
+    "tokenize goes on and begins": (
+        (
+            "/tokenize",
+            {
+                "messages": [{"role": "assistant", "content": "a"}],
+                "continue_final_message": True,
+                "add_generation_prompt": True,
+            },
+        ),
+        400,
+        "invalid_value",
+        "continue_final_message",
+    ),
     "tokenize model": (
         ("/tokenize", {"model": "x", "prompt": "a"}),
         404,

@@ -197,6 +197,47 @@ async def test_the_beginning_of_the_answer(server: Server) -> None:
     assert not prompt(server).continue_final_message and prompt(server).add_generation_prompt
 
 
+def turn(role: str, *blocks: str | dict[str, Any]) -> dict[str, Any]:
+    texts = [{"type": "text", "text": one} if isinstance(one, str) else one for one in blocks]
+    return {"role": role, "content": texts}
+
+
+async def test_turns_of_one_role_are_one(server: Server) -> None:
+    """As Anthropic has it; templates that want roles to alternate would refuse them."""
+    begun = [turn("assistant", "d"), {"role": "assistant", "content": "e"}]
+    await post(server, messages=[*HI, turn("user", "b", "c"), *begun], system="S")
+    assert prompt(server).messages == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Hi\n\nb\n\nc"},
+        {"role": "assistant", "content": "d\n\ne"},
+    ]
+    assert prompt(server).continue_final_message and not prompt(server).add_generation_prompt
+    foreign = turn("user", {"type": "tool_result", "tool_use_id": "z", "content": "x"})
+    body = {"model": MODEL, "messages": [*HI, *HI, foreign], "max_tokens": 8}
+    response = await server.post("/v1/messages", body)
+    told = (await response.json())["error"]["message"]
+    assert response.status == 400 and "messages[2]" in told, "as the client counts them"
+
+
+async def test_results_stay_messages_of_their_own(server: Server) -> None:
+    uses = [{"type": "tool_use", "id": name, "name": "weather", "input": {}} for name in "xy"]
+    results = [{"type": "tool_result", "tool_use_id": name, "content": name} for name in "xy"]
+    thought = {"type": "thinking", "thinking": "T", "signature": ""}
+    asked = [
+        *HI,
+        turn("assistant", "Well."),
+        turn("assistant", uses[0]),
+        turn("assistant", thought, uses[1], "So."),
+        *(turn("user", one) for one in (*results, "And?", "Well?")),
+    ]
+    await post(server, messages=asked, tools=[WEATHER])
+    said, first, second, more = prompt(server).messages[1:]
+    assert (said["content"], said["reasoning_content"]) == ("Well.\n\nSo.", "T")
+    assert [call["id"] for call in said["tool_calls"]] == ["x", "y"]
+    assert [first, second] == [{"role": "tool", "content": n, "tool_call_id": n} for n in "xy"]
+    assert more == {"role": "user", "content": "And?\n\nWell?"}
+
+
 async def test_a_format(server: Server) -> None:
     form = {"type": "json_schema", "schema": {"type": "object"}}
     await post(server, output_config={"format": form, "effort": "low"})

@@ -368,6 +368,22 @@ async def test_tokenize_and_detokenize(server: Server) -> None:
     assert await (await server.post("/detokenize", {"tokens": []})).json() == {"prompt": ""}
 
 
+async def test_tokens_of_a_message_that_goes_on(server: Server) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "A"}]
+    for more, generate, goes_on in (
+        ({}, True, False),
+        ({"continue_final_message": True}, False, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, False, True),
+        ({"continue_final_message": False, "add_generation_prompt": False}, False, False),
+    ):
+        response = await server.post("/tokenize", {"messages": messages, **more})
+        assert response.status == 200
+        asked, _ = server.gateway.codec_calls[-1]
+        assert asked == ChatPrompt(
+            messages=messages, add_generation_prompt=generate, continue_final_message=goes_on
+        ), more
+
+
 async def test_tools_are_tokens_too(server: Server) -> None:
     tools = [{"type": "function", "function": {"name": "f", "x": 1}}]
     response = await server.post("/tokenize", chat_body(tools=tools))

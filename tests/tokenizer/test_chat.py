@@ -71,6 +71,19 @@ def test_tool_arguments_become_objects() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [("", "{}"), (" \n", "{}"), ("{}", "{}"), ("[", '"["'), ('{"a":"\\ud83d"}', '{"a": "\ufffd"}')],
+)
+def test_arguments_of_the_history_are_what_a_template_can_write(arguments: str, told: str) -> None:
+    """None is an empty object, half a pair is replaced; what is no JSON stays the client's text."""
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments | tojson }}", {})
+    function = {"name": "f", "arguments": arguments}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [{"function": function}]}]
+    said = template.render(ChatPrompt(messages=messages), template.plain_messages(messages))
+    assert said == told and said.encode()
+
+
 def test_the_templates_refusal_reaches_the_client() -> None:
     problem = refused("{{ raise_exception('Only user and assistant roles!') }}").problem
     assert problem.code is ErrorCode.INVALID_VALUE and problem.param == "messages"

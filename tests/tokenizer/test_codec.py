@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from slipstream.errors import ErrorCode
 from slipstream.messages import ChatPrompt, TextPrompt, TokenPrompt
+from slipstream.tokenizer.chat import ChatTemplate
 from slipstream.tokenizer.codec import CodecError, PromptError, TokenizerCodec
 from slipstream.types import pack_tokens
 from tokenizer.models import CHATML, byte_level, sentencepiece
@@ -62,6 +63,32 @@ def test_chat_ids_are_the_references(
     )
     prompt = ChatPrompt(messages=HARMLESS[name], add_generation_prompt=generate)
     assert codecs[family].encode(prompt) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_chat_that_goes_on_is_the_references(
+    codecs: dict[str, TokenizerCodec],
+    references: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    trims: bool,
+) -> None:
+    """Short ones too, which are found in what the template writes behind the message."""
+    if family not in codecs:
+        pytest.skip("SLIPSTREAM_NO_DEMO=1")
+    codec, reference = codecs[family], references[family]
+    if trims:
+        template = CHATML.replace("message['content']", "message['content'] | trim")
+        monkeypatch.setattr(reference, "chat_template", template)
+        monkeypatch.setattr(codec, "_templates", {"default": ChatTemplate(template, {})})
+    for text in ("<", "|", "i", "e", "\n<", "_end|>", "user", "a", " a \n", "\n\na b  ", "{", "你"):
+        messages = [*user("say i"), {"role": "assistant", "content": text}]
+        expected = reference.apply_chat_template(
+            messages, continue_final_message=True, tokenize=True, return_dict=False
+        )
+        prompt = ChatPrompt(messages=messages, continue_final_message=True)
+        assert codec.encode(prompt) == expected, text
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -138,6 +138,22 @@ def test_it_goes_on_where_its_text_is_a_special_token_or_trimmed(tmp_path: Path)
     assert text == "<|im_start|>assistant\nLa la"
 
 
+@pytest.mark.parametrize("text", ["<", "i", "e", "|>", "CONTINUED_HERE", "<|im_end|>"])
+def test_it_goes_on_where_the_end_of_a_message_has_the_same_text(tmp_path: Path, text: str) -> None:
+    codec = templates.codec_of(templates.QWEN3, tmp_path)
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    told = rendered(codec, messages, continue_final_message=True)
+    assert told == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}"
+
+
+def test_a_template_that_drops_the_last_message_has_nothing_to_go_on_from(tmp_path: Path) -> None:
+    drops = CHATML.replace("message['content']", "''")
+    codec = TokenizerCodec(byte_level(tmp_path, chat_template=drops))
+    with pytest.raises(PromptError) as raised:
+        rendered(codec, [{"role": "assistant", "content": "m"}], continue_final_message=True)
+    assert raised.value.problem.param == "continue_final_message"
+
+
 @pytest.mark.parametrize("content", ["", "  ", None])
 def test_there_must_be_something_to_go_on_from(tmp_path: Path, content: str | None) -> None:
     codec = TokenizerCodec(byte_level(tmp_path))

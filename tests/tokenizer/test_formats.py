@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slipstream.messages import PartKind
 from slipstream.tokenizer.formats.parser import HEAD_CHARS_MAX, Parser, merged
 from slipstream.tokenizer.formats.tool_formats import FORMATS, ONE, THINKING, THINKS, parser
+from slipstream.tokenizer.text import well_formed
 
 Read = list[tuple[str, str]]
 
@@ -20,7 +21,10 @@ def read(answer_format: str, text: str, cuts: Iterable[int] = ()) -> Read:
     for cut in sorted({*cuts, len(text)}):
         parts += made.push(text[last:cut])
         last = cut
-    return [(part.kind.value, part.text) for part in merged(parts + made.end())]
+    parts += made.end()
+    for part in parts:
+        part.text.encode()  # as it travels
+    return [(part.kind.value, part.text) for part in merged(parts)]
 
 
 def call(name: str, arguments: str = "{}") -> Read:
@@ -32,6 +36,8 @@ def says(text: str) -> Read:
 
 
 NESTED = r'{"a": {"b": "}]<\"</tool_call>"}, "c": [1, {"d": "\\"}], "e": "\u00e9é"}'
+WORDS = '{"a": True, "b": [None, False, NaN], "c": undefined, "d": -Infinity}'
+"""What models write that know Python and JavaScript better than JSON."""
 ARRAY_OF_TWO = '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]'
 
 CASES: list[tuple[str, str, Read]] = [
@@ -48,6 +54,12 @@ CASES: list[tuple[str, str, Read]] = [
         call("f") + call("g", '{"x": -1.5e3, "y": null}') + says("and so on"),
     ),
     ("hermes", '<tool_call>\n{"name": "f"}\n</tool_call>', call("f")),
+    ("hermes", '<tool_call>{"id": None, "name": "f", "arguments": None}</tool_call>', call("f")),
+    (
+        "hermes",
+        r'<tool_call>{"name": "f", "arguments": "{\"a\": \"x\ny\"}"}</tool_call>',
+        call("f", r'{"a": "x\ny"}'),
+    ),
     ("hermes", '<tool_call>{"name": "f", "parameters": {"a": 1}}', call("f", '{"a": 1}')),
     ("hermes", '<tool_call>{"name": "a\\"b", "arguments": {}}</tool_call>', call('a"b')),
     (
@@ -81,6 +93,17 @@ CASES: list[tuple[str, str, Read]] = [
         '<tool_call>{"arguments": "x", "name": "f"}</tool_call>',
         says('<tool_call>{"arguments": "x", "name": "f"}</tool_call>'),
     ),
+    (
+        "hermes",
+        f'<tool_call>{{"name": "f", "arguments": {WORDS}}}</tool_call>!',
+        call("f", WORDS) + says("!"),
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {\n"a": "x = 1\n\ty\\\n\x00é"\r\n}}</tool_call>!',
+        call("f", '{\n"a": "x = 1\\n\\ty\\u000a\\u0000é"\r\n}') + says("!"),
+    ),
+    ("llama3_json", f'{{"name": "f", "parameters": {WORDS}}}', call("f", WORDS)),
     (
         "llama3_json",
         '{"type": "function", "name": "f", "parameters": {"a": 1}}',
@@ -141,6 +164,7 @@ CASES: list[tuple[str, str, Read]] = [
         says("Hm.") + call("f", '{"a": "]"}') + call("g"),
     ),
     ("mistral_named", '[TOOL_CALLS]add{"a": 3.5}', call("add", '{"a": 3.5}')),
+    ("mistral_named", '[TOOL_CALLS]f[ARGS]{"a": "1\n2"}', call("f", '{"a": "1\\n2"}')),
     ("mistral_named", "[TOOL_CALLS]f[ARGS]{}] x", call("f") + says("] x")),
     # Pythonic
     (
@@ -160,6 +184,11 @@ CASES: list[tuple[str, str, Read]] = [
         call("f", '{"a": 1e999, "b": "{1, 2}", "c": "NaN"}'),
     ),
     ("pythonic", '[f(a="two\nlines", )]', call("f", '{"a": "two\\nlines"}')),
+    (
+        "pythonic",
+        r'[f(a="hi \ud83d\ude00", b=["\ud83d x", true], c={"\ude00": "\ud83d"})]',
+        call("f", '{"a": "hi 😀", "b": ["\\ud83d x", true], "c": {"\ufffd": "\ufffd"}}'),
+    ),
     ("pythonic", "[f(a=1, 2)] no", call("f", '{"a": 1}') + says(", 2)] no")),
     ("pythonic", "[f(a=[1, 2", call("f", '{"a": ')),
     # Reasoning
@@ -206,6 +235,7 @@ SNIPPETS = [
     *("<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', '{"a": [1, "}"]}', "}", "{}"),
     *("<think>", "</think>", "<|python_tag|>", '{"name": "f", "parameters": ', ";", " ", "\n"),
     *("[TOOL_CALLS]", "[ARGS]", "[", "]", "f(", "a=", "'x'", '"', ")", ",", "\\", "{", "f", "<"),
+    *('[f(a="\\ud83d', '\\ude00")', '{"a": "\\ud83d\n', "None"),
 ]
 FORMAT_NAMES = st.sampled_from(
     [f"{first} {name}" for first in ("", THINKS, THINKING) for name in ("", *FORMATS)]
@@ -279,6 +309,45 @@ def test_python_literals_are_read(
     assert [text for kind, text in parts if kind == "call"] == [name for name, _ in calls]
     found = [json.loads(text) for kind, text in parts if kind == "arguments"]
     assert found == [arguments for _, arguments in calls]
+
+
+LONE = st.text(st.characters() | st.characters(categories=["Cs"]) | st.sampled_from('\n\t\\"'))
+"""With halves of surrogate pairs, which JSON can write and UTF-8 cannot."""
+
+
+@given(st.sampled_from([*sorted(WRITERS), "pythonic"]), st.dictionaries(NAMES, LONE), st.data())
+def test_halves_of_pairs_are_no_text(
+    name: str, arguments: dict[str, str], data: st.DataObject
+) -> None:
+    if name == "pythonic":
+        text = f"[f({', '.join(f'{k}={json.dumps(v)}' for k, v in arguments.items())})]"
+    else:
+        text = WRITERS[name]([("f", json.dumps(arguments))])
+    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8))
+    kinds, texts = zip(*read(name, text, cuts), strict=True)
+    assert kinds == ("call", "arguments")
+    assert well_formed(json.dumps(json.loads(texts[1]), ensure_ascii=False)) == well_formed(
+        json.dumps(arguments, ensure_ascii=False)
+    )
+
+
+CONTROL = st.text(st.characters(max_codepoint=0x7F, exclude_characters="\\"), max_size=20)
+
+
+@given(st.sampled_from(sorted(WRITERS)), st.dictionaries(NAMES, CONTROL, min_size=1), st.data())
+def test_arguments_with_raw_lines_are_json(
+    name: str, arguments: dict[str, str], data: st.DataObject
+) -> None:
+    """As of a model that writes a program, and forgets that its lines are inside of a string."""
+    raw = json.dumps(arguments)
+    for sign in range(0x20):
+        raw = raw.replace(json.dumps(chr(sign))[1:-1], chr(sign))
+    text = WRITERS[name]([("f", raw)])
+    assert json.loads(raw, strict=False) == arguments
+    for cuts in (data.draw(st.lists(st.integers(0, len(text)), max_size=8)), range(len(text))):
+        told = read(name, text, cuts)
+        assert [kind for kind, _ in told] == ["call", "arguments"]
+        assert json.loads(told[1][1]) == arguments
 
 
 def test_a_name_comes_with_the_first_argument_and_arguments_as_they_are_written() -> None:

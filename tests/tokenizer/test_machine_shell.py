@@ -1,6 +1,7 @@
 """What stands around the machine: encoding in threads, and what is read at the start."""
 
 import asyncio
+import math
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from slipstream.tokenizer.config import TokenizerConfig
 from slipstream.tokenizer.executor import EncodeExecutor
 from slipstream.tokenizer.grammar_check import GrammarCheck
 from tokenizer.machines import submission
+from tokenizer.templates import QWEN, codec_of
 
 
 async def test_every_prompt_ends_as_an_event(
@@ -46,6 +48,34 @@ async def test_every_prompt_ends_as_an_event(
     assert broken.problem is not None and broken.problem.code is ErrorCode.INTERNAL
     assert (await encoded(ChatPrompt(messages=[{"role": "user", "content": "x"}]))).tokens
     await executor.close()
+
+
+async def test_a_history_that_no_prompt_can_hold_is_the_clients(tmp_path: Path) -> None:
+    """Whatever the arguments of a call are: to be refused, where they are, and no fault of ours."""
+    codec = codec_of(QWEN, tmp_path)
+    executor = EncodeExecutor(codec, GrammarCheck(tmp_path, codec.vocab_size, [2]), 1, lambda: 0)
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+    await executor.start(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+
+    async def encoded(arguments: str) -> Encoded:
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+        executor.execute(EncodePrompt("r", ChatPrompt(messages=[asked]), deadline_s=math.inf))
+        event = await asyncio.wait_for(events.get(), 10)
+        assert isinstance(event, Encoded)
+        return event
+
+    try:
+        halves = await encoded('{"a": "\\ud83d"}')
+        assert halves.problem is None and "\ufffd" in codec.decode(halves.tokens)
+        for depth in (100, 300, 600, 900, 5000):
+            problem = (await encoded('{"a":' * depth + "1" + "}" * depth)).problem
+            if depth == 100:
+                assert problem is None
+            elif problem is not None:
+                assert (problem.code, problem.param) == (ErrorCode.INVALID_VALUE, "messages"), depth
+    finally:
+        await executor.close()
 
 
 def test_log_probabilities_of_a_prompt_are_bounded() -> None:

@@ -182,6 +182,20 @@ def test_markers_that_are_special_tokens_reach_the_parser(
             assert heard(rig) == [Part(PartKind.CONTENT, '[{"name": "f", "arguments": {}}]')]
 
 
+def test_no_answer_is_more_than_a_message_can_carry(rig: Rig) -> None:
+    """A pair of escapes that Python takes for two signs ended the process, and the next one's."""
+    rig.ask(msgspec.structs.replace(submission(), parse=True))
+    rig.handle(Encoded("r", tuple(ids("Hi")), answer_format="pythonic"))
+    told: list[Part] = []
+    for position, token in enumerate(ids(r'[f(a="\ud83d\ude00", b="\ud83d")]')):
+        rig.spans(span([token], position))
+        told += heard(rig)
+    assert merged(told) == [
+        Part(PartKind.CALL, "f"),
+        Part(PartKind.ARGUMENTS, '{"a": "😀", "b": "\ufffd"}'),
+    ]
+
+
 def test_without_a_format_all_is_content(rig: Rig) -> None:
     rig.ask(msgspec.structs.replace(submission(), parse=True))
     rig.handle(Encoded("r", tuple(ids("Hi"))))

@@ -101,8 +101,8 @@ class Meter:
         for line in lines:
             if line.startswith(b"id:"):
                 self._id = line[3:].strip()
-            event = line.removeprefix(b"data:").strip()
-            if len(event) == len(line) or not event:
+            event = line[5:].strip() if line.startswith(b"data:") else b""
+            if not event:
                 continue  # a comment, an empty line
             if event == b"[DONE]":
                 self.done = True

@@ -49,7 +49,7 @@ class Asked(msgspec.Struct, kw_only=True):
 
 def read(body: Request) -> Asked:
     check_unserved(body, UnservedMessages, NEUTRAL_MESSAGES)
-    conversation = Conversation()
+    conversation = Conversation(joins=True)
     if body.system is not None:
         conversation.say("system", _texts(body.system, "system"), "system")
     not_empty("messages", body.messages, "send at least one message")

@@ -17,7 +17,7 @@ from slipstream.frontend.generation import (
     finite,
     prompt_logprobs,
 )
-from slipstream.frontend.messages_in import chat_messages, template_args
+from slipstream.frontend.messages_in import chat_messages, prompt_end, template_args
 from slipstream.frontend.openai import (
     CalledFunction,
     ChatChoice,
@@ -84,26 +84,16 @@ def chat_call(
 
 def _prompt(body: ChatRequest, context: Context) -> ChatPrompt:
     tools, choice = tools_of(body.tools, body.tool_choice)
-    goes_on = bool(body.continue_final_message)
-    if goes_on and body.add_generation_prompt:
-        validate.refuse(
-            "continue_final_message and add_generation_prompt exclude each other.",
-            "continue_final_message",
-        )
     messages = chat_messages(body.messages, context.limits)
-    if goes_on and messages[-1]["role"] != "assistant":
-        validate.refuse(
-            "continue_final_message goes on with a message of role 'assistant', but the last one "
-            f"is of role {validate.shown(messages[-1]['role'])}.",
-            "continue_final_message",
-        )
-    generate = body.add_generation_prompt
+    goes_on, generate = prompt_end(
+        messages, body.continue_final_message, body.add_generation_prompt
+    )
     return ChatPrompt(
         messages=messages,
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        add_generation_prompt=not goes_on if generate is None else generate,
+        add_generation_prompt=generate,
         continue_final_message=goes_on,
         template_args=template_args(body.chat_template_kwargs),
     )

@@ -20,7 +20,7 @@ from slipstream.frontend.info_shapes import (
     Version,
     WorkerOut,
 )
-from slipstream.frontend.messages_in import chat_messages, template_args, token_ids
+from slipstream.frontend.messages_in import chat_messages, prompt_end, template_args, token_ids
 from slipstream.frontend.openai import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -83,11 +83,15 @@ async def tokenize(request: web.Request) -> web.Response:
 
 def _prompt(body: TokenizeRequest, context: Context) -> Prompt:
     if body.messages is not None and body.prompt is None:
-        generate = body.add_generation_prompt
+        messages = chat_messages(body.messages, context.limits)
+        goes_on, generate = prompt_end(
+            messages, body.continue_final_message, body.add_generation_prompt
+        )
         return ChatPrompt(
-            messages=chat_messages(body.messages, context.limits),
+            messages=messages,
             tools=tools_of(body.tools, None).tools,
-            add_generation_prompt=True if generate is None else generate,
+            add_generation_prompt=generate,
+            continue_final_message=goes_on,
             template_args=template_args(body.chat_template_kwargs),
         )
     if body.prompt is None or body.messages is not None:

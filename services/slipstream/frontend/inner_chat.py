@@ -61,7 +61,9 @@ class Conversation:
     """Chat messages, put together from items that may be less than a message. `origins` says for
     each where in the body it began."""
 
-    def __init__(self, earlier: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, earlier: Sequence[dict[str, Any]] = (), joins: bool = False) -> None:
+        """`joins`: what one role says in several turns in a row is one message."""
+        self._joins = joins
         self._messages = [_opened(message) for message in earlier]
         """Contents and reasoning in pieces: a long sum is not made again for each of them."""
         self.origins = ["previous_response_id"] * len(self._messages)
@@ -72,7 +74,9 @@ class Conversation:
         return [_closed(message) for message in self._messages]
 
     def say(self, role: str, text: str, at: str) -> None:
-        if role == "assistant" and self._calling():  # between its calls, or behind them
+        last = self._messages[-1]["role"] if self._messages else ""
+        calling = role == "assistant" and self._calling()  # between its calls, or behind them
+        if calling or (self._joins and last == role):
             self._messages[-1]["content"].append(text)
             self._thought()
         else:

@@ -25,6 +25,25 @@ def chat_messages(messages: list[dict[str, Any]], limits: Limits) -> list[dict[s
     return plain
 
 
+def prompt_end(
+    messages: list[dict[str, Any]], continues: bool | None, generates: bool | None
+) -> tuple[bool, bool]:
+    """Whether the prompt ends inside of the last message, and whether with the beginning of an
+    answer."""
+    if continues and generates:
+        refuse(
+            "continue_final_message and add_generation_prompt exclude each other.",
+            "continue_final_message",
+        )
+    if continues and messages[-1]["role"] != "assistant":
+        refuse(
+            "continue_final_message goes on with a message of role 'assistant', but the last one "
+            f"is of role {shown(messages[-1]['role'])}.",
+            "continue_final_message",
+        )
+    return bool(continues), not continues if generates is None else generates
+
+
 def _check_calls(messages: list[dict[str, Any]]) -> None:
     """Calls are answered at once, and nothing else is."""
     unanswered: set[str] = set()

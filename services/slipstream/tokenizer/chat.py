@@ -14,6 +14,7 @@ import jinja2.sandbox
 
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import ChatPrompt
+from slipstream.tokenizer.text import well_formed
 
 RENDERED_CHARS_MAX = 32 * 2**20
 """A template may repeat its input; past this many characters it has gone wrong."""
@@ -110,14 +111,14 @@ class ChatTemplate:
                 f"This model's chat template has no argument {name[:64]!r}. It has: {known}.",
                 "chat_template_kwargs",
             )
+        goes_on = prompt.continue_final_message
         variables = {
             **self._special_tokens,
             **prompt.template_args,
-            "messages": messages,
+            "messages": _with_mark(messages) if goes_on else messages,
             "tools": prompt.tools,
             "documents": None,
-            "add_generation_prompt": prompt.add_generation_prompt
-            and not prompt.continue_final_message,
+            "add_generation_prompt": prompt.add_generation_prompt and not goes_on,
         }
         try:
             text = self._bounded(variables)
@@ -137,7 +138,7 @@ class ChatTemplate:
                 f"The model's chat template refuses these messages: {reason[0][:300]}",
                 "messages",
             )
-        return _cut_after_last(text, messages) if prompt.continue_final_message else text
+        return well_formed(_cut_at_mark(text) if goes_on else text)
 
     def _bounded(self, variables: dict[str, Any]) -> str:
         parts: list[str] = []
@@ -162,19 +163,33 @@ class ChatTemplate:
         return plain
 
 
-def _cut_after_last(text: str, messages: list[dict[str, Any]]) -> str:
-    """Without what the template writes after the last message; as in Transformers."""
+_MARK = "CONTINUED_HERE "
+"""Behind the last message's text, so that its end is found in what the template makes of it, as in
+Transformers; the space tells whether the template keeps what is at the end of a message."""
+
+
+def _with_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     last = str(messages[-1]["content"]) if messages else ""
-    found = text.rfind(last.strip())
-    if not last.strip() or found < 0:
-        refuse(
-            ErrorCode.INVALID_VALUE,
-            "The last message has no text in the prompt that could be continued; give it some, or "
-            "leave continue_final_message out.",
-            "continue_final_message",
-        )
-    end = found + len(last.lstrip())
-    return text[:end] if text[found:end] == last.lstrip() else text[: found + len(last.strip())]
+    if not last.strip():
+        _nothing_to_continue()
+    return [*messages[:-1], {**messages[-1], "content": last + _MARK}]
+
+
+def _cut_at_mark(text: str) -> str:
+    """Without what the template writes after the last message."""
+    at = text.rfind(_MARK.strip())
+    if at < 0:
+        _nothing_to_continue()
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
+
+
+def _nothing_to_continue() -> NoReturn:
+    refuse(
+        ErrorCode.INVALID_VALUE,
+        "The last message has no text in the prompt that could be continued; give it some, or "
+        "leave continue_final_message out.",
+        "continue_final_message",
+    )
 
 
 def _text(content: Any, index: int) -> str:
@@ -203,7 +218,7 @@ def _tool_call(call: Any) -> Any:
     match call:
         case {"function": {"arguments": str(text)} as function}:
             try:
-                arguments = json.loads(text)
+                arguments = json.loads(text) if text.strip() else {}
             except (ValueError, RecursionError):
                 return call
             if isinstance(arguments, dict):

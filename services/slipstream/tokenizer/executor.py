@@ -59,6 +59,10 @@ class EncodeExecutor:
                 encoded, param = self._encoded(effect, max_tokens)
         except PromptError as error:
             encoded = Encoded(effect.request_id, problem=error.problem)
+        except RecursionError:
+            message = "The messages are nested too deeply to be made a prompt of."
+            problem = Problem(code=ErrorCode.INVALID_VALUE, message=message, param="messages")
+            encoded = Encoded(effect.request_id, problem=problem)
         except Exception:  # noqa: BLE001 (a prompt that breaks the library ends one request only)
             _log.exception("request %s: the prompt cannot be encoded", effect.request_id)
             message = "The prompt cannot be encoded. The server's log says why."

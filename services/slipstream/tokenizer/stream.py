@@ -261,7 +261,8 @@ class Stream:
         """Up to the end of `tokens`, or of the token that completes a stop string."""
         for i, token in enumerate(tokens):
             self.tokens.append(token)
-            silent = self._stops(token) or (token == stop_token and i == len(tokens) - 1)
+            ends = self._stops(token) or (token == stop_token and i == len(tokens) - 1)
+            silent = ends and not self.sampling.include_stop_str_in_output
             text = "" if silent else self._detokenizer.push(token)
             if self._parser is None:
                 self.texts.append(text)

@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple, TypeAlias
 
 from slipstream.tokenizer.formats.parser import HEAD_CHARS_MAX, ToolParser
+from slipstream.tokenizer.text import well_formed
 
 _Token: TypeAlias = tuple[re.Pattern[str], re.Pattern[str]]
 """A whole one, and any beginning of one."""
@@ -24,8 +25,13 @@ def _token(whole: str, begun: str = "") -> _Token:
 _STRING, _HALF = r'"(?P<text>(?:[^"\\]|\\.)*)"', r'"(?:[^"\\]|\\.)*\\?'
 _OPEN, _COLON, _NEXT = _token(r"\{"), _token(":"), _token("(?P<sign>[,}])")
 _KEY = _token(_STRING, _HALF)
-_VALUE = _token(rf"{_STRING}|-?\d[\d.eE+\-]*|true|false|null", rf"{_HALF}|-|tr?u?|fa?l?s?|nu?l?")
-_ARGUMENTS = _token(r'(?P<object>\{)\s*["}]|null|""|(?P<quoted>")(?=[^"])', r'\{\s*|nu?l?|"')
+_VALUE = _token(
+    rf"{_STRING}|-?\d[\d.eE+\-]*|[tT]rue|[fF]alse|null|None",
+    rf"{_HALF}|-|[tT]r?u?|[fF]a?l?s?|nu?l?|No?n?",
+)
+_ARGUMENTS = _token(
+    r'(?P<object>\{)\s*["}]|null|None|""|(?P<quoted>")(?=[^"])', r'\{\s*|nu?l?|No?n?|"'
+)
 
 
 class CallHead(NamedTuple):
@@ -95,7 +101,9 @@ def read_head(text: str, bare: bool) -> CallHead:
 
 
 _in_string = re.compile(r'[^"\\]*').match
-_outside = re.compile(r"[\s\d.,:+\-eEtrufalsn]*").match
+_outside = re.compile(r"[\s\d.,:+\-eEtrufalsnTFNaoIiyd]*").match
+"""Numbers and words; those of Python and JavaScript too, which models mix up."""
+_control = re.compile(r"[\x00-\x1f]")
 
 
 class JsonScan:
@@ -104,26 +112,32 @@ class JsonScan:
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
         self._quoted = self._escaped = False
+        self._said = ""
         self.done = self.broken = False
 
     def feed(self, text: str) -> int:
         """How much of the text belongs to it."""
-        at = 0
+        at, self._said = 0, ""
         while at < len(text) and not (self.done or self.broken):
             if self._escaped:
                 self._escaped = False
+                self._said += _control.sub(lambda sign: f"u{ord(sign[0]):04x}", text[at])
                 at += 1
                 continue
             run = (_in_string if self._quoted else _outside)(text, at)
             assert run is not None
             at = run.end()
+            # A model that writes a program leaves its lines as they are, which JSON does not allow.
+            self._said += _control.sub(_escape, run[0]) if self._quoted else run[0]
             if at < len(text):
-                at += self._sign(text[at])
+                count = self._sign(text[at])
+                self._said += text[at : at + count]
+                at += count
         return at
 
-    def shown(self, taken: str) -> str:
-        """Of what was fed last, all of which was taken."""
-        return taken
+    def shown(self) -> str:
+        """Of what was fed last: what belongs to it, as JSON."""
+        return self._said
 
     def _sign(self, sign: str) -> int:
         if self._quoted:
@@ -139,6 +153,10 @@ class JsonScan:
             self.broken = True
             return 0
         return 1
+
+
+def _escape(sign: re.Match[str]) -> str:
+    return json.dumps(sign[0])[1:-1]
 
 
 _HEX = r"[0-9a-fA-F]"
@@ -158,6 +176,7 @@ class StringScan:
     def __init__(self) -> None:
         self._said = self._rest = ""
         """Of what was fed last, and the beginning of an escape after it."""
+        self._inner = JsonScan()
 
     def feed(self, text: str) -> int:
         """How much of the text belongs to it, the quote that ends it included."""
@@ -171,8 +190,10 @@ class StringScan:
         self._rest = rest
         return len(text)
 
-    def shown(self, taken: str) -> str:
-        return _escapes.sub(lambda found: _unescaped(found[0]), self._said)
+    def shown(self) -> str:
+        said = _escapes.sub(lambda found: _unescaped(found[0]), self._said)
+        taken = self._inner.feed(said)
+        return self._inner.shown() + said[taken:]
 
 
 class JsonCalls(ToolParser):
@@ -207,9 +228,9 @@ class JsonCalls(ToolParser):
         scan = self._scan
         if scan is None:
             return True
-        taken = self._take(scan.feed(self._text))
+        self._take(scan.feed(self._text))
         if self._told:
-            self._arguments(scan.shown(taken))
+            self._arguments(scan.shown())
         if scan.done and self._told and self._wrapped:
             self._scan, self._told = JsonScan(depth=1), False
             return False
@@ -224,4 +245,4 @@ def _unescaped(text: str) -> str:
         said = str(json.loads(f'"{text}"', strict=False))
     except ValueError:
         return text
-    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return well_formed(said)

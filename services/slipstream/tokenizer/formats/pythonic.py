@@ -12,6 +12,7 @@ from typing import NoReturn
 from slipstream.tokenizer.formats import lark
 from slipstream.tokenizer.formats.lark import Function, Ref
 from slipstream.tokenizer.formats.parser import Head, ToolParser
+from slipstream.tokenizer.text import well_formed
 
 START, END = "<|python_start|>", "<|python_end|>"
 
@@ -199,7 +200,7 @@ def _json(value: str) -> str:
     value = value.strip()
     try:
         literal = ast.literal_eval(value)
-        return json.dumps(literal, ensure_ascii=False, allow_nan=False)
+        return well_formed(json.dumps(literal, ensure_ascii=False, allow_nan=False))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         pass
     try:
