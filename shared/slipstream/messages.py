@@ -84,11 +84,9 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transports: dict[str, str] = {}
     """Transport name -> how a peer attaches (a segment, an address)."""
     quantization: str = "none"
-    """Of the weights of matrix products: what was made of them, or what a quantized checkpoint
-    comes to, such as `w4a16`."""
+    """Of matrix products: what was made of them, or what a checkpoint has, such as `w4a16`."""
     device: str = ""
-    """What it computes with (cores, a card). Workers of one host that name the same slow each other
-    down."""
+    """Cores, or a card. Workers of one host that name the same slow each other down."""
     rank_transports: tuple[dict[str, str], ...] = ()
     """As `transports`, of the worker's other ranks: each has its part of every block."""
     adapters: tuple[AdapterInfo, ...] = ()
@@ -134,6 +132,8 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why a request for it could not be served now; empty: it could."""
     adapters: list[AdapterInfo] = []
     """Of each name the version that new requests get."""
+    fingerprint: str = ""
+    """Of the workers that take part; empty: all do."""
 
 
 class LiveRequest(msgspec.Struct, frozen=True, array_like=True):

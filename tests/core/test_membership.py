@@ -16,7 +16,15 @@ from slipstream.core.machine import (
     TimerFired,
 )
 from slipstream.core.membership import COOL_DOWN_S, HELLO_RETRY_S, HELLO_TIMER, Membership
-from slipstream.messages import SCHEDULER, Hello, LiveRequest, Peers
+from slipstream.messages import (
+    SCHEDULER,
+    Hello,
+    LiveRequest,
+    ModelState,
+    NodeInfo,
+    Peers,
+    WorkerInfo,
+)
 from slipstream.types import Role
 
 LIVE = [LiveRequest("r", 1)]
@@ -120,3 +128,25 @@ def test_readiness_is_the_schedulers_word(membership: Membership) -> None:
     assert (membership.ready, membership.reason) == (True, "")
     membership.handle(Received(SCHEDULER, Peers(nodes=[], reason="no tokenizer")), 0.0)
     assert (membership.ready, membership.reason) == (False, "no tokenizer")
+
+
+def test_workers_with_another_fingerprint_take_no_part(membership: Membership) -> None:
+    def worker(name: str, layout: str, model: str = "m") -> NodeInfo:
+        info = WorkerInfo(
+            model=model,
+            kv_layout_id=layout,
+            accept_decode=True,
+            **dict.fromkeys(
+                ("num_blocks", "block_bytes", "max_model_len", "vocab_size", "max_num_seqs"), 1
+            ),
+            prefill_budget_tokens=1,
+        )
+        return NodeInfo(node_id=name, role=Role.DECODE, epoch=1, address="a", worker=info)
+
+    nodes = [worker("ours", "x/float32"), worker("strange", "y/float32"), worker("else", "y", "n")]
+    nodes.append(NodeInfo(node_id="frontend-0", role=Role.FRONTEND, epoch=1, address="a"))
+    said = {"m": "x", "n": ""}
+    models = [ModelState(name=name, fingerprint=said[name]) for name in said]
+    membership.handle(Received(SCHEDULER, Peers(nodes=nodes, models=models)), 0.0)
+    taking = {node.node_id for node in membership.taking_part()}
+    assert taking >= {"ours", "else", "frontend-0"} and "strange" not in taking

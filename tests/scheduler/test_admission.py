@@ -5,7 +5,7 @@ import math
 import msgspec
 import pytest
 
-from scheduler.rig import DECODE, INDEX, TOKENIZER, WORKING, Rig, node
+from scheduler.rig import DECODE, INDEX, TOKENIZER, WORKING, Rig, node, submit
 from slipstream.errors import ErrorCode, Problem
 from slipstream.messages import (
     Decode,
@@ -263,6 +263,32 @@ def test_choices_of_one_call_are_taken_or_refused_together() -> None:
     for name in names[:4]:
         rig.end(name)
     assert rig.state(names[5]) == "prefilling"
+
+
+@pytest.mark.parametrize("away_s", [6.0, 20.0])
+def test_an_outage_is_no_pace(away_s: float) -> None:
+    """Without workers nothing ends, however many wait."""
+    rig = Rig(*WORKING, ttft_target_s=30.0, recovery_wait_s=30.0)
+    rig.lose(DECODE)
+    for number in range(40):
+        rig.submit(f"r{number}")
+    rig.pass_time(away_s)
+    assert not rig.all(Failed)
+    rig.join(node(DECODE, epoch=2))
+    rig.submit("late")
+    rig.pass_time(1.0)
+    assert not rig.all(Failed) and rig.state("r0") == "prefilling"
+
+
+def test_who_waits_for_an_adapter_makes_nobody_late() -> None:
+    rig = Rig(*WORKING, ttft_target_s=30.0, recovery_wait_s=60.0)
+    for number in range(40):
+        asked = msgspec.structs.replace(submit(f"rare{number}"), adapter="a@1")
+        rig.hear(TOKENIZER, asked)
+    rig.pass_time(20.0)
+    assert not rig.all(Failed)
+    rig.submit("plain")
+    assert rig.state("plain") == "prefilling" and not rig.all(Failed)
 
 
 def test_who_computed_for_another_tokenizer_is_not_refused() -> None:

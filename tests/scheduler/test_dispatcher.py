@@ -167,6 +167,20 @@ def test_who_was_removed_is_not_placed() -> None:
     assert desk.dispatch() == []
 
 
+def test_a_worker_that_is_too_small_for_the_longest_answer_gets_none() -> None:
+    desk = Desk(node("decode-0", max_num_seqs=1), mode="never")
+    desk.add("runs", max_tokens=200)
+    desk.add("long", max_tokens=200)
+    desk.add("short")
+    desk.dispatch()
+    desk.hello(node("decode-1", num_blocks=4, max_num_seqs=1))
+    desk.hello(node("decode-2", max_model_len=64, max_num_seqs=1))
+    assert said(desk.dispatch()) == [] and desk.queued == ["long", "short"], "nobody overtakes"
+    desk.end(desk.live[0])
+    placed = {message.request_id: to for to, message in said(desk.dispatch())}
+    assert placed["long"] == "decode-0" and placed["short"] != "decode-0"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_drawn_queues_are_placed_in_order_and_within_what_workers_hold(seed: int) -> None:
     draw = random.Random(seed)
@@ -178,7 +192,7 @@ def test_drawn_queues_are_placed_in_order_and_within_what_workers_hold(seed: int
     waiting: list[str] = []
     for number in range(60):
         waiting.append(f"r{number}")
-        desk.add(f"r{number}", prompt=draw.randrange(1, 120))
+        desk.add(f"r{number}", prompt=draw.randrange(1, 108))
         placed = [message.request_id for _, message in said(desk.dispatch())]
         order = list(dict.fromkeys(placed))
         assert order == waiting[: len(order)]

@@ -3,6 +3,8 @@
 import random
 from collections import Counter
 
+import pytest
+
 from scheduler.rig import submit
 from slipstream.scheduler.fair_queue import FairQueue
 from slipstream.scheduler.request import Request, State
@@ -23,8 +25,9 @@ def filled(*requests: Request) -> FairQueue:
     return queue
 
 
-def many(tenant: str, count: int, **fields: object) -> list[Request]:
-    return [request(f"{tenant}-{number}", tenant, **fields) for number in range(count)]
+def many(name: str, count: int, tenant: str = "", **fields: object) -> list[Request]:
+    """Of the tenant of that name, unless it is another one."""
+    return [request(f"{name}-{number}", tenant or name, **fields) for number in range(count)]
 
 
 def served(queue: FairQueue, count: int) -> list[str]:
@@ -72,6 +75,33 @@ def test_who_was_away_has_saved_nothing_up() -> None:
     for one in many("back", 50):
         queue.join(one)
     assert Counter(served(queue, 40)) == {"busy": 20, "back": 20}
+
+
+@pytest.mark.parametrize("order", ["first come", "last come", "drawn"])
+def test_who_left_the_queue_has_cost_nothing(order: str) -> None:
+    queue = filled(*many("busy", 100))
+    burst = many("burst", 50)
+    for one in burst:
+        queue.join(one)
+    served(queue, 10)
+    left = [one for one in burst if one.request_id in {waiting.request_id for waiting in queue}]
+    if order == "drawn":
+        random.Random(3).shuffle(left)
+    for one in left[:: -1 if order == "last come" else 1]:
+        queue.remove(one)
+        queue.check()
+    for one in many("again", 1, tenant="burst"):
+        assert queue.join(one) <= 1
+    assert "burst" in served(queue, 2)
+
+
+def test_what_has_gone_is_paid_for_whoever_left_behind_it() -> None:
+    queue = filled(*many("a", 2), *many("b", 40))
+    assert served(queue, 1) == ["a"]
+    queue.remove(next(one for one in queue if one.submit.tenant == "a"))
+    for one in many("more", 20, tenant="a"):
+        queue.join(one)
+    assert Counter(served(queue, 20)) == {"a": 9, "b": 11}
 
 
 def test_priority_and_what_has_begun_come_before_turns() -> None:

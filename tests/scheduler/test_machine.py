@@ -176,6 +176,8 @@ def test_what_no_pool_holds_is_refused_with_both_numbers(rig: Rig) -> None:
     problem = rig.problem()
     assert problem.code is ErrorCode.CONTEXT_LENGTH
     assert "17 KV blocks" in problem.message and "has 16" in problem.message
+    rig.submit("begun", 5, accepted=3, prompt=200, max_tokens=57)
+    assert rig.state("begun") == "queued", "somebody held it, and may come back"
 
 
 def test_who_drains_takes_nothing_new_and_leaves_when_all_is_done(running: Rig) -> None:
@@ -312,6 +314,28 @@ def test_a_request_that_every_worker_fails_ends(limit: int) -> None:
     )
 
 
+def test_workers_that_leave_in_order_have_not_failed_it() -> None:
+    rig = Rig(TOKENIZER, *(f"decode-{number}" for number in range(6)), disaggregation="never")
+    rig.submit()
+    for attempt in range(1, 6):
+        (worker, _) = rig.one(Decode)
+        rig.join(node(worker, draining=True))
+        rig.lose(worker)
+        assert rig.one(Resume)[1].attempt == attempt + 1
+        rig.submit(attempt=attempt + 1, accepted=attempt)
+    assert rig.state() == "decoding" and rig.machine.requests["r"].migrations == 5
+
+
+def test_a_reader_whose_source_left_in_order_has_not_been_failed() -> None:
+    rig = Rig(*WORKING, "prefill-1", max_migrations=0)
+    rig.submit()
+    source = rig.machine.requests["r"].prefill
+    assert source is not None
+    rig.join(node(source, draining=True))
+    rig.hear(DECODE, AttemptFailed(request_id="r", attempt=1, cause="prefill_lost"))
+    assert rig.state() == "resuming" and not rig.all(Failed)
+
+
 def test_what_waits_for_a_worker_that_does_not_come_back_ends() -> None:
     rig = Rig(*WORKING)
     rig.submit("begun")
@@ -329,6 +353,28 @@ def test_what_waits_for_a_worker_that_does_not_come_back_ends() -> None:
     assert rig.state("next") == "prefilling"
     rig.pass_time(20.0)
     assert rig.all(Failed) == []
+
+
+def test_what_only_a_larger_worker_could_hold_waits_for_it_and_holds_up_nobody() -> None:
+    rig = Rig(TOKENIZER, DECODE, disaggregation="never", recovery_wait_s=30.0)
+    for name in ("comes back", "ends"):
+        rig.submit(name, max_tokens=200)
+    rig.lose(DECODE)
+    rig.join(node("decode-1", num_blocks=4))
+    rig.submit("comes back", 2, accepted=50, max_tokens=200)
+    rig.submit("short")
+    assert rig.state("short") == "decoding" and rig.state("comes back") == "queued"
+    rig.pass_time(29.0)
+    rig.join(node(DECODE, epoch=2, max_num_seqs=1))
+    assert rig.one(Decode)[0] == DECODE and rig.state("comes back") == "decoding"
+    rig.pass_time(1.0)
+    rig.lose(DECODE)
+    rig.submit("ends", 2, max_tokens=200)
+    rig.pass_time(29.0)
+    assert rig.state("ends") == "queued"
+    rig.pass_time(2.0)
+    assert rig.problem().code is ErrorCode.NO_WORKER
+    assert "no worker that holds the 220 tokens of one request" in rig.problem().message
 
 
 def test_attempts_never_run_into_those_of_the_next_move() -> None:

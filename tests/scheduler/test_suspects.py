@@ -9,6 +9,7 @@ from slipstream.messages import (
     Failed,
     FirstToken,
     Resume,
+    Started,
     StreamEnded,
     WorkerLoad,
 )
@@ -47,6 +48,17 @@ def dies(rig: Rig, worker: str, **tokens: int) -> dict[str, ErrorCode | None]:
 def speaks(rig: Rig, request_id: str) -> None:
     attempt = rig.machine.requests[request_id].attempt
     rig.hear(where(rig, request_id), FirstToken(request_id=request_id, attempt=attempt))
+
+
+def test_a_stream_that_runs_has_had_a_token_whoever_says_so_first() -> None:
+    """Two senders: the word of the first token may come behind that of the stream's beginning."""
+    rig = Rig(TOKENIZER, "prefill-0", "decode-0", "decode-1", disaggregation="always")
+    rig.submit("r")
+    for attempt in (1, 2):
+        worker = where(rig, "r")
+        rig.hear(worker, Started(request_id="r", attempt=attempt))
+        rig.hear("prefill-0", FirstToken(request_id="r", attempt=attempt))
+        assert dies(rig, worker, r=attempt) == {"r": None}
 
 
 def test_who_is_lost_twice_without_a_token_is_not_tried_a_third_time(rig: Rig) -> None:

@@ -56,6 +56,7 @@ from slipstream.types import (
 
 WORKERS = Role.PREFILL, Role.DECODE
 MAX_MODEL_LEN = 256
+SMALL_MODEL_LEN = 96
 TIMEOUT_S = 300.0
 PAUSES_S = (0.3, 2.0, 4.0, 14.0)
 DEADLINE_SLACK_S = 8.0 + max(PAUSES_S)
@@ -109,6 +110,8 @@ class Client:
     constraint: Constraint | None = None
     bad_words: tuple[str, ...] = ()
     parse: bool = False
+    too_long: bool = False
+    """For one of the workers."""
     suspect: bool = False
     """It is poison, or workers are lost for other reasons too."""
     opened_s: float = 0.0
@@ -191,8 +194,9 @@ class Client:
             guilty = item.code is ErrorCode.QUARANTINED and self.suspect
             homeless = item.code is ErrorCode.NO_WORKER and self.adapter_id in overwritten
             gone = homeless and bool(self.tokens)
-            assert late or refused or guilty or gone, f"{self.request_id}: {item}"
-            self.ended = "cut off" if gone else item.code
+            unfit = item.code is ErrorCode.CONTEXT_LENGTH and self.too_long and not self.tokens
+            assert late or refused or guilty or gone or unfit, f"{self.request_id}: {item}"
+            self.ended = "cut off" if gone or unfit else item.code
             return
         assert item.position == len(self.tokens), f"{self.request_id}: {item}"
         new = unpack_tokens(item.tokens)
@@ -255,6 +259,8 @@ class Cluster:
         )
         self.models = ("fake", "other") if seed % 3 == 0 else ("fake",)
         self.layout = self._draw_layout()
+        self.small = "decode-1" if seed % 8 == 3 and "decode-1" in self.layout else ""
+        """A worker that comes late and cannot hold what others can."""
         self.num_blocks = rng.choice((16, 16, 24, 64))
         self.offload_after_hits = rng.choice((None, 0, 1, 2))
         self.max_num_seqs = rng.choice((1, 3, 8))
@@ -267,10 +273,13 @@ class Cluster:
             self.clients[client.request_id] = client
             stems.append(client.prompt + client.expected)  # a chat may go on
         for node_id in self.layout:
-            self.world.at(rng.uniform(0.0, 0.3), lambda node_id=node_id: self._start(node_id))
+            late_s = rng.uniform(0.0, 0.3) + 5.0 * (node_id == self.small)
+            self.world.at(late_s, lambda node_id=node_id: self._start(node_id))
         for number, client in enumerate(self.clients.values()):
             if seed % 4 == 1 and client.model == MODEL and number % 2:
                 client.adapter = NAMES[number // 2 % 2]
+            longest = len(client.prompt) + client.sampling.max_tokens
+            client.too_long = bool(self.small) and longest > SMALL_MODEL_LEN
             self.world.at(rng.uniform(1.0, 8.0), lambda client=client: self._open(client))
         self.operator = Operator(self, Random(f"adapters {seed}")) if seed % 4 == 1 else None
         self._plan_faults()
@@ -317,14 +326,15 @@ class Cluster:
         if node_id in self.world.processes:
             return
         role, model = self.layout[node_id], self._model_of(node_id)
+        small = node_id == self.small
         worker = None
         if role in WORKERS:
             worker = WorkerInfo(
                 model=model,
                 kv_layout_id=f"{model}/float32/l1",
-                num_blocks=self.num_blocks,
+                num_blocks=max(8, self.num_blocks // 2) if small else self.num_blocks,
                 block_bytes=128,
-                max_model_len=MAX_MODEL_LEN,
+                max_model_len=SMALL_MODEL_LEN if small else MAX_MODEL_LEN,
                 vocab_size=VOCAB,
                 max_num_seqs=self.max_num_seqs,
                 prefill_budget_tokens=self.budget_tokens,

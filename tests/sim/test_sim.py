@@ -26,6 +26,7 @@ from slipstream.core.worker_adapters import WorkerAdapters
 from slipstream.frontend.machine import FrontendMachine
 from slipstream.scheduler.adapters import Adapters
 from slipstream.scheduler.dispatcher import Dispatcher
+from slipstream.scheduler.ledger import WorkerView
 from slipstream.scheduler.machine import SchedulerMachine
 from slipstream.tokenizer.machine import TokenizerMachine
 
@@ -156,8 +157,11 @@ BUGS: dict[str, Plant] = {
     "a request goes to another model's worker": _edited(
         Dispatcher, "_views", "view.worker.model == lane.model", "True"
     ),
+    "a request goes where there is no room for it": _edited(
+        WorkerView, "serves", "and request.longest <= self.tokens_max", ""
+    ),
     "a request goes where its adapter is not": _both(
-        _edited(Dispatcher, "_dispatch", "if request.adapter in view.adapters", "if True"),
+        _edited(WorkerView, "serves", "request.adapter in self.adapters and", ""),
         _edited(WorkerAdapters, "has", "not adapter_id or adapter_id in self._held", "True"),
     ),
     "blocks of one adapter serve another": _edited(

@@ -46,7 +46,7 @@ from slipstream.types import (
     pack_tokens,
     unpack_tokens,
 )
-from tokenizer.machines import EOS, Rig, failure, ids, span, submission, worker
+from tokenizer.machines import EOS, MAX_MODEL_LEN, Rig, failure, ids, span, submission, worker
 
 
 @pytest.fixture
@@ -136,6 +136,28 @@ def test_stop_token_is_counted_and_not_shown(
     assert delta.usage is not None and delta.usage.completion_tokens == 2
 
 
+@pytest.mark.parametrize(
+    ("asked", "token", "text", "reason"),
+    [
+        ({"stop_token_ids": [ord("!")]}, ord("!"), "a!", ord("!")),
+        ({"stop_token_ids": [ord("!")], "stop": ["!?"]}, ord("!"), "a!", ord("!")),
+        ({}, EOS, "a", None),
+        ({"skip_special_tokens": False}, EOS, "a<eos>", None),
+    ],
+)
+def test_a_stop_token_is_shown_where_a_stop_string_would_be(
+    rig: Rig, asked: dict[str, object], token: int, text: str, reason: int | None
+) -> None:
+    rig.ask(submission(include_stop_str_in_output=True, **asked))
+    rig.spans(span([*ids("a"), token]))
+    said = rig.text()
+    rig.spans(span([*ids("a"), token], finish=FinishReason.STOP, stop_token=token))
+    (delta,) = rig.one(TextOut).deltas
+    assert (delta.position, said + delta.text, delta.stop_reason) == (2, text, reason)
+    assert delta.finish_reason is FinishReason.STOP
+    assert delta.usage is not None and delta.usage.completion_tokens == 2
+
+
 def test_eos_is_text_where_it_does_not_stop(rig: Rig) -> None:
     rig.ask(submission(skip_special_tokens=False, ignore_eos=True))
     rig.spans(span([EOS, *ids("a")]))
@@ -206,6 +228,16 @@ def test_the_least_worker_and_the_setting_decide_the_context() -> None:
     rig = Rig(max_model_len=10)
     rig.ask(submission(max_tokens=9))
     assert failure(rig.one(Failed)).code is ErrorCode.CONTEXT_LENGTH
+
+
+def test_a_stream_that_has_begun_needs_no_more_than_one_large_worker() -> None:
+    """A small one may have come since."""
+    rig = Rig()
+    rig.hear(SCHEDULER, Peers(nodes=[worker("prefill-0", 20)], ready=True))
+    rig.ask(submission(accepted=ids("ab"), max_tokens=25))
+    assert rig.one(Submit).sampling.max_tokens == 25
+    rig.ask(submission("clamped", accepted=ids("ab"), max_tokens=5000, clamp=True))
+    assert rig.one(Submit).sampling.max_tokens == MAX_MODEL_LEN - 2
 
 
 def test_foreign_token_ids_are_refused() -> None:
@@ -307,7 +339,8 @@ def test_the_scheduler_comes_back(rig: Rig) -> None:
 
 
 def test_many_long_streams_are_submitted_piece_by_piece() -> None:
-    rig = Rig(encode=False, scheduler_up=False, max_model_len=1 << 23)
+    rig = Rig(encode=False, scheduler_up=False)
+    rig.hear(SCHEDULER, Peers(nodes=[worker(max_model_len=1 << 23)], ready=True))
     for i in range(3):
         rig.ask(submission(f"r{i}"))
         rig.handle(Encoded(f"r{i}", (1,) * 2_000_000))

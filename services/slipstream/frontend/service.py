@@ -155,7 +155,7 @@ class FrontendService:
     def status(self, name: str = "", key: str = "") -> ClusterStatus:
         machine, membership = self._machine, self._machine.membership
         now_s = time.monotonic()
-        known = self._models.look(membership.nodes.values(), now_s)
+        known = self._models.look(membership.taking_part(), now_s)
         ready = [model for model in known if not machine.patience.missing(now_s, model)]
         adapters = self._adapters(known)
         ready += [other for other, (model, _) in adapters.items() if model in ready]

@@ -51,7 +51,7 @@ def refusal(
         )
     needed = blocks_for(count_tokens(submit.prompt) + submit.sampling.max_tokens)
     most = fleet.largest_pool_blocks(submit.model)
-    if 0 < most < needed:
+    if 0 < most < needed and not begun:  # that waits for a worker that held it
         return Problem(
             code=ErrorCode.CONTEXT_LENGTH,
             message=f"Prompt and answer need {needed} KV blocks; the largest worker has {most} "

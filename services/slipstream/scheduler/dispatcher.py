@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from slipstream.core.machine import Effect, Note, Send
@@ -11,7 +12,7 @@ from slipstream.messages import Decode, FirstToken, Prefill, ShiftRole, WorkerLo
 from slipstream.scheduler.admission import Expected, no_worker, too_late
 from slipstream.scheduler.decisions import Decisions
 from slipstream.scheduler.demand import Demand, Placement
-from slipstream.scheduler.fleet import Fleet
+from slipstream.scheduler.fleet import NOBODY, Fleet
 from slipstream.scheduler.lane import Lane
 from slipstream.scheduler.ledger import Ledger, WorkerView
 from slipstream.scheduler.policy import Rules, place
@@ -65,6 +66,8 @@ class Dispatcher:
         request.state = State.QUEUED
         lane = self.lane(request.model)
         ahead = lane.queue.join(request)
+        if ahead and lane.lacks_s:
+            ahead = len(self._served(lane, islice(lane.queue, ahead)))
         if ahead and not request.resumed:
             wait_s = ahead / lane.pace.per_s(lane.full_since_s, now_s)
             self._judge(request, Expected(now_s - request.since_s, wait_s))
@@ -95,16 +98,15 @@ class Dispatcher:
     def _missing(self, lane: Lane, now_s: float) -> str:
         missing = self.fleet.missing(lane.model)
         lane.whole_s = min(lane.whole_s, now_s) if missing else now_s
+        if missing:
+            lane.full_since_s = now_s  # of workers that are not there the pace says nothing
         return missing
 
     def dispatch(self, now_s: float) -> list[Effect]:
         """Place what waits."""
         effects: list[Effect] = []
         for lane in self.lanes.values():
-            if lane.queue:
-                effects += self._dispatch(lane, now_s)
-            if not lane.queue:
-                lane.full_since_s = now_s
+            effects += self._dispatch(lane, now_s)
         return effects
 
     def _views(self, lane: Lane) -> tuple[list[WorkerView], list[WorkerView]]:
@@ -116,23 +118,30 @@ class Dispatcher:
         return own, others
 
     def _dispatch(self, lane: Lane, now_s: float) -> list[Effect]:
-        """Until somebody finds no room: nobody overtakes, but those whose adapter no worker has."""
+        """Until somebody finds no room: nobody overtakes, but those whom no worker serves."""
         effects: list[Effect] = []
-        views, others = self._views(lane)
-        there = _served(views)
-        while (request := next((r for r in lane.queue if r.adapter in there), None)) is not None:
+        views, others = self._views(lane) if lane.queue else ([], [])
+        longest = _longest_served(views)
+        while (request := next((r for r in lane.queue if not _lack(r, longest)), None)) is not None:
             if (problem := request.overdue(now_s)) is not None:
                 self._turn_away(request, problem)
                 continue
             demand = request.demand()
             turn = self.placed["alone"] + self.placed["apart"]
-            able = [view for view in views if request.adapter in view.adapters]
+            able = [view for view in views if view.serves(request)]
             placement = place(demand, able, self.transfers, self.rules, turn, now_s, others)
             if placement is None:
                 break
             if self._judge(request, self._expected(request, placement, now_s)):
                 effects += self._assign(request, demand, placement, now_s)
+        else:
+            lane.full_since_s = now_s
         return effects
+
+    def _served(self, lane: Lane, requests: Iterable[Request]) -> list[Request]:
+        """Those that wait for nothing but room."""
+        longest = _longest_served(self._views(lane)[0])
+        return [request for request in requests if not _lack(request, longest)]
 
     def _expected(self, request: Request, placement: Placement, now_s: float) -> Expected:
         """By twice its price, and by how late those before it were; by its wait alone if no price
@@ -167,20 +176,20 @@ class Dispatcher:
             if now_s >= lane.whole_s + self._recovery_wait_s:
                 for request in list(lane.queue):
                     self._turn_away(request, no_worker(missing))
-            self._expire_adapters(lane, now_s)
+            self._expire_unserved(lane, missing, now_s)
             pace = lane.pace.per_s(lane.full_since_s, now_s)
-            for ahead, request in enumerate(list(lane.queue)):
+            for ahead, request in enumerate(self._served(lane, lane.queue)):
                 self._judge(request, Expected(now_s - request.since_s, ahead / pace))
 
-    def _expire_adapters(self, lane: Lane, now_s: float) -> None:
-        """Nobody waits for ever for an adapter that no worker has."""
-        there = _served(self._views(lane)[0])
-        away = {request.adapter for request in lane.queue} - there - {""}
-        lane.had_s = {adapter: lane.had_s.get(adapter, now_s) for adapter in away}
-        for request in list(lane.queue):
-            if now_s >= lane.had_s.get(request.adapter, math.inf) + self._recovery_wait_s:
-                name = request.adapter.partition("@")[0]
-                self._turn_away(request, no_worker(f"no worker with the LoRA adapter '{name}'"))
+    def _expire_unserved(self, lane: Lane, missing: str, now_s: float) -> None:
+        """Nobody waits for ever for what no worker has."""
+        longest = _longest_served(self._views(lane)[0])
+        waiting = [(request, _lack(request, longest)) for request in lane.queue]
+        lacks = {lack for _, lack in waiting if lack}
+        lane.lacks_s = {lack: lane.lacks_s.get(lack, now_s) for lack in lacks}
+        for request, lack in waiting:
+            if now_s >= lane.lacks_s.get(lack, math.inf) + self._recovery_wait_s:
+                self._turn_away(request, no_worker(missing or lack))
 
     def ended(self, request: Request, problem: Problem | None, now_s: float) -> None:
         """It is over, whatever came of it."""
@@ -330,9 +339,28 @@ class Dispatcher:
         yield source, Prefill(**common, **computing, decode=target)
 
 
-def _served(views: Sequence[WorkerView]) -> frozenset[str]:
-    """Adapters with which a prompt can be computed and a stream run."""
-    none: frozenset[str] = frozenset()
+def _longest_served(views: Sequence[WorkerView]) -> dict[str, int]:
+    """Adapter -> tokens of the longest request that there are workers for: to compute its prompt,
+    and to run its stream."""
     taking = [view for view in views if view.taking]
-    hosts = none.union(*(view.adapters for view in taking if view.worker.accept_decode))
-    return hosts & none.union(*(view.adapters for view in taking if view.prefills))
+    hosts = _longest(view for view in taking if view.worker.accept_decode)
+    sources = _longest(view for view in taking if view.prefills)
+    return {adapter: min(hosts[adapter], sources[adapter]) for adapter in hosts.keys() & sources}
+
+
+def _longest(views: Iterable[WorkerView]) -> dict[str, int]:
+    longest: dict[str, int] = {}
+    for view in views:
+        for adapter in view.adapters:
+            longest[adapter] = max(longest.get(adapter, 0), view.tokens_max)
+    return longest
+
+
+def _lack(request: Request, longest: Mapping[str, int]) -> str:
+    """What it waits for beside room; empty where it is for a worker of any kind."""
+    if request.longest <= longest.get(request.adapter, 0):
+        return ""
+    if request.adapter not in longest:
+        name = request.adapter.partition("@")[0]
+        return f"no worker with the LoRA adapter '{name}'" if name else NOBODY
+    return f"no worker that holds the {request.longest} tokens of one request"

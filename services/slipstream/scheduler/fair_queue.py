@@ -29,19 +29,33 @@ class _Lane:
 
     now: float = 0.0
     """The latest start of those that have gone."""
+    waiting: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Tenant -> number of arrival -> where it ends."""
     ends: dict[str, float] = field(default_factory=dict)
-    """Tenant -> where its last one ends."""
+    """Tenant -> where the last one ends that has gone: who left the queue costs nothing."""
     ends_max: int = ENDS_MIN
-    waiting: int = 0
 
-    def start(self, request: Request) -> float:
+    def start(self, request: Request, arrival: int) -> float:
         tenant, weight = request.submit.tenant, request.submit.weight
-        start = max(self.now, self.ends.get(tenant, 0.0))
-        self.ends[tenant] = start + request.cost_tokens / weight
-        if len(self.ends) > self.ends_max:
-            self.ends = {name: end for name, end in self.ends.items() if end > self.now}
-            self.ends_max = max(ENDS_MIN, 2 * len(self.ends))
+        own = self.waiting.setdefault(tenant, {})
+        last = next(reversed(own.values()), self.ends.get(tenant, 0.0))
+        start = max(self.now, last)
+        own[arrival] = start + request.cost_tokens / weight
         return start
+
+    def leave(self, tenant: str, arrival: int) -> float:
+        """Where it would have ended."""
+        own = self.waiting[tenant]
+        end = own.pop(arrival)
+        if not own:
+            del self.waiting[tenant]
+        return end
+
+    def went(self, tenant: str, start: float, end: float) -> None:
+        self.now, self.ends[tenant] = max(self.now, start), end
+        if len(self.ends) > self.ends_max:
+            self.ends = {name: last for name, last in self.ends.items() if last > self.now}
+            self.ends_max = max(ENDS_MIN, 2 * len(self.ends))
 
 
 class FairQueue:
@@ -74,8 +88,8 @@ class FairQueue:
             place = (request.rank, 0.0, -self._arrivals, request)
         else:
             lane = self._lanes.setdefault(request.rank, _Lane())
-            lane.waiting += 1
-            place = (request.rank, lane.start(request), self._arrivals, request)
+            start = lane.start(request, self._arrivals)
+            place = (request.rank, start, self._arrivals, request)
         ahead = bisect_left(self._order, place)
         self._order.insert(ahead, place)
         self._places[request.request_id] = place
@@ -85,27 +99,32 @@ class FairQueue:
     def take(self, request: Request) -> None:
         """It is its turn, and it goes."""
         rank, start, *_ = self._places[request.request_id]
-        if rank in self._lanes:
-            self._lanes[rank].now = max(self._lanes[rank].now, start)
-        self.remove(request)
+        lane, end = self._lanes.get(rank), self._leave(request)
+        if lane is not None:
+            lane.went(request.submit.tenant, start, end)
 
     def remove(self, request: Request) -> None:
         """It waits no more, if it did."""
-        place = self._places.pop(request.request_id, None)
-        if place is None:
-            return
+        if request.request_id in self._places:
+            self._leave(request)
+
+    def _leave(self, request: Request) -> float:
+        """Where it ends among those of its priority, if it is not one that has begun."""
+        place = self._places.pop(request.request_id)
         del self._order[bisect_left(self._order, place)]
         self.num_tokens -= request.num_tokens
         lane = self._lanes.get(place[0])
-        if lane is not None:
-            lane.waiting -= 1
-            if not lane.waiting:
-                del self._lanes[place[0]]
+        if lane is None:
+            return 0.0
+        end = lane.leave(request.submit.tenant, place[2])
+        if not lane.waiting:
+            del self._lanes[place[0]]
+        return end
 
     def check(self) -> None:
         assert self._order == sorted(self._order, key=lambda place: place[:3])
         assert {place[3].request_id for place in self._order} == self._places.keys()
         assert self.num_tokens == sum(request.num_tokens for request in self)
-        assert sum(lane.waiting for lane in self._lanes.values()) == sum(
-            place[2] > 0 for place in self._order
-        )
+        waiting = [own for lane in self._lanes.values() for own in lane.waiting.values()]
+        assert all(waiting)
+        assert sum(map(len, waiting)) == sum(place[2] > 0 for place in self._order)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from slipstream.core.load import gauges_of
 from slipstream.core.machine import Effect, Send
+from slipstream.core.membership import fingerprint_of
 from slipstream.messages import (
     AdapterInfo,
     ClusterLoad,
@@ -59,7 +60,7 @@ class Fleet:
         said: dict[str, list[str]] = {}
         for node in self.nodes.values():
             if node.worker is not None:
-                said.setdefault(node.model, []).append(_fingerprint(node))
+                said.setdefault(node.model, []).append(fingerprint_of(node.worker))
         known = self._fingerprints
         self._fingerprints = {
             model: known[model] if known.get(model) in prints else prints[0]
@@ -84,9 +85,10 @@ class Fleet:
     def workers(self, model: str) -> list[NodeInfo]:
         """Workers of a model that take something new."""
         fingerprint = self._fingerprints.get(model)
-        nodes = [node for node in self.nodes.values() if node.worker and node.model == model]
-        same = [node for node in nodes if _fingerprint(node) == fingerprint]
-        return [node for node in same if not node.draining]
+        nodes = [node for node in self.nodes.values() if node.model == model and not node.draining]
+        return [
+            n for n in nodes if n.worker is not None and fingerprint_of(n.worker) == fingerprint
+        ]
 
     def largest_pool_blocks(self, model: str) -> int:
         """0 without workers."""
@@ -123,7 +125,12 @@ class Fleet:
     def announce(self) -> list[Effect]:
         """Tell everybody who is there."""
         models = [
-            ModelState(name=name, missing=self.missing(name), adapters=self.adapters.get(name, []))
+            ModelState(
+                name=name,
+                missing=self.missing(name),
+                adapters=self.adapters.get(name, []),
+                fingerprint=self._fingerprints.get(name, ""),
+            )
             for name in self.models()
         ]
         ready = not all(model.missing for model in models)
@@ -137,8 +144,3 @@ class Fleet:
             index_stride=self.index_stride,
         )
         return [Send(node_id, peers) for node_id in sorted(self.nodes)]
-
-
-def _fingerprint(node: NodeInfo) -> str:
-    """Of a worker's model; empty for any other service."""
-    return node.worker.kv_layout_id.partition("/")[0] if node.worker is not None else ""

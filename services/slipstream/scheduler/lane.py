@@ -70,8 +70,9 @@ class Lane:
         self.roles = Roles()
         self.pace, self.lateness = Pace(), Lateness()
         self.full_since_s = 0.0
-        """When the queue began; since then all places are taken."""
+        """When the queue of those began for whom there are workers; since then all places are
+        taken."""
         self.whole_s = math.inf
         """When there were last workers for everything; infinite until the first look."""
-        self.had_s: dict[str, float] = {}
-        """Adapters that somebody waits for and no worker has -> when one had it last."""
+        self.lacks_s: dict[str, float] = {}
+        """What somebody waits for and no worker has -> when one had it last."""

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from slipstream.core.step_model import Prompt
 from slipstream.messages import NodeInfo, WorkerInfo
 from slipstream.scheduler.prices import StepPrices
+from slipstream.scheduler.request import Request
 from slipstream.types import BLOCK_TOKENS, NodeId, RequestId
 
 PRICES_MAX = 1024
@@ -47,6 +48,8 @@ class WorkerView:
 
     adapters: frozenset[str] = field(init=False)
     """Ids; the empty one among them, of requests that want none."""
+    tokens_max: int = field(init=False)
+    """Of one request, that it can hold."""
     prefills: bool = field(init=False)
     chunk_tokens: int = field(init=False)
     """Of a prompt, that a step computes."""
@@ -62,11 +65,18 @@ class WorkerView:
         self.node, self.worker, self.known_costs = node, worker, None
         self.device = device_of(node, worker)
         self.adapters = frozenset(["", *(adapter.adapter_id for adapter in worker.adapters)])
+        self.tokens_max = min(worker.max_model_len, worker.num_blocks * BLOCK_TOKENS)
         self.prefills = worker.prefill_budget_tokens > 0
         self.chunk_tokens = max(BLOCK_TOKENS, worker.prefill_budget_tokens)
 
+    def serves(self, request: Request) -> bool:
+        """Whether it has what the request wants, and room for the longest answer. A worker that
+        came after the request was checked may be smaller than those that were there."""
+        return request.adapter in self.adapters and request.longest <= self.tokens_max
+
     def admits(self, num_blocks: int) -> bool:
-        """Whether one more request may go there now. An idle worker takes what fits it at all."""
+        """Whether one more request may go there now, if it is served there: an idle worker takes
+        it."""
         if not self.held:
             return True
         full = len(self.held) >= self.worker.max_num_seqs

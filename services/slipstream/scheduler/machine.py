@@ -21,7 +21,7 @@ from slipstream.core.machine import (
     Started,
     TimerFired,
 )
-from slipstream.errors import ErrorCode, Problem
+from slipstream.errors import Problem
 from slipstream.messages import (
     AdapterAnswer,
     AttemptFailed,
@@ -44,7 +44,7 @@ from slipstream.scheduler.fleet import Fleet
 from slipstream.scheduler.past import Past
 from slipstream.scheduler.policy import Rules
 from slipstream.scheduler.reports import Reports
-from slipstream.scheduler.request import Request, State, drop, failed, question
+from slipstream.scheduler.request import Request, State, drop, failed, given_up, question
 from slipstream.scheduler.settings import SchedulerSettings
 from slipstream.scheduler.suspects import Suspects, quarantined
 from slipstream.types import ATTEMPTS_PER_MOVE, NodeId, RequestId, Role
@@ -162,6 +162,7 @@ class SchedulerMachine:
                 request = self._current(message.request_id, message.attempt)
                 if request is not None and request.decode == source and request.prefill:
                     self.dispatcher.settled(request, now_s)
+                    return self._freed(request, now_s)  # it has had a token, whoever said so
             case Finished():
                 return self._finished(source, message, now_s)
             case AttemptFailed():
@@ -204,7 +205,7 @@ class SchedulerMachine:
             if request.tokenizer == peer:
                 request.orphan_s = now_s
             if peer in request.workers:
-                effects += self._retry(request, "worker_lost", now_s)
+                effects += self._retry(request, "worker_lost", now_s, node)
         self.dispatcher.sync(now_s)
         return effects
 
@@ -331,24 +332,23 @@ class SchedulerMachine:
             return self._fail(request, message.problem, now_s)
         if self._suspects.failed(request, message):
             return self._fail(request, quarantined(request), now_s)
-        return self._retry(request, message.cause, now_s)
+        lost = request.lost_by(message.cause)
+        return self._retry(request, message.cause, now_s, self.fleet.nodes.get(lost))
 
     def _freed(self, request: Request, now_s: float) -> list[Effect]:
         following = self._suspects.freed(request)
         return [] if following is None else self._start(following, now_s)
 
-    def _retry(self, request: Request, cause: str, now_s: float) -> list[Effect]:
-        """The attempt is lost. Everybody drops it, and the tokenizer submits the next one."""
+    def _retry(
+        self, request: Request, cause: str, now_s: float, node: NodeInfo | None = None
+    ) -> list[Effect]:
+        """The attempt is lost, perhaps with a worker. Everybody drops it; the next is submitted."""
         request.migrations += 1
+        request.losses += node is None or not node.draining
         self.counters["migrated"] += 1
-        last = (request.attempt + 1) % ATTEMPTS_PER_MOVE == 0
-        if last or request.migrations > self.settings.max_migrations:
-            problem = Problem(
-                code=ErrorCode.MIGRATIONS,
-                message=f"{request.migrations} workers failed this request, the limit is "
-                f"{self.settings.max_migrations} (--max-migrations); the last cause: {cause}.",
-            )
-            return self._fail(request, problem, now_s)
+        limit, last = self.settings.max_migrations, (request.attempt + 1) % ATTEMPTS_PER_MOVE == 0
+        if last or request.losses > limit:
+            return self._fail(request, given_up(request, limit, cause), now_s)
         return self._withdraw(request, now_s) + self._resume(request)
 
     def _resume(self, request: Request) -> list[Effect]:

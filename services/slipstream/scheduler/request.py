@@ -47,6 +47,8 @@ class Request:
     since_s: float = 0.0
     """When it was submitted."""
     migrations: int = 0
+    losses: int = 0
+    """Attempts that a worker failed; from one that left in order it has moved."""
     crashes: int = 0
     """Workers that died with it in a row, without a new token in between."""
     placed_s: float = 0.0
@@ -83,6 +85,11 @@ class Request:
         return count_tokens(self.submit.prompt) + count_tokens(self.submit.accepted)
 
     @property
+    def longest(self) -> int:
+        """Tokens of its prompt and of the longest answer."""
+        return count_tokens(self.submit.prompt) + self.submit.sampling.max_tokens
+
+    @property
     def num_blocks(self) -> int:
         return blocks_for(self.num_tokens + 1)
 
@@ -90,6 +97,10 @@ class Request:
     def workers(self) -> set[NodeId]:
         """Who may hold something of the current attempt."""
         return {node for node in (self.prefill, self.decode) if node is not None}
+
+    def lost_by(self, cause: str) -> NodeId:
+        """The worker whose loss another one gives as the cause of a failed attempt; or empty."""
+        return {"prefill_lost": self.prefill, "decode_lost": self.decode}.get(cause) or ""
 
     def given_s(self, worker: NodeId) -> float:
         """When that worker, which has it or by whose loss it fell, was first told of it: it may
@@ -156,6 +167,14 @@ def drop(request_id: RequestId, attempt: int) -> Drop:
 
 def failed(request_id: RequestId, problem: Problem) -> Failed:
     return Failed(request_id=request_id, problem=problem)
+
+
+def given_up(request: Request, limit: int, cause: str) -> Problem:
+    return Problem(
+        code=ErrorCode.MIGRATIONS,
+        message=f"{request.losses} workers failed this request, the limit is {limit} "
+        f"(--max-migrations); the last cause: {cause}.",
+    )
 
 
 def question(request: Request, fleet: Fleet, stride: int) -> Locate | None:

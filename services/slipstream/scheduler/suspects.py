@@ -34,8 +34,7 @@ class Suspects:
 
     def failed(self, request: Request, message: AttemptFailed) -> bool:
         """An attempt was given up; whether the request is to blame."""
-        lost = {"prefill_lost": request.prefill, "decode_lost": request.decode}
-        request.fell_with, request.fell_s = lost.get(message.cause) or "", request.placed_s
+        request.fell_with, request.fell_s = request.lost_by(message.cause), request.placed_s
         stepped = message.cause.startswith("step:")
         return stepped and bool(self._lost([request], message.beside))
 

@@ -21,15 +21,20 @@ class Limits(NamedTuple):
     max_model_len: int
     vocab_size: int
     kv_layout_id: str
+    largest_model_len: int
+    """What one of them can: enough for a stream that has begun there."""
 
 
 def limits(nodes: Iterable[NodeInfo], max_model_len: int) -> Limits:
-    """`max_model_len`: as set for this process; 0: the least of the workers'."""
+    """`max_model_len`: as set for this process; 0: nothing but the least of the workers'."""
     offered = [node.worker for node in nodes if node.worker is not None]
+    lengths = [worker.max_model_len for worker in offered]
+    set_here = [max_model_len] if max_model_len else []
     return Limits(
-        max_model_len or min((worker.max_model_len for worker in offered), default=0),
+        min([*set_here, *lengths], default=0),
         min((worker.vocab_size for worker in offered), default=0),
         min((worker.kv_layout_id for worker in offered), default=""),
+        min([*set_here, *([max(lengths)] if lengths else [])], default=0),
     )
 
 

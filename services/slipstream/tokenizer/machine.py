@@ -111,7 +111,7 @@ class TokenizerMachine:
         return effects
 
     def limits(self) -> Limits:
-        nodes = [node for node in self.membership.nodes.values() if node.model == self._model]
+        nodes = [node for node in self.membership.taking_part() if node.model == self._model]
         return admission.limits(nodes, self.settings.max_model_len)
 
     def statistics(self) -> dict[str, float]:
@@ -268,10 +268,11 @@ class TokenizerMachine:
 
     def _begin(self, stream: Stream, encoding: Encoding, now_s: float) -> list[Effect]:
         prompt = encoding.prompt
-        max_model_len, vocab_size, _ = self.limits()
-        if problem := admission.unknown_token(prompt + stream.tokens, vocab_size):
+        limits = self.limits()
+        if problem := admission.unknown_token(prompt + stream.tokens, limits.vocab_size):
             return self._fail(stream, problem, now_s)
-        sampling = admission.fitted(stream.submission, len(prompt), max_model_len)
+        most = limits.largest_model_len if stream.tokens else limits.max_model_len
+        sampling = admission.fitted(stream.submission, len(prompt), most)
         if isinstance(sampling, Problem):
             return self._fail(stream, sampling, now_s)
         self._counts["prompts"] += 1

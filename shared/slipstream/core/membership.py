@@ -80,6 +80,16 @@ class Membership:
             and self._shunned_until_s.get(node.node_id, 0.0) <= now_s
         )
 
+    def taking_part(self) -> list[NodeInfo]:
+        """All but workers whose fingerprint is not their model's."""
+        wanted = {model.name: model.fingerprint for model in self.models.values()}
+        return [
+            node
+            for node in self.nodes.values()
+            if node.worker is None
+            or wanted.get(node.model) in (None, "", fingerprint_of(node.worker))
+        ]
+
     def offer(self, worker: WorkerInfo, now_s: float) -> list[Effect]:
         """What this worker offers has changed."""
         self.node = msgspec.structs.replace(self.node, worker=worker)
@@ -107,3 +117,8 @@ class Membership:
             known = self.nodes.get(node_id)
             if known is not None and known.epoch <= epoch:
                 del self.nodes[node_id]
+
+
+def fingerprint_of(worker: WorkerInfo) -> str:
+    """Of its model."""
+    return worker.kv_layout_id.partition("/")[0]
