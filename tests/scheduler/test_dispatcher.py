@@ -175,10 +175,15 @@ def test_a_worker_that_is_too_small_for_the_longest_answer_gets_none() -> None:
     desk.dispatch()
     desk.hello(node("decode-1", num_blocks=4, max_num_seqs=1))
     desk.hello(node("decode-2", max_model_len=64, max_num_seqs=1))
-    assert said(desk.dispatch()) == [] and desk.queued == ["long", "short"], "nobody overtakes"
+    [(to, message)] = said(desk.dispatch())
+    assert message.request_id == "short" and to != "decode-0", "it needs no large worker"
+    for number in range(3):
+        desk.add(f"short-{number}")
+    assert [to for to, _ in said(desk.dispatch())] == [{"decode-1": "decode-2"}.get(to, "decode-1")]
+    assert desk.queued == ["long", "short-1", "short-2"]
     desk.end(desk.live[0])
     placed = {message.request_id: to for to, message in said(desk.dispatch())}
-    assert placed["long"] == "decode-0" and placed["short"] != "decode-0"
+    assert placed == {"long": "decode-0"}, "nobody overtakes"
 
 
 @pytest.mark.parametrize("seed", range(20))

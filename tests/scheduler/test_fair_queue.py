@@ -95,6 +95,19 @@ def test_who_left_the_queue_has_cost_nothing(order: str) -> None:
     assert "burst" in served(queue, 2)
 
 
+def test_who_gives_up_and_comes_again_does_not_fall_back() -> None:
+    queue = filled(*many("busy", 100))
+    older, newer = many("patient", 2)
+    queue.join(older)
+    queue.join(newer)
+    for number in range(100):
+        queue.remove(older)
+        queue.check()
+        older, newer = newer, request(f"again-{number}", "patient")
+        queue.join(newer)
+    assert served(queue, 4).count("patient") == 2
+
+
 def test_what_has_gone_is_paid_for_whoever_left_behind_it() -> None:
     queue = filled(*many("a", 2), *many("b", 40))
     assert served(queue, 1) == ["a"]

@@ -231,12 +231,16 @@ def test_the_least_worker_and_the_setting_decide_the_context() -> None:
 
 
 def test_a_stream_that_has_begun_needs_no_more_than_one_large_worker() -> None:
-    """A small one may have come since."""
+    """A small one may have come since. What was left to us is the same again, where it can be."""
     rig = Rig()
     rig.hear(SCHEDULER, Peers(nodes=[worker("prefill-0", 20)], ready=True))
     rig.ask(submission(accepted=ids("ab"), max_tokens=25))
     assert rig.one(Submit).sampling.max_tokens == 25
-    rig.ask(submission("clamped", accepted=ids("ab"), max_tokens=5000, clamp=True))
+    rig.ask(submission("same", accepted=ids("ab"), max_tokens=5000, clamp=True))
+    assert rig.one(Submit).sampling.max_tokens == 20 - 2
+    rig.ask(submission("over", accepted=ids("a" * 18), max_tokens=5000, clamp=True))
+    assert [end.finish_reason for delta in rig.all(TextOut) for end in delta.deltas] == ["length"]
+    rig.ask(submission("longer", accepted=ids("a" * 19), max_tokens=5000, clamp=True))
     assert rig.one(Submit).sampling.max_tokens == MAX_MODEL_LEN - 2
 
 

@@ -125,7 +125,7 @@ def _opened(message: dict[str, Any]) -> dict[str, Any]:
 def _closed(message: dict[str, Any]) -> dict[str, Any]:
     """Only calls can be without a content."""
     said = message["content"]
-    closed = {**message, "content": BETWEEN.join(said) if said else None}
+    closed = {**message, "content": BETWEEN.join(filter(None, said)) if said else None}
     if "reasoning_content" in message:
         closed["reasoning_content"] = "".join(message["reasoning_content"])
     return closed

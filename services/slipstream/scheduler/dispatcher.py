@@ -67,7 +67,7 @@ class Dispatcher:
         lane = self.lane(request.model)
         ahead = lane.queue.join(request)
         if ahead and lane.lacks_s:
-            ahead = len(self._served(lane, islice(lane.queue, ahead)))
+            ahead = sum(_is_served(before, lane.longest) for before in islice(lane.queue, ahead))
         if ahead and not request.resumed:
             wait_s = ahead / lane.pace.per_s(lane.full_since_s, now_s)
             self._judge(request, Expected(now_s - request.since_s, wait_s))
@@ -93,6 +93,8 @@ class Dispatcher:
             self._missing(self.lane(model), now_s)
         taking = {node.node_id for model in models for node in self.fleet.workers(model)}
         self.ledger.sync(self.fleet.nodes.values(), taking)
+        for lane in self.lanes.values():
+            lane.longest = _longest_served(self._views(lane)[0])
         self.transfers.sync(self.ledger.views)
 
     def _missing(self, lane: Lane, now_s: float) -> str:
@@ -118,11 +120,14 @@ class Dispatcher:
         return own, others
 
     def _dispatch(self, lane: Lane, now_s: float) -> list[Effect]:
-        """Until somebody finds no room: nobody overtakes, but those whom no worker serves."""
+        """Until somebody finds no room. Nobody is overtaken, but who is served by no worker, or by
+        none of those that have room."""
         effects: list[Effect] = []
         views, others = self._views(lane) if lane.queue else ([], [])
-        longest = _longest_served(views)
-        while (request := next((r for r in lane.queue if not _lack(r, longest)), None)) is not None:
+        longest, full = lane.longest, False
+        while (
+            request := next((r for r in lane.queue if _is_served(r, longest)), None)
+        ) is not None:
             if (problem := request.overdue(now_s)) is not None:
                 self._turn_away(request, problem)
                 continue
@@ -131,17 +136,16 @@ class Dispatcher:
             able = [view for view in views if view.serves(request)]
             placement = place(demand, able, self.transfers, self.rules, turn, now_s, others)
             if placement is None:
-                break
-            if self._judge(request, self._expected(request, placement, now_s)):
+                full = True
+                if len(able) == len(views):
+                    break
+                views = [view for view in views if view not in able]  # the next room there is its
+                longest = _longest_served(views)
+            elif self._judge(request, self._expected(request, placement, now_s)):
                 effects += self._assign(request, demand, placement, now_s)
-        else:
+        if not full:
             lane.full_since_s = now_s
         return effects
-
-    def _served(self, lane: Lane, requests: Iterable[Request]) -> list[Request]:
-        """Those that wait for nothing but room."""
-        longest = _longest_served(self._views(lane)[0])
-        return [request for request in requests if not _lack(request, longest)]
 
     def _expected(self, request: Request, placement: Placement, now_s: float) -> Expected:
         """By twice its price, and by how late those before it were; by its wait alone if no price
@@ -178,17 +182,17 @@ class Dispatcher:
                     self._turn_away(request, no_worker(missing))
             self._expire_unserved(lane, missing, now_s)
             pace = lane.pace.per_s(lane.full_since_s, now_s)
-            for ahead, request in enumerate(self._served(lane, lane.queue)):
+            served = [request for request in lane.queue if _is_served(request, lane.longest)]
+            for ahead, request in enumerate(served):
                 self._judge(request, Expected(now_s - request.since_s, ahead / pace))
 
     def _expire_unserved(self, lane: Lane, missing: str, now_s: float) -> None:
         """Nobody waits for ever for what no worker has."""
-        longest = _longest_served(self._views(lane)[0])
-        waiting = [(request, _lack(request, longest)) for request in lane.queue]
-        lacks = {lack for _, lack in waiting if lack}
-        lane.lacks_s = {lack: lane.lacks_s.get(lack, now_s) for lack in lacks}
+        unserved = [request for request in lane.queue if not _is_served(request, lane.longest)]
+        waiting = [(request, _lack(request, lane.longest)) for request in unserved]
+        lane.lacks_s = {lack: lane.lacks_s.get(lack, now_s) for _, lack in waiting}
         for request, lack in waiting:
-            if now_s >= lane.lacks_s.get(lack, math.inf) + self._recovery_wait_s:
+            if now_s >= lane.lacks_s[lack] + self._recovery_wait_s:
                 self._turn_away(request, no_worker(missing or lack))
 
     def ended(self, request: Request, problem: Problem | None, now_s: float) -> None:
@@ -356,10 +360,13 @@ def _longest(views: Iterable[WorkerView]) -> dict[str, int]:
     return longest
 
 
+def _is_served(request: Request, longest: Mapping[str, int]) -> bool:
+    """Whether it waits for nothing but room."""
+    return request.longest <= longest.get(request.adapter, 0)
+
+
 def _lack(request: Request, longest: Mapping[str, int]) -> str:
-    """What it waits for beside room; empty where it is for a worker of any kind."""
-    if request.longest <= longest.get(request.adapter, 0):
-        return ""
+    """What one that is not served waits for."""
     if request.adapter not in longest:
         name = request.adapter.partition("@")[0]
         return f"no worker with the LoRA adapter '{name}'" if name else NOBODY

@@ -52,7 +52,8 @@ class _Lane:
         return end
 
     def went(self, tenant: str, start: float, end: float) -> None:
-        self.now, self.ends[tenant] = max(self.now, start), end
+        # Those that no worker serves are overtaken, by later ones of their own tenant too.
+        self.now, self.ends[tenant] = max(self.now, start), max(end, self.ends.get(tenant, 0.0))
         if len(self.ends) > self.ends_max:
             self.ends = {name: last for name, last in self.ends.items() if last > self.now}
             self.ends_max = max(ENDS_MIN, 2 * len(self.ends))
@@ -104,9 +105,25 @@ class FairQueue:
             lane.went(request.submit.tenant, start, end)
 
     def remove(self, request: Request) -> None:
-        """It waits no more, if it did."""
-        if request.request_id in self._places:
-            self._leave(request)
+        """It waits no more, if it did. It has had nothing: its tenant's others move up."""
+        if request.request_id not in self._places:
+            return
+        rank, start, arrival, _ = self._places[request.request_id]
+        freed = self._leave(request) - start
+        if (lane := self._lanes.get(rank)) is not None:
+            self._move_up(lane.waiting.get(request.submit.tenant, {}), arrival, freed)
+
+    def _move_up(self, own: dict[int, float], gone: int, freed: float) -> None:
+        behind = {arrival for arrival in own if arrival > gone}
+        if not behind:
+            return
+        for arrival in behind:
+            own[arrival] -= freed
+        for at, (rank, start, arrival, request) in enumerate(self._order):
+            if arrival in behind:
+                place = (rank, start - freed, arrival, request)
+                self._order[at] = self._places[request.request_id] = place
+        self._order.sort(key=lambda place: place[:3])
 
     def _leave(self, request: Request) -> float:
         """Where it ends among those of its priority, if it is not one that has begun."""

@@ -91,9 +91,12 @@ class Fleet:
         ]
 
     def largest_pool_blocks(self, model: str) -> int:
-        """0 without workers."""
-        workers = self.workers(model)
-        return max((n.worker.num_blocks for n in workers if n.worker is not None), default=0)
+        """Of what a request can be given: one to compute its prompt, one for its stream. 0 without
+        workers."""
+        offered = [node.worker for node in self.workers(model) if node.worker is not None]
+        hosts = [worker.num_blocks for worker in offered if worker.accept_decode]
+        sources = [worker.num_blocks for worker in offered if worker.prefill_budget_tokens > 0]
+        return min(max(hosts, default=0), max(sources, default=0))
 
     def missing(self, model: str) -> str:
         """What a request for it would wait for; empty if it can be served now."""

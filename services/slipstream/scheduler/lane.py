@@ -75,4 +75,6 @@ class Lane:
         self.whole_s = math.inf
         """When there were last workers for everything; infinite until the first look."""
         self.lacks_s: dict[str, float] = {}
-        """What somebody waits for and no worker has -> when one had it last."""
+        """What somebody waits for and no worker has -> since when."""
+        self.longest: dict[str, int] = {}
+        """Adapter -> tokens of the longest request that its workers serve."""

@@ -16,13 +16,13 @@ LATE = Problem(code=ErrorCode.DEADLINE, message="The request's time budget is us
 
 
 class Limits(NamedTuple):
-    """What every worker of a model can take; 0 and empty while there is none."""
+    """What every worker of a model can take, and the largest of them; 0 and empty while there is
+    none."""
 
     max_model_len: int
     vocab_size: int
     kv_layout_id: str
     largest_model_len: int
-    """What one of them can: enough for a stream that has begun there."""
 
 
 def limits(nodes: Iterable[NodeInfo], max_model_len: int) -> Limits:
@@ -64,6 +64,20 @@ def fitted(submission: Tokenize, num_prompt: int, max_model_len: int) -> Samplin
         f"completion). Please reduce the length of the {param} or completion.",
         param=param,
     )
+
+
+def granted(
+    submission: Tokenize, num_prompt: int, num_accepted: int, limits: Limits
+) -> SamplingParams | Problem:
+    """What it gets. A stream that has begun was found to fit, by workers that may be away. Where
+    its length was left to us it is the same again, unless it is longer already than the least of
+    those that are there allows: that one came later."""
+    if num_accepted and not submission.clamp_max_tokens:
+        return submission.sampling
+    fits = num_prompt + num_accepted <= limits.max_model_len
+    least = fits or not num_accepted
+    most = limits.max_model_len if least else limits.largest_model_len
+    return fitted(submission, num_prompt, most)
 
 
 def _too_many_logprobs(wanted: int | None, num_prompt: int) -> Problem | None:

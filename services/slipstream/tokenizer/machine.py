@@ -271,8 +271,8 @@ class TokenizerMachine:
         limits = self.limits()
         if problem := admission.unknown_token(prompt + stream.tokens, limits.vocab_size):
             return self._fail(stream, problem, now_s)
-        most = limits.largest_model_len if stream.tokens else limits.max_model_len
-        sampling = admission.fitted(stream.submission, len(prompt), most)
+        count = len(stream.tokens)
+        sampling = admission.granted(stream.submission, len(prompt), count, limits)
         if isinstance(sampling, Problem):
             return self._fail(stream, sampling, now_s)
         self._counts["prompts"] += 1
