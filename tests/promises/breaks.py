@@ -111,7 +111,7 @@ BREAKS = (
     Break(
         *("R14", "a worker of another model is used"),
         "services/slipstream/scheduler/fleet.py",
-        *("for node in nodes if _fingerprint(node) == fingerprint]", "for node in nodes]"),
+        *("n.worker is not None and fingerprint_of(n.worker) == fingerprint", "True"),
         "scheduler/test_fleet.py::test_a_foreign_model_takes_no_part",
     ),
 )
