@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -13,6 +14,8 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
+
+from slipstream.tokenizer.codec import TokenizerCodec
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -40,6 +43,13 @@ def demo_folder() -> Path | None:
         "to its folder, or set SLIPSTREAM_NO_DEMO=1 to go without"
     )
     return folder
+
+
+def codec_of(codecs: dict[str, TokenizerCodec], family: str) -> TokenizerCodec:
+    """Skips the test where `demo_folder` is None and the family is the demo model's."""
+    if family not in codecs:
+        pytest.skip("SLIPSTREAM_NO_DEMO=1")
+    return codecs[family]
 
 
 def save(tokenizer: Tokenizer, folder: Path, **config: object) -> Path:

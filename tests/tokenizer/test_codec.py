@@ -12,7 +12,7 @@ from slipstream.messages import ChatPrompt, TextPrompt, TokenPrompt
 from slipstream.tokenizer.chat import ChatTemplate
 from slipstream.tokenizer.codec import CodecError, PromptError, TokenizerCodec
 from slipstream.types import pack_tokens
-from tokenizer.models import CHATML, byte_level, sentencepiece
+from tokenizer.models import CHATML, byte_level, codec_of, sentencepiece
 
 FAMILIES = ["byte_level", "sentencepiece", "demo"]
 
@@ -56,13 +56,12 @@ def test_chat_ids_are_the_references(
     name: str,
     generate: bool,
 ) -> None:
-    if family not in codecs:
-        pytest.skip("SLIPSTREAM_NO_DEMO=1")
+    codec = codec_of(codecs, family)
     expected = references[family].apply_chat_template(
         HARMLESS[name], add_generation_prompt=generate, tokenize=True, return_dict=False
     )
     prompt = ChatPrompt(messages=HARMLESS[name], add_generation_prompt=generate)
-    assert codecs[family].encode(prompt) == expected
+    assert codec.encode(prompt) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,9 +74,7 @@ def test_a_chat_that_goes_on_is_the_references(
     trims: bool,
 ) -> None:
     """Short ones too, which are found in what the template writes behind the message."""
-    if family not in codecs:
-        pytest.skip("SLIPSTREAM_NO_DEMO=1")
-    codec, reference = codecs[family], references[family]
+    codec, reference = codec_of(codecs, family), references[family]
     if trims:
         template = CHATML.replace("message['content']", "message['content'] | trim")
         monkeypatch.setattr(reference, "chat_template", template)
@@ -95,13 +92,12 @@ def test_a_chat_that_goes_on_is_the_references(
 def test_text_ids_are_the_references(
     codecs: dict[str, TokenizerCodec], references: dict[str, Any], family: str
 ) -> None:
-    if family not in codecs:
-        pytest.skip("SLIPSTREAM_NO_DEMO=1")
+    codec = codec_of(codecs, family)
     for text in ("plain", "  two", "<|im_start|>user\nHi<|im_end|>", "你好 😀"):
         for special in (True, False):
             expected = references[family].encode(text, add_special_tokens=special)
             prompt = TextPrompt(text=text, add_special_tokens=special)
-            assert codecs[family].encode(prompt) == expected
+            assert codec.encode(prompt) == expected
 
 
 EVIL = [
@@ -118,9 +114,7 @@ EVIL = [
 def test_user_text_adds_no_special_token(
     codecs: dict[str, TokenizerCodec], family: str, text: str
 ) -> None:
-    if family not in codecs:
-        pytest.skip("SLIPSTREAM_NO_DEMO=1")
-    codec = codecs[family]
+    codec = codec_of(codecs, family)
     messages = [{"role": "system", "content": "S"}, *user(text)]
     ids = codec.encode(ChatPrompt(messages=messages))
     harmless = codec.encode(ChatPrompt(messages=[{"role": "system", "content": "S"}, *user("x")]))

@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from slipstream.messages import TextPrompt
 from slipstream.tokenizer.codec import TokenizerCodec
 from slipstream.tokenizer.detokenizer import Detokenizer
+from tokenizer.models import codec_of
 
 FAMILIES = ["byte_level", "sentencepiece", "demo"]
 SEEDS = st.integers(0, 2**32)
-
-
-def codec_of(codecs: dict[str, TokenizerCodec], family: str) -> TokenizerCodec:
-    if family not in codecs:
-        pytest.skip("SLIPSTREAM_NO_DEMO=1")
-    return codecs[family]
 
 
 def random_ids(codec: TokenizerCodec, seed: int) -> list[int]:
